@@ -1,0 +1,1 @@
+"""The compiler: tracing, the algebra of convolutions, regions, surgery and the numeric proof."""

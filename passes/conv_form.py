@@ -1,0 +1,563 @@
+"""ConvForm: the algebra of convolutions, tensors in and out.
+
+A linear, shift-equivariant map with a bias, in one canonical form for any number of spatial dimensions
+(0 is a linear layer):
+
+    y[o] = bias + sum_k  weight[:, :, k] x[o * stride + offset + dilation * k]
+    out  = (size + extent) // stride + 1
+
+with ``offset = -(leading padding)`` and ``extent = leading + trailing padding - dilation * (k - 1) - 1``.
+Offset and extent instead of "padding" make asymmetric padding, cropping (negative padding) and branches with
+different kernel sizes ordinary cases. ``up > 1`` is a transposed convolution: ``up - 1`` zeros stand between the
+input's pixels and ``size`` is ``(in - 1) * up + 1``. ``mode`` says what ``x`` is outside the input.
+
+The laws, each with the condition under which it is exact (otherwise it refuses):
+
+    affine     a * y + c per output channel             always                          (F1, F10)
+    sum        common dilation gcd, common offset min   same stride, extent and up      (F2, F8)
+    pad        offset -= p * stride, extent += ...      crop; or every window outside reads only outside
+                                                        and the bias equals the pad value            (F3)
+    then       kernels convolved, strides multiplied    no padding between, or the law of pad        (F3, F7, F11)
+    concat     rows stacked                             same geometry after the embedding of sum
+
+F-numbers: Ding et al., "Diverse Branch Block" (CVPR 2021), sec. 3.2, transforms I-VI, and the facts around them.
+Everything is ordinary differentiable torch code, and runs on meta tensors when only shapes are wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product as product_of
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from passes.refusal import Reason, RefusalError
+
+__all__ = ["ConvForm", "Ints"]
+
+Ints = tuple[int, ...]
+
+PAD_VALUE_TOLERANCE = 1e-9
+"""Relative difference allowed between a pad value and the bias it must equal, both computed in float64."""
+
+
+@dataclass(frozen=True)
+class ConvForm:
+    """One convolution (or linear layer) in canonical form; see the module's docstring for the algebra.
+
+    Args:
+        weight: ``(out, in / groups, *kernel)``, float64 (or on the meta device while planning).
+        bias: ``(out,)`` or None, which is exactly zero.
+        stride, dilation, offset, extent, up: one integer per spatial dimension.
+        groups: number of channel groups.
+        mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``: the input's continuation outside.
+        widened: whether block structure may have been lost to zeros, so that :meth:`narrowed` is worth a try.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: Ints
+    dilation: Ints
+    offset: Ints
+    extent: Ints
+    up: Ints
+    groups: int = 1
+    mode: str = "zeros"
+    widened: bool = field(default=False, compare=False)
+
+    # ---------------------------------------------------------------- construction
+
+    @staticmethod
+    def conv(
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        stride: Sequence[int] | int = 1,
+        padding: Sequence[int | tuple[int, int]] | int = 0,
+        dilation: Sequence[int] | int = 1,
+        groups: int = 1,
+        mode: str = "zeros",
+    ) -> ConvForm:
+        """The form of an ordinary convolution; ``padding`` may give (leading, trailing) per dimension."""
+        kernel = tuple(weight.shape[2:])
+        n = len(kernel)
+        pads = [(p, p) if isinstance(p, int) else tuple(p) for p in _per_dim(padding, n)]
+        d = tuple(_per_dim(dilation, n))
+        return ConvForm(
+            weight,
+            bias,
+            stride=tuple(_per_dim(stride, n)),
+            dilation=d,
+            offset=tuple(-lead for lead, _ in pads),
+            extent=tuple(a + b - d[i] * (kernel[i] - 1) - 1 for i, (a, b) in enumerate(pads)),
+            up=(1,) * n,
+            groups=groups,
+            mode=mode,
+        )
+
+    @staticmethod
+    def transposed(
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        stride: Sequence[int] | int = 1,
+        padding: Sequence[int] | int = 0,
+        output_padding: Sequence[int] | int = 0,
+        dilation: Sequence[int] | int = 1,
+        groups: int = 1,
+    ) -> ConvForm:
+        """The form of a transposed convolution; ``weight`` in torch's layout ``(in, out / groups, *kernel)``."""
+        kernel = tuple(weight.shape[2:])
+        n = len(kernel)
+        d, p, op = (tuple(_per_dim(v, n)) for v in (dilation, padding, output_padding))
+        lead = tuple(d[i] * (kernel[i] - 1) - p[i] for i in range(n))
+        return ConvForm(
+            _swap_in_out(weight, groups).flip(tuple(range(2, 2 + n))),
+            bias,
+            stride=(1,) * n,
+            dilation=d,
+            offset=tuple(-x for x in lead),
+            extent=tuple(2 * lead[i] + op[i] - d[i] * (kernel[i] - 1) - 1 for i in range(n)),
+            up=tuple(_per_dim(stride, n)),
+            groups=groups,
+        )
+
+    @staticmethod
+    def identity(channels: int, n: int, *, like: Tensor | None = None) -> ConvForm:
+        """The map that returns its input: one tap of 1 per channel, ``groups = channels``."""
+        device = None if like is None else like.device
+        return ConvForm.conv(torch.ones((channels, 1, *(1,) * n), dtype=torch.float64, device=device), groups=channels)
+
+    @staticmethod
+    def average(channels: int, kernel: Ints, stride: Ints, padding: Ints, divisor: int | None = None) -> ConvForm:
+        """Average pooling that counts its padding: a depthwise kernel of ``1 / prod(kernel)`` (F4)."""
+        value = 1.0 / (divisor or math.prod(kernel))
+        weight = torch.full((channels, 1, *kernel), value, dtype=torch.float64)
+        return ConvForm.conv(weight, stride=stride, padding=padding, groups=channels)
+
+    # ---------------------------------------------------------------- facts
+
+    @property
+    def n(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.stride)
+
+    @property
+    def kernel(self) -> Ints:
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def out_channels(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def in_channels(self) -> int:
+        return int(self.weight.shape[1]) * self.groups
+
+    @property
+    def lead(self) -> Ints:
+        """Leading padding per dimension; negative is a crop."""
+        return tuple(-o for o in self.offset)
+
+    @property
+    def trail(self) -> Ints:
+        """Trailing padding per dimension; negative is a crop."""
+        span = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
+        return tuple(e + s + o for e, s, o in zip(self.extent, span, self.offset, strict=True))
+
+    @property
+    def reads_outside(self) -> bool:
+        """Whether some window reaches over the input's edge."""
+        return any(p > 0 for p in (*self.lead, *self.trail))
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether every output pixel reads just the input pixel at its own place."""
+        ones, zeros = (1,) * self.n, (0,) * self.n
+        return (
+            self.kernel == ones
+            and self.stride == ones
+            and self.up == ones
+            and self.offset == zeros
+            and all(e == -1 for e in self.extent)
+        )
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input and one output channel per group."""
+        return self.groups == self.in_channels == self.out_channels
+
+    def out_size(self, size: Sequence[int]) -> Ints:
+        """Output size for an input of ``size`` (without batch and channels)."""
+        stuffed = [(s - 1) * u + 1 for s, u in zip(size, self.up, strict=True)]
+        return tuple((s + e) // t + 1 for s, e, t in zip(stuffed, self.extent, self.stride, strict=True))
+
+    @property
+    def rate(self) -> float:
+        """Output positions per input position."""
+        return math.prod(self.up) / math.prod(self.stride)
+
+    @property
+    def multiply_adds(self) -> float:
+        """Multiply-adds per input position."""
+        return self.weight.numel() * self.rate
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers weight and bias hold."""
+        return self.weight.numel() + (0 if self.bias is None else self.out_channels)
+
+    # ---------------------------------------------------------------- laws
+
+    def affine(self, scale: Tensor | None, shift: Tensor | None) -> ConvForm:
+        """``scale * y + shift`` per output channel; both ``(out,)`` or None."""
+        weight, bias = self.weight, self.bias
+        if scale is not None:
+            weight = weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
+            bias = None if bias is None else bias * scale
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        return replace(self, weight=weight, bias=bias)
+
+    def __neg__(self) -> ConvForm:
+        return replace(self, weight=-self.weight, bias=None if self.bias is None else -self.bias)
+
+    def __add__(self, other: ConvForm) -> ConvForm:
+        if self.out_channels != other.out_channels or self.in_channels != other.in_channels:
+            raise RefusalError(
+                Reason.CHANNELS,
+                f"cannot add {self.in_channels}->{self.out_channels} and {other.in_channels}->{other.out_channels} channels",
+            )
+        first, second = _align([self, other])
+        bias = second.bias if first.bias is None else first.bias if second.bias is None else first.bias + second.bias
+        return replace(
+            first,
+            weight=first.weight + second.weight,
+            bias=bias,
+            widened=first.widened or second.widened,
+        )
+
+    def then(self, outer: ConvForm) -> ConvForm:
+        """``outer`` applied to the result of this form."""
+        if outer.in_channels != self.out_channels or outer.n != self.n:
+            raise RefusalError(
+                Reason.CHANNELS,
+                f"a layer for {outer.in_channels} channels in {outer.n} dimensions follows one that gives "
+                f"{self.out_channels} in {self.n}",
+            )
+        inner = self
+        if outer.reads_outside:
+            if outer.mode == "zeros":
+                inner = inner.pad(outer.lead, outer.trail)
+            else:
+                inner = inner.pad_mode(outer.lead, outer.trail, outer.mode)
+            outer = outer._without_padding()
+        if any(u != 1 for u in outer.up):
+            if not inner.is_pointwise or inner.bias is not None:
+                raise RefusalError(Reason.TRANSPOSED)
+        elif any(u != 1 for u in inner.up) and not outer.is_pointwise:
+            raise RefusalError(Reason.TRANSPOSED)
+        return _compose(inner, outer)
+
+    def pad(self, lead: Ints, trail: Ints, value: float | Tensor = 0.0) -> ConvForm:
+        """Constant padding of the output (negative: crop), ``value`` a number or one per channel ``(out,)``."""
+        mode = self.mode
+        if any(p > 0 for p in (*lead, *trail)):
+            self._check_outside(lead, trail, value)
+            mode = "zeros"
+        return replace(
+            self,
+            mode=mode,
+            offset=tuple(o - p * s for o, p, s in zip(self.offset, lead, self.stride, strict=True)),
+            extent=tuple(
+                e + (a + b) * s for e, a, b, s in zip(self.extent, lead, trail, self.stride, strict=True)
+            ),
+        )
+
+    def pad_mode(self, lead: Ints, trail: Ints, mode: str) -> ConvForm:
+        """Reflect, replicate or circular padding of the output: commutes with a pointwise map."""
+        if not self.is_pointwise:
+            raise RefusalError(Reason.PAD_MODE, f"{mode} padding commutes only with a 1x1, stride 1 map in front of it")
+        padded = replace(
+            self,
+            mode=mode,
+            offset=tuple(-p for p in lead),
+            extent=tuple(a + b - 1 for a, b in zip(lead, trail, strict=True)),
+        )
+        return padded
+
+    def rows(self, index: Sequence[int]) -> ConvForm:
+        """The output channels ``index``, in that order."""
+        order = list(index)
+        if order == list(range(self.out_channels)):
+            return self
+        dense = self._widen(1)
+        rows = torch.tensor(order, device=dense.weight.device)
+        return replace(
+            dense, weight=dense.weight[rows], bias=None if dense.bias is None else dense.bias[rows], widened=True
+        )
+
+    @staticmethod
+    def concat(forms: Sequence[ConvForm]) -> ConvForm:
+        """Output channels of several forms over the same input, one after another."""
+        if len({f.in_channels for f in forms}) != 1:
+            raise RefusalError(Reason.CHANNELS, "concatenated maps read different numbers of channels")
+        aligned = _align([f._widen(1) for f in forms])
+        bias = None
+        if any(f.bias is not None for f in aligned):
+            zero = [f.weight.new_zeros(f.out_channels) if f.bias is None else f.bias for f in aligned]
+            bias = torch.cat(zero)
+        return replace(aligned[0], weight=torch.cat([f.weight for f in aligned]), bias=bias, widened=True)
+
+    def narrowed(self) -> ConvForm:
+        """The same map with the largest number of groups its zeros allow."""
+        if not self.widened or self.weight.device.type == "meta":
+            return self
+        dense = self._widen(1)
+        used = (dense.weight.detach() != 0).flatten(2).any(-1) if dense.n else dense.weight.detach() != 0
+        for groups in sorted(_divisors(math.gcd(self.in_channels, self.out_channels)), reverse=True):
+            blocks = used.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).any(3).any(1)
+            if not bool((blocks & ~torch.eye(groups, dtype=torch.bool, device=blocks.device)).any()):
+                return replace(self._regroup_from_dense(dense, groups), widened=False)
+        return self
+
+    # ---------------------------------------------------------------- evaluation
+
+    def apply(self, x: Tensor, *, absolute: bool = False) -> Tensor:
+        """The map applied to ``x`` of shape ``(batch, in, *size)``; for ``n = 0``, ``(..., in)``.
+
+        With ``absolute`` the sum of the magnitudes of all products: the scale of its rounding error.
+        """
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if absolute:
+            x, weight, bias = x.abs(), weight.abs(), None if bias is None else bias.abs()
+        if self.n == 0:
+            blocks = torch.einsum("...gi,goi->...go", x.unflatten(-1, (self.groups, -1)), weight.unflatten(0, (self.groups, -1)))
+            y = blocks.flatten(-2)
+            return y if bias is None else y + bias
+        for axis, up in enumerate(self.up):
+            if up > 1:
+                shape = list(x.shape)
+                shape[2 + axis] = (shape[2 + axis] - 1) * up + 1
+                stuffed = x.new_zeros(shape)
+                stuffed[(slice(None),) * (2 + axis) + (slice(None, None, up),)] = x
+                x = stuffed
+        pads = [p for pair in zip(reversed(self.lead), reversed(self.trail), strict=True) for p in pair]
+        x = F.pad(x, pads) if self.mode == "zeros" else _pad_mode(x, pads, self.mode)
+        conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[self.n - 1]
+        return conv(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    # ---------------------------------------------------------------- helpers of the laws
+
+    def _check_outside(self, lead: Ints, trail: Ints, value: float | Tensor) -> None:
+        if self.mode != "zeros" and self.reads_outside:
+            raise RefusalError(Reason.PAD_MODE, f"zero padding after {self.mode} padding is not one convolution")
+        for i in range(self.n):
+            s, d, k, off = self.stride[i], self.dilation[i], self.kernel[i], self.offset[i]
+            ahead = lead[i] <= 0 or off + d * (k - 1) < s
+            behind = trail[i] <= 0 or self.extent[i] + off + 1 >= 0
+            # With zeros between the pixels the nearest real pixel is further away, so the same test is safe.
+            if not (ahead and behind):
+                raise RefusalError(Reason.BORDER)
+        bias = self.weight.new_zeros(self.out_channels) if self.bias is None else self.bias
+        if self.bias is None and isinstance(value, (int, float)) and value == 0:
+            return
+        if bias.device.type == "meta":
+            return  # planning: decided again with numbers
+        wanted = torch.as_tensor(value, dtype=bias.dtype, device=bias.device)
+        gap = float((bias - wanted).abs().max().detach())
+        if gap > PAD_VALUE_TOLERANCE * max(1.0, float(bias.abs().max().detach())):
+            raise RefusalError(Reason.PAD_VALUE, f"{Reason.PAD_VALUE.value}: they differ by {gap:.3g}")
+
+    def _without_padding(self) -> ConvForm:
+        extent = tuple(e - a - b for e, a, b in zip(self.extent, self.lead, self.trail, strict=True))
+        return replace(self, offset=(0,) * self.n, extent=extent, mode="zeros")
+
+    def _widen(self, groups: int) -> ConvForm:
+        """The same map written with fewer groups; ``groups`` divides the present number."""
+        if groups == self.groups:
+            return self
+        return replace(self, weight=_block_diagonal(self.weight, self.groups, groups), groups=groups, widened=True)
+
+    @staticmethod
+    def _regroup_from_dense(dense: ConvForm, groups: int) -> ConvForm:
+        blocks = dense.weight.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # G, o, G, i, k
+        own = torch.stack([blocks[g, :, g] for g in range(groups)])
+        return replace(dense, weight=own.flatten(0, 1), groups=groups)
+
+
+def _align(forms: Sequence[ConvForm]) -> list[ConvForm]:
+    """Write all forms on one grid of taps, so that weights can be added or stacked (F2, F8)."""
+    first = forms[0]
+    for other in forms[1:]:
+        if (other.stride, other.extent, other.up) != (first.stride, first.extent, first.up):
+            raise RefusalError(
+                Reason.GEOMETRY,
+                f"stride {first.stride}, extent {first.extent} and stride {other.stride}, extent {other.extent} "
+                "give outputs of different sizes",
+            )
+    modes = {f.mode for f in forms if f.reads_outside}
+    if len(modes) > 1:
+        raise RefusalError(Reason.PAD_MODE, f"branches pad in the modes {', '.join(sorted(modes))}")
+    mode = modes.pop() if modes else first.mode
+    groups = math.gcd(*(f.groups for f in forms))
+    offset = tuple(min(f.offset[i] for f in forms) for i in range(first.n))
+    dilation, kernel = [], []
+    for i in range(first.n):
+        gaps = [f.offset[i] - offset[i] for f in forms] + [f.dilation[i] for f in forms if f.kernel[i] > 1]
+        step = math.gcd(*gaps) or 1
+        far = max(f.offset[i] - offset[i] + f.dilation[i] * (f.kernel[i] - 1) for f in forms)
+        dilation.append(step)
+        kernel.append(far // step + 1)
+    return [_embed(f._widen(groups), offset, tuple(dilation), tuple(kernel), mode) for f in forms]
+
+
+def _embed(form: ConvForm, offset: Ints, dilation: Ints, kernel: Ints, mode: str) -> ConvForm:
+    if (form.offset, form.kernel) == (offset, kernel) and all(
+        a == b or k == 1 for a, b, k in zip(form.dilation, dilation, kernel, strict=True)
+    ):
+        return replace(form, dilation=dilation, mode=mode)
+    weight = form.weight.new_zeros((*form.weight.shape[:2], *kernel))
+    place = [slice(None), slice(None)]
+    for i in range(form.n):
+        start = (form.offset[i] - offset[i]) // dilation[i]
+        step = form.dilation[i] // dilation[i] if form.kernel[i] > 1 else 1
+        place.append(slice(start, start + step * (form.kernel[i] - 1) + 1, step))
+    weight[tuple(place)] = form.weight
+    return replace(form, weight=weight, offset=offset, dilation=dilation, mode=mode)
+
+
+def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:
+    """``outer`` after ``inner`` where ``outer`` never reads outside: kernels convolved group by group."""
+    n = inner.n
+    groups, product = _channel_product(inner, outer)
+    scale = [outer.dilation[i] * inner.stride[i] if outer.up[i] == 1 else outer.dilation[i] for i in range(n)]
+    dilation, kernel, outer_step, inner_step = [], [], [], []
+    for i in range(n):
+        a = inner.dilation[i] if inner.kernel[i] > 1 else 0
+        b = scale[i] if outer.kernel[i] > 1 else 0
+        step = math.gcd(a, b) or 1
+        dilation.append(step)
+        inner_step.append(a // step)
+        outer_step.append(b // step)
+        kernel.append(inner_step[i] * (inner.kernel[i] - 1) + outer_step[i] * (outer.kernel[i] - 1) + 1)
+    weight = _convolve(inner.weight, outer.weight, tuple(kernel), inner_step, outer_step, product)
+    bias = outer.bias
+    if inner.bias is not None:
+        per_group = outer.weight.flatten(2).sum(-1) if n else outer.weight
+        passed = torch.einsum(
+            "goi,gi->go", per_group.unflatten(0, (outer.groups, -1)), inner.bias.unflatten(0, (outer.groups, -1))
+        ).flatten()
+        bias = passed if bias is None else passed + bias
+    return ConvForm(
+        weight,
+        bias,
+        stride=tuple(s * t for s, t in zip(inner.stride, outer.stride, strict=True)),
+        dilation=tuple(dilation),
+        offset=tuple(inner.offset[i] + outer.offset[i] * inner.stride[i] for i in range(n)),
+        extent=tuple(inner.extent[i] + inner.stride[i] * (1 + outer.extent[i]) for i in range(n)),
+        up=tuple(u * v for u, v in zip(inner.up, outer.up, strict=True)),
+        groups=groups,
+        mode=inner.mode,
+        widened=inner.widened or outer.widened or groups < min(inner.groups, outer.groups),
+    )
+
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def _channel_product(inner: ConvForm, outer: ConvForm) -> tuple[int, Product]:
+    """Groups of the composed map, and the product of channels that belongs to them.
+
+    The product takes ``(O, M / g_outer, t)`` and ``(M, I / g_inner, u)`` with t = 1 or u = 1 taps and gives
+    ``(O, I / groups, max(t, u))``. Depthwise maps are multiplied as diagonals, never as dense matrices.
+    """
+    if inner.is_depthwise:
+
+        def scale_inputs(b: Tensor, a: Tensor) -> Tensor:
+            per_group = a.reshape(outer.groups, 1, -1, a.shape[-1])
+            return (b.unflatten(0, (outer.groups, -1)) * per_group).flatten(0, 1)
+
+        return outer.groups, scale_inputs
+    if outer.groups == outer.in_channels:
+
+        def scale_outputs(b: Tensor, a: Tensor) -> Tensor:
+            return b * a.repeat_interleave(outer.out_channels // outer.in_channels, 0)
+
+        return inner.groups, scale_outputs
+    groups = math.gcd(inner.groups, outer.groups)
+
+    def matrix(b: Tensor, a: Tensor) -> Tensor:
+        left = _block_diagonal(b, outer.groups, groups).unflatten(0, (groups, -1))  # g, o, m, t
+        right = _block_diagonal(a, inner.groups, groups).unflatten(0, (groups, -1))  # g, m, i, u
+        taps_first = left.movedim(3, 2).flatten(1, 2)  # g, o * t, m
+        y = torch.bmm(taps_first, right.flatten(2))  # g, o * t, i * u
+        y = y.unflatten(1, (left.shape[1], -1)).unflatten(3, right.shape[2:])  # g, o, t, i, u
+        return y.movedim(2, 3).flatten(3).flatten(0, 1)
+
+    return groups, matrix
+
+
+def _block_diagonal(weight: Tensor, have: int, want: int) -> Tensor:
+    """A weight of ``have`` groups written with ``want`` groups, zeros between; ``want`` divides ``have``."""
+    if have == want:
+        return weight
+    ratio = have // want
+    blocks = weight.unflatten(0, (want, ratio, -1)).unsqueeze(3)  # g, r, o, 1, i, k
+    eye = torch.eye(ratio, dtype=weight.dtype, device=weight.device)
+    wide = blocks * eye.reshape(1, ratio, 1, ratio, *(1,) * (weight.dim() - 1))  # g, r, o, r, i, k
+    return wide.flatten(3, 4).flatten(0, 2)
+
+
+def _convolve(
+    inner: Tensor, outer: Tensor, kernel: Ints, inner_step: list[int], outer_step: list[int], product: Product
+) -> Tensor:
+    """``weight[j * outer_step + k * inner_step] += outer[j] inner[k]``: one product per tap of the smaller kernel."""
+    a, b = inner.flatten(2) if kernel else inner.unsqueeze(-1), outer.flatten(2) if kernel else outer.unsqueeze(-1)
+    if a.shape[-1] == 1 or b.shape[-1] == 1:
+        whole = product(b, a)
+        return whole.reshape(*whole.shape[:2], *kernel)
+    swap = a.shape[-1] < b.shape[-1]
+    few, few_step = (inner, inner_step) if swap else (outer, outer_step)
+    many, many_step = (outer, outer_step) if swap else (inner, inner_step)
+    weight: Tensor | None = None
+    for tap, at in enumerate(_grid(few.shape[2:])):
+        part = product(b, a[..., tap : tap + 1]) if swap else product(b[..., tap : tap + 1], a)
+        if weight is None:
+            weight = part.new_zeros((*part.shape[:2], *kernel))
+        place: list[slice] = [slice(None), slice(None)]
+        for i, size in enumerate(many.shape[2:]):
+            start, step = at[i] * few_step[i], max(many_step[i], 1)
+            place.append(slice(start, start + step * (size - 1) + 1, step))
+        weight[tuple(place)] += part.unflatten(-1, many.shape[2:])
+    assert weight is not None
+    return weight
+
+
+def _swap_in_out(weight: Tensor, groups: int) -> Tensor:
+    """``(I, O / g, k)`` to ``(O, I / g, k)`` and back."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _pad_mode(x: Tensor, pads: list[int], mode: str) -> Tensor:
+    """Pad by continuation, crop where negative (torch does not crop in these modes)."""
+    x = F.pad(x, [min(p, 0) for p in pads])
+    return F.pad(x, [max(p, 0) for p in pads], mode=mode)
+
+
+def _grid(shape: Sequence[int]) -> list[Ints]:
+    return list(product_of(*(range(s) for s in shape)))
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _per_dim(value: Sequence[Any] | int, n: int) -> list[Any]:
+    """One value per spatial dimension; a single number stands for all."""
+    return [value] * n if isinstance(value, int) else list(value)

@@ -1,0 +1,65 @@
+"""Why something is left alone: a refusal is a value with a reason code, a sentence and the layer it is about.
+
+Laws refuse by raising :class:`RefusalError`; the driver that called the law turns it into a
+:class:`Refusal` that names the layer, so the explanation always comes from the code that decided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+__all__ = ["Reason", "Refusal", "RefusalError"]
+
+
+class Reason(Enum):
+    """Reason codes. The value is the short text that tables print."""
+
+    NOT_AFFINE = "not an affine operation"
+    OTHER_INPUT = "depends on another input as well"
+    BORDER = "zero padding between two kernels is not exact at the border"
+    PAD_VALUE = "pad value is not the map's value at a zero input"
+    PAD_MODE = "padding modes do not combine"
+    GEOMETRY = "strides or output sizes of the branches differ"
+    TRANSPOSED = "only per-channel maps combine with a transposed convolution"
+    CHANNELS = "channel counts do not match"
+    BATCH_STATISTICS = "batch norm without running statistics uses the batch's own"
+    CEIL_MODE = "ceil_mode makes windows of different sizes"
+    PAD_NOT_COUNTED = "average pooling that does not count its padding is not a convolution"
+    NOT_PER_CHANNEL = "scale or shift varies within a channel"
+    LAYOUT = "moves data in a way that is not a channel permutation, a crop or a pad"
+    RANK_UNKNOWN = "number of dimensions unknown; pass example_inputs"
+    ATTRIBUTE = "an option of this layer is not understood"
+    LARGER = "one convolution would cost more than the layers it replaces"
+    SHARED = "used from more than one place"
+    HOOK = "has a hook that would no longer run"
+    IN_PLACE = "a tensor is changed in place while still in use"
+    CODE = "the surrounding code cannot be rewritten"
+    NOT_A_CONVOLUTION = "probed: does not act as a convolution"
+    UNTRACEABLE = "cannot be traced"
+    NO_CONVOLUTION = "no convolution or linear layer directly before it"
+    NOT_FINITE = "the result is not finite"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One thing that was left alone: the reason code, a sentence with what was wanted and got, the layer."""
+
+    reason: Reason
+    message: str
+    layer: str = ""
+
+    def at(self, layer: str) -> Refusal:
+        """The same refusal, about ``layer``; a layer already named is kept."""
+        return self if self.layer else replace(self, layer=layer)
+
+    def __str__(self) -> str:
+        return f"{self.layer or '(model)'}: {self.message}"
+
+
+class RefusalError(ValueError):
+    """Raised by a law that does not hold; carries the :class:`Refusal`."""
+
+    def __init__(self, reason: Reason, message: str = "", layer: str = "") -> None:
+        self.refusal = Refusal(reason, message or reason.value, layer)
+        super().__init__(str(self.refusal))
