@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product as product_of
 from typing import Any
 
@@ -46,7 +46,7 @@ PAD_VALUE_TOLERANCE = 1e-9
 """Relative difference allowed between a pad value and the bias it must equal, both computed in float64."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # == on tensors has no single truth value; forms are compared as maps
 class ConvForm:
     """One convolution (or linear layer) in canonical form; see the module's docstring for the algebra.
 
@@ -68,7 +68,7 @@ class ConvForm:
     up: Ints
     groups: int = 1
     mode: str = "zeros"
-    widened: bool = field(default=False, compare=False)
+    widened: bool = False
 
     # ---------------------------------------------------------------- construction
 
@@ -134,10 +134,19 @@ class ConvForm:
         return ConvForm.conv(torch.ones((channels, 1, *(1,) * n), dtype=torch.float64, device=device), groups=channels)
 
     @staticmethod
-    def average(channels: int, kernel: Ints, stride: Ints, padding: Ints, divisor: int | None = None) -> ConvForm:
+    def average(
+        channels: int,
+        kernel: Ints,
+        stride: Ints,
+        padding: Ints,
+        divisor: int | None = None,
+        *,
+        like: Tensor | None = None,
+    ) -> ConvForm:
         """Average pooling that counts its padding: a depthwise kernel of ``1 / prod(kernel)`` (F4)."""
         value = 1.0 / (divisor or math.prod(kernel))
-        weight = torch.full((channels, 1, *kernel), value, dtype=torch.float64)
+        device = None if like is None else like.device
+        weight = torch.full((channels, 1, *kernel), value, dtype=torch.float64, device=device)
         return ConvForm.conv(weight, stride=stride, padding=padding, groups=channels)
 
     # ---------------------------------------------------------------- facts
@@ -231,7 +240,8 @@ class ConvForm:
         if self.out_channels != other.out_channels or self.in_channels != other.in_channels:
             raise RefusalError(
                 Reason.CHANNELS,
-                f"cannot add {self.in_channels}->{self.out_channels} and {other.in_channels}->{other.out_channels} channels",
+                f"cannot add {self.in_channels}->{self.out_channels} "
+                f"and {other.in_channels}->{other.out_channels} channels",
             )
         first, second = _align([self, other])
         bias = second.bias if first.bias is None else first.bias if second.bias is None else first.bias + second.bias
@@ -251,16 +261,18 @@ class ConvForm:
                 f"{self.out_channels} in {self.n}",
             )
         inner = self
+        if any(u != 1 for u in outer.up):
+            # No bias and one pixel at a time: the zeros between and around the pixels stay zeros.
+            if not inner.is_pointwise or inner.bias is not None:
+                raise RefusalError(Reason.TRANSPOSED)
+            return _compose(replace(inner, mode=outer.mode), outer)
         if outer.reads_outside:
             if outer.mode == "zeros":
                 inner = inner.pad(outer.lead, outer.trail)
             else:
                 inner = inner.pad_mode(outer.lead, outer.trail, outer.mode)
             outer = outer._without_padding()
-        if any(u != 1 for u in outer.up):
-            if not inner.is_pointwise or inner.bias is not None:
-                raise RefusalError(Reason.TRANSPOSED)
-        elif any(u != 1 for u in inner.up) and not outer.is_pointwise:
+        if any(u != 1 for u in inner.up) and not outer.is_pointwise:
             raise RefusalError(Reason.TRANSPOSED)
         return _compose(inner, outer)
 
@@ -274,9 +286,7 @@ class ConvForm:
             self,
             mode=mode,
             offset=tuple(o - p * s for o, p, s in zip(self.offset, lead, self.stride, strict=True)),
-            extent=tuple(
-                e + (a + b) * s for e, a, b, s in zip(self.extent, lead, trail, self.stride, strict=True)
-            ),
+            extent=tuple(e + (a + b) * s for e, a, b, s in zip(self.extent, lead, trail, self.stride, strict=True)),
         )
 
     def pad_mode(self, lead: Ints, trail: Ints, mode: str) -> ConvForm:
@@ -337,7 +347,9 @@ class ConvForm:
         if absolute:
             x, weight, bias = x.abs(), weight.abs(), None if bias is None else bias.abs()
         if self.n == 0:
-            blocks = torch.einsum("...gi,goi->...go", x.unflatten(-1, (self.groups, -1)), weight.unflatten(0, (self.groups, -1)))
+            blocks = torch.einsum(
+                "...gi,goi->...go", x.unflatten(-1, (self.groups, -1)), weight.unflatten(0, (self.groups, -1))
+            )
             y = blocks.flatten(-2)
             return y if bias is None else y + bias
         for axis, up in enumerate(self.up):
@@ -348,7 +360,7 @@ class ConvForm:
                 stuffed[(slice(None),) * (2 + axis) + (slice(None, None, up),)] = x
                 x = stuffed
         pads = [p for pair in zip(reversed(self.lead), reversed(self.trail), strict=True) for p in pair]
-        x = F.pad(x, pads) if self.mode == "zeros" else _pad_mode(x, pads, self.mode)
+        x = _pad(x, pads, "constant" if self.mode == "zeros" else self.mode)
         conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[self.n - 1]
         return conv(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
@@ -371,7 +383,7 @@ class ConvForm:
             return  # planning: decided again with numbers
         wanted = torch.as_tensor(value, dtype=bias.dtype, device=bias.device)
         gap = float((bias - wanted).abs().max().detach())
-        if gap > PAD_VALUE_TOLERANCE * max(1.0, float(bias.abs().max().detach())):
+        if not gap <= PAD_VALUE_TOLERANCE * max(1.0, float(bias.abs().max().detach())):  # NaN is a difference too
             raise RefusalError(Reason.PAD_VALUE, f"{Reason.PAD_VALUE.value}: they differ by {gap:.3g}")
 
     def _without_padding(self) -> ConvForm:
@@ -481,7 +493,8 @@ def _channel_product(inner: ConvForm, outer: ConvForm) -> tuple[int, Product]:
 
         def scale_inputs(b: Tensor, a: Tensor) -> Tensor:
             per_group = a.reshape(outer.groups, 1, -1, a.shape[-1])
-            return (b.unflatten(0, (outer.groups, -1)) * per_group).flatten(0, 1)
+            scaled: Tensor = b.unflatten(0, (outer.groups, -1)) * per_group
+            return scaled.flatten(0, 1)
 
         return outer.groups, scale_inputs
     if outer.groups == outer.in_channels:
@@ -496,8 +509,8 @@ def _channel_product(inner: ConvForm, outer: ConvForm) -> tuple[int, Product]:
         left = _block_diagonal(b, outer.groups, groups).unflatten(0, (groups, -1))  # g, o, m, t
         right = _block_diagonal(a, inner.groups, groups).unflatten(0, (groups, -1))  # g, m, i, u
         taps_first = left.movedim(3, 2).flatten(1, 2)  # g, o * t, m
-        y = torch.bmm(taps_first, right.flatten(2))  # g, o * t, i * u
-        y = y.unflatten(1, (left.shape[1], -1)).unflatten(3, right.shape[2:])  # g, o, t, i, u
+        flat = torch.bmm(taps_first, right.flatten(2))  # g, o * t, i * u
+        y: Tensor = flat.unflatten(1, (left.shape[1], -1)).unflatten(3, right.shape[2:])  # g, o, t, i, u
         return y.movedim(2, 3).flatten(3).flatten(0, 1)
 
     return groups, matrix
@@ -508,7 +521,7 @@ def _block_diagonal(weight: Tensor, have: int, want: int) -> Tensor:
     if have == want:
         return weight
     ratio = have // want
-    blocks = weight.unflatten(0, (want, ratio, -1)).unsqueeze(3)  # g, r, o, 1, i, k
+    blocks: Tensor = weight.unflatten(0, (want, ratio, -1)).unsqueeze(3)  # g, r, o, 1, i, k
     eye = torch.eye(ratio, dtype=weight.dtype, device=weight.device)
     wide = blocks * eye.reshape(1, ratio, 1, ratio, *(1,) * (weight.dim() - 1))  # g, r, o, r, i, k
     return wide.flatten(3, 4).flatten(0, 2)
@@ -541,13 +554,15 @@ def _convolve(
 
 def _swap_in_out(weight: Tensor, groups: int) -> Tensor:
     """``(I, O / g, k)`` to ``(O, I / g, k)`` and back."""
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    blocks: Tensor = weight.unflatten(0, (groups, -1))
+    return blocks.transpose(1, 2).flatten(0, 1)
 
 
-def _pad_mode(x: Tensor, pads: list[int], mode: str) -> Tensor:
-    """Pad by continuation, crop where negative (torch does not crop in these modes)."""
-    x = F.pad(x, [min(p, 0) for p in pads])
-    return F.pad(x, [max(p, 0) for p in pads], mode=mode)
+def _pad(x: Tensor, pads: list[int], mode: str) -> Tensor:
+    """Pad, then crop where negative: the whole input is continued, also where the other end is cropped."""
+    if any(p > 0 for p in pads):
+        x = F.pad(x, [max(p, 0) for p in pads], mode=mode)
+    return F.pad(x, [min(p, 0) for p in pads]) if any(p < 0 for p in pads) else x
 
 
 def _grid(shape: Sequence[int]) -> list[Ints]:

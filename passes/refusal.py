@@ -9,7 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-__all__ = ["Reason", "Refusal", "RefusalError"]
+__all__ = ["Reason", "Refusal", "RefusalError", "ReparamError"]
+
+
+class ReparamError(ValueError):
+    """Bad input or a failed proof; the message names the layer and the fix. Nothing was changed."""
 
 
 class Reason(Enum):

@@ -1,0 +1,34 @@
+# make demo   set up .venv and show real networks collapse; prints where the report is
+# make test   set up .venv and run linters, type checks, import contracts and tests
+# make clean  remove .venv and everything built
+#
+# PYTHON=python3.12 make demo   uses another interpreter (3.10 or newer)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test clean
+.NOTPARALLEL:
+
+demo: $(VENV)/zoo.installed
+	$(BIN)/reparam demo
+
+test: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy reparam passes
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+# The stamp is newer than pyproject.toml when that extra is installed as declared: a second run installs nothing.
+# pip is asked for rather than python: an interrupted or failed venv leaves a python without pip.
+# The test extra contains the zoo extra, so both stamps are set.
+$(VENV)/%.installed: pyproject.toml
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --editable '.[$*]'
+	touch $@ $(VENV)/zoo.installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find passes reparam zoo tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,332 @@
+"""The contraction compiler: trace, find regions, fold, prove, operate.
+
+Nothing of the caller's model changes until every fold of a unit is computed and proven; a failure after that takes
+every edit back.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+
+from passes.emit import emit, target_of
+from passes.equivalence import Equivalence, compare_outputs, outputs, prove
+from passes.flow import Flow
+from passes.hazards import in_place_refusal, mutations
+from passes.refusal import Reason, Refusal, RefusalError, ReparamError
+from passes.region import Region, plan_unit
+from passes.report import Counts, Explanation, Fold
+from passes.surgery import Layout, Surgeon, origin, place
+from passes.trace import Unit, retrace, trace_units
+
+__all__ = ["check_model", "collapse_model", "explain_model"]
+
+log = logging.getLogger("reparam")
+
+_QUIET = {Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.RANK_UNKNOWN, Reason.CHANNELS, Reason.LAYOUT}
+"""Reasons that only say where a region ends; they explain a batch norm that stays, and nothing else."""
+
+
+def collapse_model(
+    model: nn.Module, *, example_inputs: tuple[Any, ...] | None, verify: bool, inplace: bool
+) -> tuple[nn.Module, Explanation]:
+    """Fold every region of ``model`` that is one convolution; see :func:`reparam.collapse`."""
+    check_model(model)
+    explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan", "fold", "proof"), 0.0))
+    if model.training:
+        explanation.notes.append("the model was in training mode; its running statistics were folded")
+        log.info("collapse: %s", explanation.notes[-1])
+    wanted = None
+    if example_inputs is not None:
+        wanted = _run_examples(model, example_inputs, explanation, verify)
+    result = model if inplace else _copy(model)
+    training = [(m, m.training) for m in result.modules()]
+    surgeons: list[Surgeon] = []
+    try:
+        result.eval()
+        _compile(result, example_inputs, explanation, surgeons, verify)
+        if verify and wanted is not None and example_inputs is not None:
+            with _clock(explanation, "proof"):
+                reference = model if not inplace else None
+                _compare(reference, wanted, result, example_inputs).raise_if_different()
+    # Whatever went wrong, the caller's model must come back as it was; the error itself goes on.
+    except BaseException:
+        for surgeon in reversed(surgeons):
+            surgeon.undo()
+        for module, mode in training:
+            module.training = mode
+        raise
+    explanation.after = Counts.of(result)
+    return result, explanation
+
+
+def explain_model(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Explanation:
+    """Plan without folding; the model is not changed."""
+    check_model(model)
+    explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan"), 0.0))
+    training = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        for unit in _traced(model, explanation):
+            planner = _Planner(model, unit, _ranks(unit, example_inputs))
+            with _clock(explanation, "plan"):
+                regions = planner.plan(explanation)
+            explanation.folds += [_fold_of(r, _describe(r), "", None) for r in regions]
+    finally:
+        for module, mode in training:
+            module.training = mode
+    return explanation
+
+
+def check_model(model: Any) -> None:
+    """Raise :class:`ReparamError` for anything that cannot be compiled at all."""
+    if not isinstance(model, nn.Module):
+        raise ReparamError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise ReparamError(f"{type(model).__name__} has no parameters: there is nothing to fold")
+    for name, module in model.named_modules():
+        if "quantized" in type(module).__module__:
+            raise ReparamError(f"{name} is quantised: collapse first, quantise the result")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise ReparamError(f"{name} is not initialised yet: run the model once first")
+        if tensor.device.type == "meta":
+            raise ReparamError(f"{name} is on the meta device and has no numbers: load the weights first")
+        if tensor.is_quantized:
+            raise ReparamError(f"{name} is quantised: collapse first, quantise the result")
+    for name, tensor in _weights(model):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            kind = "NaN" if bool(torch.isnan(tensor).any()) else "an infinite value"
+            raise ReparamError(f"{name} holds {kind}: the model is broken before any fold; restore an older checkpoint")
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        if isinstance(module, _NormBase):
+            for name, tensor in module.named_buffers(recurse=False):
+                yield f"{path}.{name}", tensor
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    # deepcopy runs user code, which may fail in any way.
+    except Exception as error:
+        raise ReparamError(f"the model cannot be copied ({error}); pass inplace=True") from error
+
+
+def _run_examples(
+    model: nn.Module, inputs: tuple[Any, ...], explanation: Explanation, verify: bool
+) -> list[Tensor] | None:
+    try:
+        with _clock(explanation, "proof"):
+            return outputs(model, inputs) if verify else outputs(model, inputs, None)
+    # The model is user code: whatever it raises means that it does not take these inputs.
+    except Exception as error:
+        raise ReparamError(f"the model rejects example_inputs: {error}") from error
+
+
+def _compare(
+    reference: nn.Module | None, wanted: list[Tensor], result: nn.Module, inputs: tuple[Any, ...]
+) -> Equivalence:
+    return compare_outputs(reference if reference is not None else result, wanted, result, inputs)
+
+
+# ------------------------------------------------------------------ one model
+
+
+def _compile(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | None,
+    explanation: Explanation,
+    surgeons: list[Surgeon],
+    verify: bool,
+) -> None:
+    for unit in _traced(model, explanation):
+        if all(unit.root is not m for m in model.modules()):
+            continue  # inside a module that was probed and folded
+        surgeon = Surgeon(model)
+        surgeons.append(surgeon)
+        _compile_unit(model, unit, _ranks(unit, example_inputs), explanation, surgeon, verify)
+
+
+def _compile_unit(
+    model: nn.Module,
+    unit: Unit,
+    ranks: list[int | None],
+    explanation: Explanation,
+    surgeon: Surgeon,
+    verify: bool,
+) -> None:
+    """Plan, fold and operate on one unit. What fails with real numbers is banned, and the unit is planned again."""
+    banned: list[Refusal] = []
+    planner = _Planner(model, unit, ranks)
+    while True:
+        with _clock(explanation, "plan"):
+            regions = planner.plan(explanation)
+        folded = [
+            outcome for region in regions if (outcome := _fold(region, planner, explanation, verify, banned)) is not None
+        ]
+        if len(folded) == len(regions):
+            with _clock(explanation, "fold"):
+                try:
+                    paths = surgeon.operate(planner.layout, [(region, layer) for region, layer, _ in folded])
+                    break
+                except RefusalError as error:
+                    surgeon.undo()
+                    banned.append(error.refusal)
+                    planner.banned |= {_key(r) for r in regions if r.placement.rewrites}
+        planner = _Planner(model, retrace(planner.flow.unit), ranks, planner.banned)
+    explanation.refusals += [r for r in banned if r not in explanation.refusals]
+    for region, layer, error in folded:
+        explanation.folds.append(_fold_of(region, _text(layer), paths.get(region, ""), error))
+
+
+def _fold(
+    region: Region, planner: _Planner, explanation: Explanation, verify: bool, banned: list[Refusal]
+) -> tuple[Region, nn.Module, float | None] | None:
+    layers = ", ".join(region.layers())
+    try:
+        with torch.no_grad():
+            with _clock(explanation, "fold"):
+                form = region.numeric()
+                nodes = [*region.dying, *region.constants]
+                layer = emit(form, target_of(t for n in nodes for t in planner.flow.tensors.get(n, ())))
+            error = None
+            if verify:
+                with _clock(explanation, "proof"):
+                    error = prove(region, form, layer)
+    except RefusalError as refused:
+        if refused.refusal.reason is Reason.NOT_FINITE:
+            raise ReparamError(f"{layers}: {refused.refusal.message}") from refused
+        banned.append(refused.refusal.at(layers))
+        planner.banned.add(_key(region))
+        return None
+    region.form = form
+    return region, layer, error
+
+
+class _Planner:
+    """One attempt at one unit: its dataflow, its layout, and what is not to be tried again."""
+
+    def __init__(
+        self, model: nn.Module, unit: Unit, ranks: list[int | None], banned: set[tuple[str, str]] | None = None
+    ) -> None:
+        owners: Counter[int] = Counter()
+        for module in model.modules():
+            tensors = [*module._parameters.values(), *module._buffers.values()]
+            owners.update(id(t) for t in tensors if t is not None)
+        self.flow = Flow(unit, owners, ranks)
+        registered = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+        self.layout = Layout(self.flow, registered)
+        self.banned = banned if banned is not None else set()
+        self._mutated = mutations(self.flow)
+
+    def plan(self, explanation: Explanation) -> list[Region]:
+        """Regions to fold; refusals worth reporting go into ``explanation``."""
+        refusals: list[Refusal] = []
+        regions = plan_unit(self.flow, self._accept, self.banned, refusals)
+        explanation.refusals += _worth_saying(self.flow, regions, refusals)
+        return regions
+
+    def _accept(self, region: Region, dead: set[fx.Node]) -> Refusal | None:
+        refusal = in_place_refusal(self.flow, region, self._mutated)
+        if refusal is not None:
+            return refusal
+        try:
+            region.placement = place(self.layout, region)
+        except RefusalError as error:
+            return error.refusal
+        return None
+
+
+def _traced(model: nn.Module, explanation: Explanation) -> list[Unit]:
+    with _clock(explanation, "trace"):
+        units, explanation.untraced = trace_units(model)
+    return units
+
+
+def _ranks(unit: Unit, inputs: tuple[Any, ...] | None) -> list[int | None]:
+    if unit.path or inputs is None:
+        return []
+    return [x.dim() if isinstance(x, Tensor) else None for x in inputs]
+
+
+def _key(region: Region) -> tuple[str, str]:
+    return region.entry.name, region.result.name
+
+
+@contextmanager
+def _clock(explanation: Explanation, stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        explanation.seconds[stage] = explanation.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+# ------------------------------------------------------------------ saying what was done
+
+
+def _fold_of(region: Region, into: str, where: str, error: float | None) -> Fold:
+    form = region.form
+    return Fold(
+        region.layers(), into, where, region.numbers_saved, form.numbers, region.work_saved, form.multiply_adds, error
+    )
+
+
+def _describe(region: Region) -> str:
+    form = region.form
+    kernel = "x".join(map(str, form.kernel))
+    if form.n == 0:
+        return f"Linear({form.in_channels} -> {form.out_channels})"
+    kind = "ConvTranspose" if any(u != 1 for u in form.up) else "Conv"
+    grouped = f", groups {form.groups}" if form.groups > 1 else ""
+    stride = f", stride {'x'.join(map(str, form.stride))}" if any(s > 1 for s in form.stride) else ""
+    return f"{kind}{form.n}d({form.in_channels} -> {form.out_channels}, {kernel}{stride}{grouped})"
+
+
+def _text(layer: nn.Module) -> str:
+    return " + ".join(str(m) for m in layer) if isinstance(layer, nn.Sequential) else str(layer)
+
+
+def _worth_saying(flow: Flow, regions: list[Region], refusals: list[Refusal]) -> list[Refusal]:
+    """One refusal per layer that stays: those of the laws, and for every batch norm why it is still there."""
+    gone = {flow.unit.name(n) for r in regions for n in r.dying}
+    said: dict[str, Refusal] = {}
+    for refusal in refusals:
+        if refusal.reason not in _QUIET and refusal.layer not in gone:
+            said.setdefault(refusal.layer, refusal)
+    dead = {n for r in regions for n in r.dying}
+    for node in flow.nodes:
+        if node in dead or not _is_norm(flow, node):
+            continue
+        name = flow.unit.name(node)
+        said.setdefault(name, _why_norm_stays(flow, node).at(name))
+    return list(said.values())
+
+
+def _is_norm(flow: Flow, node: fx.Node) -> bool:
+    return node.target is F.batch_norm or isinstance(flow.modules.get(node), _NormBase)
+
+
+def _why_norm_stays(flow: Flow, node: fx.Node) -> Refusal:
+    source = origin(node.all_input_nodes[0])
+    name = flow.unit.name(source) if source.op != "placeholder" else "the input"
+    readers = [u for u in source.users if "region" not in u.meta and not flow.shape_only(u)]
+    if len(readers) > 1 and source in flow.affine:
+        others = ", ".join(flow.unit.name(u) for u in readers if u is not node and u.op != "output") or "the output"
+        return Refusal(Reason.SHARED, f"the output of {name} is used by {others} as well")
+    return Refusal(Reason.NO_CONVOLUTION, f"{Reason.NO_CONVOLUTION.value}: it follows {name}")
+

@@ -1,0 +1,164 @@
+"""From a ConvForm back to layers: one convolution or linear layer, with an explicit pad only where torch needs one.
+
+Symmetric padding is the convolution's own. Otherwise the kernel grows by zero taps if that is allowed to cost, or the
+padding stands in front as a module of its own. The cast to the shipped dtype happens here, once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from passes.conv_form import ConvForm, _swap_in_out
+from passes.probe import CarriedForm
+from passes.refusal import Reason, RefusalError
+
+__all__ = ["Target", "emit", "read_back", "target_of"]
+
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PAD: dict[str, tuple[type[nn.Module], ...]] = {
+    "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the emitted layer must look like: dtype, device, whether it trains, and the weight's memory format."""
+
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    channels_last: bool
+
+
+def target_of(tensors: Iterable[Tensor]) -> Target:
+    """Taken from the weights that the new layer replaces, the largest of them first."""
+    ordered = sorted(tensors, key=lambda t: (t.dim() > 1, t.numel()), reverse=True)
+    main = ordered[0]
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    ambiguous = main.is_contiguous()
+    last = not ambiguous and main.dim() in formats and main.is_contiguous(memory_format=formats[main.dim()])
+    return Target(main.dtype, main.device, any(t.requires_grad for t in ordered), last)
+
+
+def emit(form: ConvForm, target: Target) -> nn.Module:
+    """The layer that computes ``form``; refuses with ``NOT_FINITE`` if the cast overflows."""
+    weight, bias = (_cast(t, target, what) for t, what in ((form.weight, "weight"), (form.bias, "bias")))
+    assert weight is not None
+    layer: nn.Module
+    if isinstance(form, CarriedForm):
+        assert form.carrier is not None
+        layer = copy.copy(form.carrier)
+        layer.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
+    elif form.n == 0:
+        layer = nn.Linear(form.in_channels, form.out_channels, device="meta")
+    elif any(u != 1 for u in form.up):
+        layer = _transposed(form)
+        weight = _swap_in_out(weight.flip(tuple(range(2, 2 + form.n))), form.groups).contiguous()
+    else:
+        return _conv(form, weight, bias, target)
+    return _fill(layer, weight, bias, target)
+
+
+def read_back(module: nn.Module, form: ConvForm) -> ConvForm:
+    """The form of an emitted layer, read from its own numbers: what the proof checks is what ships."""
+    layer = module[1] if isinstance(module, nn.Sequential) else module
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    weight = weight.detach().double()
+    if any(u != 1 for u in form.up):
+        weight = _swap_in_out(weight, form.groups).flip(tuple(range(2, 2 + form.n)))
+    return ConvForm(
+        weight,
+        None if bias is None else bias.detach().double(),  # type: ignore[operator]
+        form.stride,
+        form.dilation,
+        form.offset,
+        form.extent,
+        form.up,
+        form.groups,
+        form.mode,
+    )
+
+
+def _conv(form: ConvForm, weight: Tensor, bias: Tensor | None, target: Target) -> nn.Module:
+    lead, trail, n = form.lead, form.trail, form.n
+    symmetric = lead == trail and all(p >= 0 for p in lead)
+    total = [d * (k - 1) for d, k in zip(form.dilation, form.kernel, strict=True)]
+    same = not symmetric and form.stride == (1,) * n and list(zip(lead, trail, strict=True)) == [
+        (t // 2, t - t // 2) for t in total
+    ]
+    layer = _CONV[n - 1](
+        form.in_channels,
+        form.out_channels,
+        form.kernel,
+        stride=form.stride,
+        padding=lead if symmetric else "same" if same else 0,
+        dilation=form.dilation,
+        groups=form.groups,
+        bias=bias is not None,
+        padding_mode=form.mode if same or (symmetric and any(lead)) else "zeros",
+        device="meta",
+    )
+    conv = _fill(layer, weight, bias, target)
+    if symmetric or same:
+        return conv
+    pads = [p for pair in zip(reversed(lead), reversed(trail), strict=True) for p in pair]
+    if form.mode != "zeros" and any(p < 0 for p in pads):
+        raise RefusalError(Reason.PAD_MODE, f"cannot crop and pad in mode {form.mode} at once")
+    pad = _PAD[form.mode][n - 1](tuple(pads))
+    return nn.Sequential(OrderedDict(pad=pad, conv=conv)).eval()
+
+
+def _transposed(form: ConvForm) -> nn.Module:
+    n = form.n
+    full = [form.dilation[i] * (form.kernel[i] - 1) for i in range(n)]
+    padding = [full[i] - form.lead[i] for i in range(n)]
+    extra = [form.trail[i] - form.lead[i] for i in range(n)]
+    for i in range(n):
+        if padding[i] < 0 or not 0 <= extra[i] < max(form.up[i], form.dilation[i]) or form.stride[i] != 1:
+            raise RefusalError(Reason.TRANSPOSED, "no transposed convolution of torch has this geometry")
+    return _TRANSPOSED[n - 1](
+        form.in_channels,
+        form.out_channels,
+        form.kernel,
+        stride=form.up,
+        padding=tuple(padding),
+        output_padding=tuple(extra),
+        groups=form.groups,
+        bias=form.bias is not None,
+        dilation=form.dilation,
+        device="meta",
+    )
+
+
+def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None, target: Target) -> nn.Module:
+    """Give a layer its numbers; it was made without any, so that nothing is allocated or drawn twice."""
+    if target.channels_last and weight.dim() in (4, 5):
+        weight = weight.contiguous(
+            memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
+        )
+    layer.weight = nn.Parameter(weight, requires_grad=target.requires_grad)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=target.requires_grad)
+    return layer.eval()
+
+
+def _cast(tensor: Tensor | None, target: Target, what: str) -> Tensor | None:
+    if tensor is None:
+        return None
+    cast = tensor.detach().to(target.device, target.dtype).contiguous()
+    if not bool(torch.isfinite(cast).all()):
+        worst = tensor.detach().abs().max().item() if bool(torch.isfinite(tensor).all()) else float("nan")
+        raise RefusalError(
+            Reason.NOT_FINITE, f"the folded {what} does not fit into {target.dtype}: its largest value is {worst:.4g}"
+        )
+    return cast

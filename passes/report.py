@@ -1,0 +1,113 @@
+"""What a compilation did or would do: folds, refusals, counts and seconds. ``str()`` is a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from passes.refusal import Refusal
+
+__all__ = ["Counts", "Explanation", "Fold"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Layers of a model: convolutions (transposed ones too), batch norms, linear layers; numbers in parameters."""
+
+    convs: int
+    norms: int
+    linears: int
+    parameters: int
+
+    @staticmethod
+    def of(model: nn.Module) -> Counts:
+        modules = list(model.modules())
+        return Counts(
+            sum(isinstance(m, _ConvNd) for m in modules),
+            sum(isinstance(m, _NormBase) or "BatchNorm" in type(m).__name__ for m in modules),
+            sum(isinstance(m, nn.Linear) for m in modules),
+            sum(p.numel() for p in model.parameters()),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.convs} convs, {self.norms} norms, {self.linears} linears, {self.parameters / 1e6:.2f} M parameters"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One region that is, or would be, one convolution.
+
+    Args:
+        layers: paths of the layers that vanish, in order of execution.
+        into: the layer that takes their place, as text.
+        where: its path in the model; empty while planning.
+        numbers_before, numbers_after: parameters and statistics held.
+        multiply_adds_before, multiply_adds_after: per position of the region's input.
+        error: largest difference found by the proof, relative to the largest output; None if not proven.
+    """
+
+    layers: tuple[str, ...]
+    into: str
+    where: str
+    numbers_before: int
+    numbers_after: int
+    multiply_adds_before: float
+    multiply_adds_after: float
+    error: float | None = None
+
+
+@dataclass
+class Explanation:
+    """What :func:`reparam.collapse` does to a model, or what :func:`reparam.explain` says it would do.
+
+    Args:
+        folds: regions folded (or to be folded).
+        refusals: what stays as it is, each with its reason, one per layer.
+        untraced: parts of the model that torch.fx cannot read; what is inside them is compiled on its own.
+        before, after: counts of layers; ``after`` is None while planning.
+        seconds: time per stage: trace, plan, fold, proof.
+        notes: things worth knowing, such as a model that was in training mode.
+    """
+
+    folds: list[Fold] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    untraced: list[Refusal] = field(default_factory=list)
+    before: Counts | None = None
+    after: Counts | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def reasons(self) -> Counter[str]:
+        """How many layers stay for each reason."""
+        return Counter(r.reason.value for r in self.refusals)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.folds)} regions fold"]
+        if self.before is not None:
+            lines.append(f"before: {self.before}")
+        if self.after is not None:
+            lines.append(f"after:  {self.after}")
+        rows = [("layers", "becomes", "numbers", "error")]
+        for fold in self.folds:
+            numbers = f"{fold.numbers_before} -> {fold.numbers_after}"
+            rows.append((_short(fold.layers), fold.into, numbers, "" if fold.error is None else f"{fold.error:.1e}"))
+        lines += ["", *_table(rows)] if self.folds else []
+        if self.refusals:
+            lines += ["", "left as they are:", *_table([("layer", "reason")] + [(r.layer, r.message) for r in self.refusals])]
+        if self.untraced:
+            lines += ["", "compiled inside only:", *_table([("module", "reason")] + [(r.layer or "(model)", r.message) for r in self.untraced])]
+        return "\n".join(lines + [f"note: {n}" for n in self.notes])
+
+
+def _short(layers: tuple[str, ...]) -> str:
+    return ", ".join(layers) if len(layers) <= 3 else f"{layers[0]}, {layers[1]}, ... {layers[-1]} ({len(layers)})"
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [min(max(len(row[i]) for row in rows), 70) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

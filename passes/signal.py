@@ -1,0 +1,278 @@
+"""Signal: a value inside a region, as an affine function of the region's entry, and how its data lie in memory.
+
+Most values lie just as a convolution leaves them. Reshapes, transposes, shuffles and slices are followed *by example*:
+the operation itself runs on a small tensor of element numbers, and the value counts as a channel permutation again
+as soon as those numbers say so. Nothing has to be known about the operation, and what does not come back to a channel
+permutation is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passes.conv_form import ConvForm, Ints
+from passes.refusal import Reason, RefusalError
+
+__all__ = ["Dim", "Signal", "View", "crop", "merge", "move", "per_channel", "settle"]
+
+_SIZES = (23, 29, 31)
+_BATCH = (2, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class View:
+    """How the entry's tensor is read: ``(batch, channels, *n spatial)``, or, with ``last``, ``(*batch, channels)``.
+
+    ``rank`` is the number of dimensions, None where it is not known (only with ``last``).
+    """
+
+    n: int
+    last: bool = False
+    rank: int | None = None
+
+    @property
+    def channel_axis(self) -> int:
+        return -1 if self.last else 1
+
+
+@dataclass(frozen=True)
+class Signal:
+    """An affine function of the entry.
+
+    Args:
+        form: the function.
+        view: the layout of the entry, shared by all values of a region.
+        ids: number of each element in the canonical layout, for a small example; None if canonical.
+        work: multiply-adds of the operation that made this value, per output position.
+        conv: whether that operation is a convolution or linear layer.
+        untouched: whether this is the entry itself.
+    """
+
+    form: ConvForm
+    view: View
+    ids: Tensor | None = None
+    work: int = 0
+    conv: bool = False
+    untouched: bool = False
+
+    def with_form(self, form: ConvForm, work: int | None = None, conv: bool = False) -> Signal:
+        """Same layout, another function."""
+        work = form.out_channels if work is None else work
+        return replace(self, form=form, work=work, conv=conv, untouched=False)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Shape as the traced code may use it; sizes of the example are marked so that they cannot become numbers."""
+        if self.ids is not None:
+            return tuple(Dim(s) for s in self.ids.shape)
+        if self.view.last and self.view.rank is None:
+            raise RefusalError(Reason.RANK_UNKNOWN)
+        sizes: list[Any] = [Dim(s) for s in _example_shape(self)]
+        sizes[self.view.channel_axis] = self.form.out_channels
+        return tuple(sizes)
+
+
+class Dim:
+    """A size that depends on the input: good for reshaping, never for arithmetic on values."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def _with(self, other: Any, op: Callable[[Any, Any], Any], swap: bool = False) -> Dim:
+        theirs = other.value if isinstance(other, Dim) else other
+        return Dim(op(theirs, self.value) if swap else op(self.value, theirs))
+
+    def __add__(self, other: Any) -> Dim:
+        return self._with(other, operator.add)
+
+    def __sub__(self, other: Any) -> Dim:
+        return self._with(other, operator.sub)
+
+    def __mul__(self, other: Any) -> Dim:
+        return self._with(other, operator.mul)
+
+    def __floordiv__(self, other: Any) -> Dim:
+        return self._with(other, operator.floordiv)
+
+    def __radd__(self, other: Any) -> Dim:
+        return self._with(other, operator.add, swap=True)
+
+    def __rmul__(self, other: Any) -> Dim:
+        return self._with(other, operator.mul, swap=True)
+
+
+def settle(signal: Signal) -> Signal:
+    """The same value in canonical layout; refuses if it does not lie that way."""
+    if signal.ids is None:
+        return signal
+    shape = _example_shape(signal)
+    whole = torch.arange(math.prod(shape)).reshape(shape)
+    axis = signal.view.channel_axis
+    got = signal.ids
+    if got.dim() != whole.dim():
+        raise RefusalError(Reason.LAYOUT)
+    at_zero = got.movedim(axis, -1).flatten(0, -2)[0] if got.dim() > 1 else got
+    rows = (_channel_of(signal, at_zero)).tolist()
+    wanted = whole.index_select(axis, torch.tensor(rows, dtype=torch.long))
+    if wanted.shape != got.shape or not torch.equal(wanted, got):
+        raise RefusalError(Reason.LAYOUT)
+    return replace(signal, form=signal.form.rows(rows), ids=None, untouched=False)
+
+
+def move(signal: Signal, operation: Callable[[Tensor], Any]) -> Any:
+    """Apply an operation that only moves data; a tuple of parts gives a tuple of signals."""
+    moved = operation(_ids(signal))
+    if isinstance(moved, (tuple, list)):
+        return tuple(_moved(signal, part) for part in moved)
+    return _moved(signal, moved)
+
+
+def crop(signal: Signal, index: Sequence[Any]) -> Signal:
+    """Python indexing: anything along channels, ``start:-stop:step`` along space."""
+    if signal.ids is None and not signal.view.last:
+        signal, index = _crop_space(signal, list(index))
+    ids = _ids(signal)
+    axis = 0
+    for item in index:
+        if item is None:
+            continue
+        if item != slice(None) and not _only_channels(signal, ids, axis):
+            raise RefusalError(Reason.LAYOUT, "a slice along batch or space with fixed bounds depends on the input's size")
+        axis += 1
+    if all(item == slice(None) for item in index):
+        return replace(signal, work=0, conv=False)
+    moved = _moved(signal, ids[tuple(index)])
+    return moved
+
+
+def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor]) -> Signal:
+    """Concatenate or stack: channels of several signals become channels of one."""
+    if len({part.view for part in parts}) != 1:
+        raise RefusalError(Reason.LAYOUT)
+    form = ConvForm.concat([part.form for part in parts])
+    joined = replace(parts[0], form=form, ids=None, work=0, conv=False, untouched=False)
+    whole = _canonical_ids(joined)
+    axis, start, ids = joined.view.channel_axis, 0, []
+    for part in parts:
+        own = whole.narrow(axis, start, part.form.out_channels)
+        ids.append(own if part.ids is None else own.flatten()[_position(part)])
+        start += part.form.out_channels
+    return settle(replace(joined, ids=operation(ids)))
+
+
+def per_channel(signal: Signal, value: Tensor) -> Tensor:
+    """``value``, broadcast against the signal, as one number per channel of its form ``(out,)``; else refuses."""
+    axis, perm = _channel_axis(signal)
+    if value.numel() == 1:
+        return value.reshape(1).expand(signal.form.out_channels)
+    rank = signal.ids.dim() if signal.ids is not None else signal.view.rank
+    at = axis if axis < 0 else axis - (rank if rank is not None else signal.view.n + 2)
+    wrong = [i for i in range(-value.dim(), 0) if i != at and value.shape[i] != 1]
+    if wrong or value.dim() < -at or value.shape[at] not in (1, signal.form.out_channels):
+        raise RefusalError(Reason.NOT_PER_CHANNEL, f"{Reason.NOT_PER_CHANNEL.value}: shape {tuple(value.shape)}")
+    flat = value.reshape(-1)
+    if flat.numel() == 1:
+        return flat.expand(signal.form.out_channels)
+    return flat if perm is None else flat[torch.tensor(perm, device=flat.device)]
+
+
+def channel_axis_is(signal: Signal, wanted: int) -> bool:
+    """Whether the tensor's axis ``wanted`` holds the channels."""
+    axis, _ = _channel_axis(signal)
+    if axis >= 0:
+        return axis == wanted
+    return signal.view.rank is None or signal.view.rank - 1 == wanted
+
+
+def _channel_axis(signal: Signal) -> tuple[int, list[int] | None]:
+    """Axis of the channels, and for a non-canonical layout where each channel of the form stands along it."""
+    if signal.ids is None:
+        return signal.view.channel_axis, None
+    channel = _channel_of(signal, signal.ids)
+    for axis in range(channel.dim()):
+        if channel.shape[axis] != signal.form.out_channels:
+            continue
+        line = channel.movedim(axis, -1)
+        if bool((line == line.flatten(0, -2)[0]).all()) and line.flatten(0, -2)[0].sort().values.tolist() == list(
+            range(signal.form.out_channels)
+        ):
+            return axis, torch.argsort(line.flatten(0, -2)[0]).tolist()
+    raise RefusalError(Reason.LAYOUT)
+
+
+def _channel_of(signal: Signal, ids: Tensor) -> Tensor:
+    """The form's channel that each element number belongs to."""
+    shape = _example_shape(signal)
+    inner = 1 if signal.view.last else math.prod(shape[2:])
+    return (ids // inner) % signal.form.out_channels
+
+
+def _only_channels(signal: Signal, ids: Tensor, axis: int) -> bool:
+    """Whether moving along ``axis`` changes the channel and nothing else."""
+    if ids.shape[axis] == 1:
+        return True
+    step = 1 if signal.view.last else math.prod(_example_shape(signal)[2:])
+    channel = _channel_of(signal, ids)
+    rest = ids - channel * step
+    return bool((rest == rest.narrow(axis, 0, 1)).all())
+
+
+def _crop_space(signal: Signal, index: list[Any]) -> tuple[Signal, list[Any]]:
+    n = signal.view.n
+    lead, trail, stride = [0] * n, [0] * n, [1] * n
+    for i in range(n):
+        if len(index) <= 2 + i or index[2 + i] == slice(None):
+            continue
+        item = index[2 + i]
+        start, stop, step = (item.start or 0, item.stop, item.step or 1) if isinstance(item, slice) else (-1, 0, 1)
+        fixed = isinstance(stop, Dim) or (stop is not None and stop >= 0)
+        if any(isinstance(v, Dim) for v in (start, step)) or start < 0 or fixed or step < 1:
+            raise RefusalError(Reason.LAYOUT, "a slice along space with fixed bounds depends on the input's size")
+        lead[i], trail[i], stride[i] = -start, stop or 0, step
+        index[2 + i] = slice(None)
+    form = signal.form.pad(tuple(lead), tuple(trail))
+    if any(s > 1 for s in stride):
+        identity = ConvForm.identity(form.out_channels, n, like=form.weight)
+        form = form.then(replace(identity, stride=tuple(stride)))
+    return replace(signal, form=form, work=0, conv=False, untouched=False), index
+
+
+def _example_shape(signal: Signal) -> Ints:
+    if signal.view.last:
+        if signal.view.rank is None:
+            raise RefusalError(Reason.RANK_UNKNOWN)
+        return (*_BATCH[: signal.view.rank - 1], signal.form.out_channels)
+    size = signal.form.out_size(_SIZES[: signal.view.n])
+    if any(s < 1 for s in size):
+        raise RefusalError(Reason.LAYOUT, "kernel too large to follow this data movement by example")
+    return (_BATCH[0], signal.form.out_channels, *size)
+
+
+def _canonical_ids(signal: Signal) -> Tensor:
+    shape = _example_shape(signal)
+    return torch.arange(math.prod(shape)).reshape(shape)
+
+
+def _ids(signal: Signal) -> Tensor:
+    return _canonical_ids(signal) if signal.ids is None else signal.ids
+
+
+def _position(signal: Signal) -> Tensor:
+    """Index tensor that takes the signal's elements out of its flattened canonical layout."""
+    assert signal.ids is not None
+    return signal.ids
+
+
+def _moved(signal: Signal, ids: Tensor) -> Signal:
+    moved = replace(signal, ids=ids, work=0, conv=False, untouched=False)
+    try:
+        return settle(moved)
+    except RefusalError:
+        return moved

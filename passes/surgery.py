@@ -1,0 +1,521 @@
+"""Surgery: put the folded layers into the caller's own model and disturb as little as possible.
+
+In this order: (a) the region is a chain of modules: the first convolution's slot gets the folded one, the others
+become Identity, or what remains of them; (b) the region is one module's whole forward: that module becomes the layer;
+(c) the region is part of a forward: only the smallest enclosing module gets a new forward.
+
+:func:`place` decides, from the graph alone, before anything is changed. :class:`Surgeon` carries it out and can take
+everything back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from passes.flow import Flow
+from passes.refusal import Reason, RefusalError
+from passes.region import Region
+from passes.rewritten import rewrite_forward
+from passes.trace import Call, call_of, join
+
+__all__ = ["Layout", "Placement", "Surgeon", "place"]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """In the forward of ``call``, ``old`` is replaced: by the folded layer, or by the node ``given``.
+
+    ``tail`` is a child call that keeps part of the region and is edited on its own.
+    """
+
+    call: Call
+    old: fx.Node
+    given: fx.Node | None
+    tail: Call | None = None
+
+
+@dataclass
+class Placement:
+    """Where a region's layer goes. ``slots`` maps a module path to True (the layer) or False (Identity)."""
+
+    slots: dict[str, bool] = field(default_factory=dict)
+    rewrites: list[Rewrite] = field(default_factory=list)
+
+
+class Layout:
+    """Facts about one unit's modules that surgery needs: how often each is called, and where it is registered."""
+
+    def __init__(self, flow: Flow, registered: Counter[int]) -> None:
+        self.flow = flow
+        self.registered = registered
+        unit = flow.unit
+        self.leaf_calls = Counter(str(n.target) for n in flow.modules)
+        self.calls = Counter(id(call.module) for call in unit.calls)
+
+    def replaceable(self, module: nn.Module, path: str, parent: Call | None) -> bool:
+        """Whether putting another module into this slot changes this one call and nothing else."""
+        once = self.leaf_calls[path] == 1 if parent is not None and path in self.leaf_calls else True
+        around = all(self.calls[id(c.module)] == 1 for c in (parent.chain() if parent is not None else ()))
+        pinned = id(module) in self.flow.unit.pinned
+        return once and around and not pinned and self.registered[id(module)] == 1 and path != ""
+
+    def rewritable(self, call: Call) -> bool:
+        """Whether this module's forward may be replaced."""
+        return all(self.calls[id(c.module)] == 1 for c in call.chain()) and self.registered[id(call.module)] == 1
+
+
+def place(layout: Layout, region: Region) -> Placement:
+    """Decide where the folded layer goes; raises :class:`RefusalError` with ``CODE`` if nowhere."""
+    common = _common_call([call_of(n) for n in region.dying])
+    placement = Placement()
+    _substitute(layout, region, common, origin(region.result), None, placement)
+    return placement
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """The traced node whose value ``node`` has; a fold stands for the result that it replaced."""
+    while isinstance(region := node.meta.get("region"), Region):
+        node = region.result
+    return node
+
+
+def _common_call(calls: list[Call]) -> Call:
+    chains = [list(c.chain())[::-1] for c in calls]
+    common = chains[0][0]
+    for level in zip(*chains, strict=False):
+        if any(c is not level[0] for c in level):
+            break
+        common = level[0]
+    return common
+
+
+def _substitute(
+    layout: Layout, region: Region, call: Call, old: fx.Node, given: fx.Node | None, placement: Placement
+) -> None:
+    """Within ``call``, give the users of ``old`` the folded layer's output, or the value ``given``."""
+    trial = Placement()
+    if _as_chain(layout, region, call, old, given, trial):
+        placement.slots.update(trial.slots)
+        placement.rewrites += trial.rewrites
+        return
+    source = origin(region.entry) if given is None else given
+    if _is_whole(region, call, old) and call.args == (source,) and not call.kwargs:
+        path = call.path
+        outer = call.parent is None and layout.flow.unit.path != ""
+        if outer or (call.parent is not None and layout.replaceable(call.module, path, call.parent)):
+            placement.slots[path] = given is None
+            return
+    if not layout.rewritable(call):
+        raise RefusalError(Reason.CODE, f"{call.path or 'the model'} is called more than once", call.path)
+    _check_signature(call)
+    tail = _tail(region, call, old)
+    if tail is not None and tail.output is not old:
+        passed = _passed(region, tail)
+        if passed is not None:
+            trial = Placement()
+            try:
+                _substitute(layout, region, tail, old, passed, trial)
+            except RefusalError:
+                pass  # what is left of the tail is then written out in the new forward
+            else:
+                placement.slots.update(trial.slots)
+                placement.rewrites += [*trial.rewrites, Rewrite(call, passed, given, tail)]
+                return
+    placement.rewrites.append(Rewrite(call, old, given))
+
+
+def _tail(region: Region, call: Call, old: fx.Node) -> Call | None:
+    """The child call of ``call`` in which ``old`` was made."""
+    chain = list(call_of(old).chain())
+    at = chain.index(call)
+    return chain[at - 1] if at > 0 else None
+
+
+def _passed(region: Region, tail: Call) -> fx.Node | None:
+    """The one dying value that ``tail`` is given."""
+    inside = {n for n in region.dying if tail in call_of(n).chain()}
+    given = {origin(i) for n in inside for i in n.all_input_nodes} & (set(region.dying) - inside)
+    if len(given) != 1:
+        return None
+    (value,) = given
+    return value if _nodes([tail.args, tail.kwargs]).count(value) == 1 else None
+
+
+def _as_chain(
+    layout: Layout, region: Region, call: Call, old: fx.Node, given: fx.Node | None, trial: Placement
+) -> bool:
+    """Try (a): the dying nodes of ``call`` are modules one after another."""
+    items = _items(region, call)
+    if items is None:
+        return False
+    source = given
+    for i, item in enumerate(items):
+        last = i == len(items) - 1
+        target = old if last else (item if isinstance(item, fx.Node) else item.output)
+        if not isinstance(target, fx.Node) or (not last and not _only_feeds(layout, target, items[i + 1], call)):
+            return False
+        reads = origin(region.entry) if i == 0 and given is None else source
+        assert reads is not None
+        if isinstance(item, fx.Node):
+            path = str(item.target)
+            module = layout.flow.modules[item]
+            if item is not target or [origin(n) for n in _nodes(item.args)] != [reads] or len(item.args) != 1 or item.kwargs:
+                return False
+            if not layout.replaceable(module, path, call):
+                return False
+            trial.slots[path] = i == 0 and given is None
+        else:
+            if item.kwargs or _nodes(item.args).count(reads) != 1:
+                return False
+            try:
+                _substitute(layout, region, item, target, None if i == 0 and given is None else reads, trial)
+            except RefusalError:
+                return False
+        source = target
+    return True
+
+
+def _items(region: Region, call: Call) -> list[fx.Node | Call] | None:
+    """What ``call`` itself runs of the region: leaf modules and child calls, in order; None if bare operations too."""
+    items: list[fx.Node | Call] = []
+    for node in region.dying:
+        chain = list(call_of(node).chain())
+        if call not in chain:
+            continue
+        at = chain.index(call)
+        item: fx.Node | Call = node if at == 0 else chain[at - 1]
+        if at == 0 and node.op != "call_module":
+            return None
+        if item not in items:
+            items.append(item)
+    return items or None
+
+
+def _only_feeds(layout: Layout, node: fx.Node, item: fx.Node | Call, call: Call) -> bool:
+    """Whether ``node`` goes into ``item`` and nowhere else, questions about its shape aside."""
+    for user in node.users:
+        inside = user is item if isinstance(item, fx.Node) else item in call_of(user).chain()
+        if not inside and not layout.flow.shape_only(user) and "region" not in user.meta:
+            return False
+    return node not in _nodes(call.output)
+
+
+def _is_whole(region: Region, call: Call, old: fx.Node) -> bool:
+    """Whether nothing of ``call`` is left once ``old`` is replaced (``old`` is all it returns)."""
+    if call.output is not old:
+        return False
+    dying = {*region.dying, *region.constants}
+    inside = [n for n in region.flow.nodes if n.op != "output" and call in call_of(n).chain()]
+    alive = [n for n in inside if n not in dying and "region" not in n.meta and n.op != "placeholder"]
+    return all(n.op in ("call_function", "call_method", "get_attr") and _stays_inside(n, call) for n in alive)
+
+
+def _stays_inside(node: fx.Node, call: Call) -> bool:
+    return all(call in call_of(user).chain() and user.op != "output" for user in node.users)
+
+
+def _check_signature(call: Call) -> None:
+    parameters = inspect.signature(call.module.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        where = call.path or type(call.module).__name__
+        raise RefusalError(Reason.CODE, f"the forward of {where} takes *args or **kwargs and cannot be rewritten")
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(value, lambda n: found.append(n) or n)
+    return found
+
+
+# ------------------------------------------------------------------ carrying it out
+
+
+class Surgeon:
+    """Edits one model. Every step is recorded, so that :meth:`undo` gives the caller's model back as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._undo: list[Callable[[], None]] = []
+
+    def operate(self, layout: Layout, regions: list[tuple[Region, nn.Module]]) -> dict[Region, str]:
+        """Put all folded layers of one unit in place; gives each layer's path."""
+        unit = layout.flow.unit
+        paths: dict[Region, str] = {}
+        rewrites: dict[Call, list[tuple[Rewrite, Region]]] = {}
+        layers = dict(regions)
+        for region, layer in regions:
+            placement: Placement = region.placement
+            for path, is_layer in placement.slots.items():
+                full = join(unit.path, path)
+                self._set(full, layer if is_layer else nn.Identity().eval())
+                if is_layer:
+                    paths[region] = full
+            for rewrite in placement.rewrites:
+                rewrites.setdefault(rewrite.call, []).append((rewrite, region))
+        # Innermost first: an outer rewrite then calls the inner module as it has become.
+        for call in sorted(rewrites, key=lambda c: len(list(c.chain())), reverse=True):
+            paths.update(self._rewrite(layout, call, rewrites[call], layers))
+        return paths
+
+    def undo(self) -> None:
+        """Take back every edit, last one first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _rewrite(
+        self,
+        layout: Layout,
+        call: Call,
+        changes: list[tuple[Rewrite, Region]],
+        layers: dict[Region, nn.Module],
+    ) -> dict[Region, str]:
+        unit = layout.flow.unit
+        dead = {n for rewrite, region in changes for n in _dead_inside(region, rewrite)}
+        names: dict[Region, str] = {}
+        for rewrite, region in changes:
+            if rewrite.given is None:
+                names[region] = _layer_name(layout, call, region, dead, set(names.values()))
+        graph = _Local(layout, call, changes, names, dead).build()
+        self._clean(layout, call, dead)
+        paths = {}
+        for region, name in names.items():
+            self._add(call.module, name, layers[region])
+            paths[region] = join(unit.path, call.path, name)
+        if isinstance(call.module, (_BatchNorm, _ConvNd)) and all(r.given is not None for r, _ in changes):
+            self._set(join(unit.path, call.path), _remainder(call.module, graph))
+        else:
+            before = call.module.__class__
+            rewrite_forward(call.module, graph)
+            self._undo.append(lambda: setattr(call.module, "__class__", before))
+        return paths
+
+    def _clean(self, layout: Layout, call: Call, dead: set[fx.Node]) -> None:
+        """Remove the modules and weights below ``call`` that only dead nodes used."""
+        prefix = call.path
+        use: dict[str, bool] = {}
+        for node in layout.flow.nodes:
+            if node.op in ("call_module", "get_attr"):
+                use[str(node.target)] = use.get(str(node.target), False) or node not in dead
+        self._prune(call.module, prefix, use)
+
+    def _prune(self, module: nn.Module, path: str, use: dict[str, bool]) -> None:
+        for name, child in list(module._modules.items()):
+            at = join(path, name)
+            below = [alive for target, alive in use.items() if target == at or target.startswith(at + ".")]
+            if child is None or not below or all(below):
+                continue
+            if any(below):
+                self._prune(child, at, use)
+            else:
+                self._remove(module._modules, name)
+        for table in (module._parameters, module._buffers):
+            for name in list(table):
+                if use.get(join(path, name)) is False:
+                    self._clear(table, name)
+
+    def _set(self, path: str, new: nn.Module) -> None:
+        *parent, name = path.split(".")
+        owner = self.model.get_submodule(".".join(parent))
+        old = owner._modules[name]
+        owner._modules[name] = new
+        self._undo.append(lambda: owner._modules.__setitem__(name, old))
+
+    def _add(self, owner: nn.Module, name: str, new: nn.Module) -> None:
+        before = dict(owner._modules)
+        owner._modules[name] = new
+
+        def restore() -> None:
+            owner._modules.clear()
+            owner._modules.update(before)
+
+        self._undo.append(restore)
+
+    def _remove(self, table: dict[str, Any], name: str) -> None:
+        before = dict(table)
+        del table[name]
+
+        def restore() -> None:
+            table.clear()
+            table.update(before)
+
+        self._undo.append(restore)
+
+    def _clear(self, table: dict[str, Any], name: str) -> None:
+        old = table[name]
+        table[name] = None
+        self._undo.append(lambda: table.__setitem__(name, old))
+
+
+def _dead_inside(region: Region, rewrite: Rewrite) -> list[fx.Node]:
+    """Nodes of the region that vanish from the forward being rewritten."""
+    found = []
+    for node in [*region.dying, *region.constants]:
+        chain = list(call_of(node).chain())
+        if rewrite.call in chain and rewrite.tail not in chain:
+            found.append(node)
+    return found
+
+
+def _layer_name(layout: Layout, call: Call, region: Region, dead: set[fx.Node], taken: set[str]) -> str:
+    """The name of the child that held the largest convolution, if all of it dies; else a new one."""
+    flow = layout.flow
+    convs = [n for n in region.dying if n.op == "call_module" and isinstance(flow.modules[n], (_ConvNd, nn.Linear))]
+    convs += [n for n in region.constants if n.op == "get_attr"]
+    convs.sort(key=lambda n: -sum(t.numel() for t in flow.tensors[n]))
+    for node in convs:
+        path = str(node.target)
+        if call.path and not path.startswith(call.path + "."):
+            continue
+        name = path[len(call.path) + 1 if call.path else 0 :].split(".")[0]
+        at = join(call.path, name)
+        users = [
+            n
+            for n in flow.nodes
+            if n.op in ("call_module", "get_attr") and (n.target == at or str(n.target).startswith(at + "."))
+        ]
+        if name in call.module._modules and name not in taken and all(n in dead for n in users):
+            return name
+    base, number = "folded", 0
+    while hasattr(call.module, base) or base in taken:
+        number += 1
+        base = f"folded_{number}"
+    return base
+
+
+def _remainder(module: nn.Module, graph: fx.Graph) -> nn.Module:
+    """What is left of a norm or convolution that also does something else: its activation, under its old name."""
+    steps = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    chain, value = OrderedDict(), next(n for n in graph.nodes if n.op == "placeholder")
+    for node in steps:
+        if node.op != "call_module" or node.args != (value,) or "." in str(node.target):
+            return fx.GraphModule(module, graph).eval()
+        child = module.get_submodule(str(node.target))
+        if type(child) is not nn.Identity:
+            chain[str(node.target)] = child
+        value = node
+    return nn.Sequential(chain).eval() if chain else nn.Identity().eval()
+
+
+class _Local:
+    """Builds the new forward of one call: its own operations, and its child modules called as before."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        call: Call,
+        changes: list[tuple[Rewrite, Region]],
+        names: dict[Region, str],
+        dead: set[fx.Node],
+    ) -> None:
+        self.layout, self.call, self.names, self.dead = layout, call, names, dead
+        self.touched = self._calls_with(dead)
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.parts: list[fx.Node] = []
+        self.given = {rewrite.old: rewrite.given for rewrite, _ in changes if rewrite.given is not None}
+        self.first = {}
+        for rewrite, region in changes:
+            if rewrite.given is None:
+                self.first[next(n for n in region.dying if call in call_of(n).chain())] = region
+
+    def build(self) -> fx.Graph:
+        self._placeholders()
+        self._copy(self.call)
+        self.graph.output(self._map(self.call.output))
+        for node in self.parts:
+            if not node.users:
+                self.graph.erase_node(node)
+        self.graph.lint()
+        return self.graph
+
+    def _placeholders(self) -> None:
+        signature = inspect.signature(self.call.module.forward)
+        for name, value in signature.bind(*self.call.args, **self.call.kwargs).arguments.items():
+            parameter = signature.parameters[name]
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            node = self.graph.placeholder(name, None, *default)
+            self._name(value, node)
+
+    def _copy(self, call: Call) -> None:
+        done: set[Call] = set()
+        for node in self.layout.flow.nodes:
+            chain = list(call_of(node).chain())
+            if node.op in ("placeholder", "output") or call not in chain:
+                continue
+            at = chain.index(call)
+            child = None if at == 0 else chain[at - 1]
+            if child is not None and child not in self.touched:
+                if child not in done:
+                    done.add(child)
+                    self._call(child)
+            elif child is not None:
+                if child not in done:
+                    done.add(child)
+                    self._copy(child)
+            else:
+                self._node(node)
+
+    def _node(self, node: fx.Node) -> None:
+        if node in self.first:
+            self._fold(self.first[node])
+        if node in self.given:
+            self.env[node] = self._value(self.given[node])
+        if "region" in node.meta or node in self.dead:
+            return
+        try:
+            new = self.graph.node_copy(node, self._value)
+        except KeyError:
+            return  # an assertion about a value that is gone
+        if node.op in ("call_module", "get_attr"):
+            new.target = self._relative(str(node.target))
+        self.env[node] = new
+
+    def _fold(self, region: Region) -> None:
+        new = self.graph.call_module(self.names[region], (self._value(region.entry),))
+        for node in region.dying:  # whoever still asks for their shape asks the result
+            self.env[node] = new
+
+    def _call(self, call: Call) -> None:
+        target = self._relative(call.path)
+        try:
+            new = self.graph.call_module(target, self._map(call.args), self._map(call.kwargs))
+        except KeyError:
+            return
+        self._name(call.output, new)
+
+    def _name(self, value: Any, new: fx.Node) -> None:
+        """Let the traced nodes in ``value``, a node or nested tuples of them, be found as parts of ``new``."""
+        if isinstance(value, fx.Node):
+            self.env.setdefault(value, new)
+            return
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (tuple, list)) else ():
+            if _nodes(part):
+                taken = self.graph.call_function(operator.getitem, (new, key))
+                self.parts.append(taken)
+                self._name(part, taken)
+
+    def _map(self, value: Any) -> Any:
+        return fx.map_arg(value, self._value)
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        """The new node of a traced one; a fold made elsewhere is found under the result that it replaced."""
+        return self.env[origin(node)]  # type: ignore[no-any-return]
+
+    def _relative(self, target: str) -> str:
+        if not self.call.path:
+            return target
+        if not target.startswith(self.call.path + "."):
+            raise RefusalError(Reason.CODE, f"{self.call.path} uses {target}, which stands elsewhere in the model")
+        return target[len(self.call.path) + 1 :]
+
+    def _calls_with(self, dead: set[fx.Node]) -> set[Call]:
+        return {c for n in dead for c in call_of(n).chain()}

@@ -1,0 +1,37 @@
+"""Settings for all tests: one thread, fixed seeds, examples of hypothesis that can be repeated.
+
+torch's other defaults, the precision of float32 products among them, stay as a user finds them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from hypothesis import settings
+
+# No deadline: the first call of a torch operation is slow. In CI the same examples every time.
+settings.register_profile("dev", deadline=None, print_blob=True)
+settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed torch and random before every test."""
+    random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

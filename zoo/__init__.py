@@ -1,0 +1,1 @@
+"""What reparam runs on: networks, tables and benchmarks. Needs the extra ``zoo`` (timm, torchvision)."""

@@ -1,0 +1,222 @@
+"""One row of a folding table: collapse a network, compare it with the original and with the fold that ships."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import reparam
+from reparam import sources
+from zoo.families import Baseline, Network
+from zoo.randomise import randomise_
+
+__all__ = ["TOLERANCE", "Row", "Size", "measure", "relative_error", "shipped_fold", "size"]
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-10
+"""Largest relative difference, in float64, between a network and its fold."""
+
+CONTRAST = 1e-3
+"""Two inputs must change the output by this much, relatively; otherwise a comparison of outputs says nothing."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a network is made of."""
+
+    convs: int
+    norms: int
+    parameters: int
+
+    def exceeds(self, other: Size) -> bool:
+        """Whether any of the three numbers is larger than the other's."""
+        return self.convs > other.convs or self.norms > other.norms or self.parameters > other.parameters
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network's result. ``error`` and ``seconds`` are NaN where the collapse failed.
+
+    Args:
+        proof: largest relative error of the folds' own proofs.
+        error: largest relative difference of the outputs in float64.
+        seconds: of the collapse in float32, with its proofs.
+        theirs: the network after the fold that ships, None where that failed or there is none.
+        remark: why ``theirs`` is None, or what is wrong with it.
+        failure: why this row does not hold; empty if it does.
+    """
+
+    network: Network
+    before: Size | None = None
+    ours: Size | None = None
+    theirs: Size | None = None
+    proof: float = math.nan
+    error: float = math.nan
+    seconds: float = math.nan
+    remark: str = ""
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the row holds."""
+        return not self.failure
+
+
+def measure(network: Network, seed: int = 0) -> Row:
+    """Collapse one network of random but meaningful weights and measure everything a table shows.
+
+    Never raises: what goes wrong stands in the row.
+    """
+    row = Row(network)
+    try:
+        torch.manual_seed(seed)
+        model = sources.create(network.spec)
+        inputs = network.inputs(seed)
+        randomise_(model, seed, inputs)
+        row = replace(row, before=size(model))
+        row = _ours(row, model)
+        reference, double = _reference(network, model, inputs)
+        row = _compared(row, reference, double)
+        row = _theirs(row, reference, double)
+    except Exception as error:
+        log.debug("%s failed", network.spec, exc_info=True)
+        return replace(row, failure=row.failure or _one_line(error))
+    return replace(row, failure=_verdict(row))
+
+
+def size(model: nn.Module) -> Size:
+    """Count convolutions, batch norms (classes that also activate and frozen ones included) and parameters."""
+    modules = list(model.modules())
+    return Size(
+        convs=sum(isinstance(module, nn.modules.conv._ConvNd) for module in modules),
+        norms=sum(isinstance(getattr(module, "running_mean", None), Tensor) for module in modules),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def shipped_fold(baseline: Baseline) -> Callable[[nn.Module], nn.Module]:
+    """The other fold: takes a network in eval mode, returns a new one."""
+    if baseline == "timm":
+        from timm.utils import reparameterize_model
+
+        return reparameterize_model
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse
+
+
+def relative_error(reference: Any, candidate: Any) -> float:
+    """Largest over the outputs of ``max |a - b| / max |a|``; infinite for NaN and for outputs of other shapes."""
+    worst = 0.0
+    pairs = list(zip(_tensors(reference), _tensors(candidate), strict=True))
+    if not pairs:
+        raise ValueError("the network returns no tensor to compare")
+    for a, b in pairs:
+        if a.shape != b.shape or not bool(b.isfinite().all()):
+            return math.inf
+        if a.numel():
+            scale = float(a.abs().max())
+            difference = float((a - b).abs().max())
+            worst = max(worst, difference / scale if scale else difference)
+    return worst
+
+
+# ------------------------------------------------------------------------------------------------- steps
+
+
+def _ours(row: Row, model: nn.Module) -> Row:
+    """Collapse in float32, with proofs, timed."""
+    started = time.perf_counter()
+    folded, explanation = reparam.collapse_with_report(model)
+    seconds = time.perf_counter() - started
+    proof = max((fold.error for fold in explanation.folds if fold.error is not None), default=math.nan)
+    return replace(row, ours=size(folded), seconds=seconds, proof=proof)
+
+
+def _reference(network: Network, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, _Double]:
+    """The original's output in float64, and what is needed to ask a fold of it for the same."""
+    double = _Double(network, model.double(), tuple(x.double() for x in inputs))
+    reference = double.run(double.model)
+    if _contrast(reference) < CONTRAST:
+        raise ValueError("the output hardly depends on the input, so a comparison would say nothing")
+    return reference, double
+
+
+@dataclass(frozen=True)
+class _Double:
+    """A network in float64 with its inputs."""
+
+    network: Network
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+
+    def run(self, model: nn.Module) -> Any:
+        with torch.no_grad():
+            return self.network.outputs(model, self.inputs)
+
+
+def _compared(row: Row, reference: Any, double: _Double) -> Row:
+    """Collapse again, in float64, and compare the outputs."""
+    folded = reparam.collapse(double.model, verify=False)
+    return replace(row, error=relative_error(reference, double.run(folded)))
+
+
+def _theirs(row: Row, reference: Any, double: _Double) -> Row:
+    """The fold that ships: its size, or why it fails; a wrong result is remarked on."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            folded = shipped_fold(row.network.baseline)(copy.deepcopy(double.model)).eval()
+            error = relative_error(reference, double.run(folded))
+    except Exception as failure:
+        return replace(row, remark=_one_line(failure))
+    # Their folds are in the dtype of the model, so a correct one is exact to about 1e-12 here.
+    return replace(row, theirs=size(folded), remark=f"wrong by {error:.0e}" if error > 1e-6 else "")
+
+
+def _verdict(row: Row) -> str:
+    """Why the row does not hold, or an empty string."""
+    if not row.error <= TOLERANCE:
+        return f"differs by {row.error:.1e}"
+    if row.before is not None and row.ours is not None and row.ours.parameters > row.before.parameters:
+        return "more parameters than before"
+    if row.theirs is not None and row.ours is not None and not row.remark and row.ours.exceeds(row.theirs):
+        return "larger than the fold that ships"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------- helpers
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Floating tensors of a nested output, in order."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _contrast(output: Any) -> float:
+    """Largest relative difference between the first two samples of any output."""
+    batches = [t for t in _tensors(output) if t.ndim and t.shape[0] > 1]
+    return max((relative_error(t[0], t[1]) for t in batches), default=0.0)
+
+
+def _one_line(error: BaseException, width: int = 100) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= width else text[: width - 1] + "…"

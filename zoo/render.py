@@ -1,0 +1,125 @@
+"""Rows as a terminal table and as Markdown, with the versions and the date they were made with."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from zoo.measure import Row, Size
+
+__all__ = ["folding_table", "insert_between_markers", "markdown_table", "provenance", "rich_table", "write_text"]
+
+HEADINGS = ("network", "before", "ours", "theirs", "max rel. error", "seconds")
+LEGEND = (
+    "Each cell: convolutions / batch norms / million parameters. Theirs: timm's `reparameterize_model` for networks "
+    "that ship a fold, `torch.fx.experimental.optimization.fuse` for the others. Error: the largest difference of the "
+    "outputs relative to the largest output, original and fold both in float64, random weights with random batch norm "
+    "statistics. Seconds: one collapse in float32 on this machine, proofs included."
+)
+
+
+def folding_table(rows: Sequence[Row], title: str) -> Table:
+    """The rows for the terminal; a row that fails is red and says why."""
+    table = Table(title=title, title_justify="left", caption="convolutions / batch norms / million parameters")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=heading != "theirs")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in _cells(row)), style=None if row.ok else "red")
+    return table
+
+
+def rich_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A plain table: the first column left, the others right."""
+    table = Table(title=title, title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as Markdown, without a heading of its own."""
+    rule = ["---"] + ["---:"] * (len(headings) - 1)
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(headings), rule, *cells]) + "\n"
+
+
+def folding_markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, with the list of failures, if any, below it."""
+    text = markdown_table(HEADINGS, [_cells(row) for row in rows])
+    failed = [row for row in rows if not row.ok]
+    if failed:
+        text += "\nFailed:\n\n" + "".join(f"- {row.network.spec}: {row.failure}\n" for row in failed)
+    return text
+
+
+def provenance() -> str:
+    """One sentence: when, with which versions, on what machine."""
+    names = ("reparam", "torch", "timm", "torchvision")
+    versions = ", ".join(f"{name} {_version(name)}" for name in names)
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    machine = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"Written by the tool on {today}: {versions}, Python {platform.python_version()}; {machine}."
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a report, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def insert_between_markers(path: Path, name: str, text: str) -> None:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->`` in a file.
+
+    Raises:
+        ValueError: the file has no such pair of markers.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    content = path.read_text(encoding="utf-8")
+    head, opened, rest = content.partition(start)
+    _, closed, tail = rest.partition(end)
+    if not opened or not closed:
+        raise ValueError(f"{path} has no {start} followed by {end}")
+    path.write_text(f"{head}{start}\n{text.strip()}\n{end}{tail}", encoding="utf-8")
+
+
+def _cells(row: Row) -> list[str]:
+    """The cells of one row, in the order of ``HEADINGS``."""
+    ours = _size(row.ours) if row.ok else f"{_size(row.ours)} FAILED: {row.failure}"
+    theirs = _size(row.theirs) if row.theirs else "fails"
+    if row.theirs and row.remark:
+        theirs += f" ({row.remark})"
+    error = "–" if math.isnan(row.error) else f"{row.error:.1e}"
+    seconds = "–" if math.isnan(row.seconds) else f"{row.seconds:.2f}"
+    return [row.network.name, _size(row.before), ours, theirs, error, seconds]
+
+
+def _size(size: Size | None) -> str:
+    return "–" if size is None else f"{size.convs} / {size.norms} / {size.parameters / 1e6:.2f}"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -1,0 +1,66 @@
+"""``reparam bench table``: measure every network of :mod:`zoo.families` and write the Markdown table."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from zoo.demo import measure_all
+from zoo.families import FOLDING, ORDINARY, Network
+from zoo.measure import Row
+from zoo.render import LEGEND, folding_markdown, folding_table, insert_between_markers, provenance, write_text
+
+__all__ = ["table"]
+
+MARKER = "folding table"
+"""The README's part between ``<!-- folding table -->`` and ``<!-- /folding table -->`` is written by this command."""
+
+
+def table(
+    out: Annotated[Path, typer.Option("--out", help="Markdown file to write.")] = Path("docs/folding.md"),
+    readme: Annotated[Path | None, typer.Option("--readme", help="File with markers to fill in as well.")] = None,
+    only: Annotated[str, typer.Option("--only", help="Shell pattern of names.")] = "*",
+) -> None:
+    """Measure all networks against the folds that ship, and write docs/folding.md."""
+    console = Console(highlight=False)
+    parts = []
+    for title, networks in (("Networks that ship a fold", FOLDING), ("Ordinary networks", ORDINARY)):
+        rows = measure_all(_matching(networks, only), console)
+        console.print(folding_table(rows, title))
+        parts.append((title, rows))
+    write_text(out, _document(parts))
+    if readme is not None:
+        insert_between_markers(readme, MARKER, _summary(parts))
+    failed = [row for _, rows in parts for row in rows if not row.ok]
+    for row in failed:
+        console.print(f"[red]{row.network.spec}: {row.failure}[/red]", soft_wrap=True)
+    console.print(f"wrote {out}", soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _matching(networks: tuple[Network, ...], pattern: str) -> tuple[Network, ...]:
+    return tuple(network for network in networks if fnmatch.fnmatch(network.name, pattern))
+
+
+def _document(parts: list[tuple[str, list[Row]]]) -> str:
+    text = f"# Folding tables\n\n{provenance()}\n\n{LEGEND}\n"
+    for title, rows in parts:
+        text += f"\n## {title}\n\n{folding_markdown(rows)}"
+        reasons = [f"- {row.network.name}: {row.remark}\n" for row in rows if row.theirs is None and row.remark]
+        if reasons:
+            text += "\nWhere theirs fails:\n\n" + "".join(reasons)
+    return text
+
+
+def _summary(parts: list[tuple[str, list[Row]]]) -> str:
+    """The first table alone, for the README."""
+    return f"{folding_markdown(parts[0][1])}\n{provenance()}"
+
+
+if __name__ == "__main__":
+    typer.run(table)
