@@ -394,7 +394,7 @@ class ConvForm:
         """The same map written with fewer groups; ``groups`` divides the present number."""
         if groups == self.groups:
             return self
-        return replace(self, weight=_block_diagonal(self.weight, self.groups, groups), groups=groups, widened=True)
+        return replace(self, weight=_block_diagonal(self.weight, self.groups, groups), groups=groups)
 
     @staticmethod
     def _regroup_from_dense(dense: ConvForm, groups: int) -> ConvForm:
@@ -476,7 +476,7 @@ def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:
         up=tuple(u * v for u, v in zip(inner.up, outer.up, strict=True)),
         groups=groups,
         mode=inner.mode,
-        widened=inner.widened or outer.widened or groups < min(inner.groups, outer.groups),
+        widened=inner.widened or outer.widened,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from passes.conv_form import ConvForm
 from passes.flow import ENTRY, Constants, Flow
@@ -47,15 +48,22 @@ class Region:
     constants: list[fx.Node]
     numbers_saved: int
     work_saved: float
+    biases: int
+    conv_first: bool
+    convs: set[fx.Node]
     node: fx.Node | None = None
     placement: Any = None
     inner: list[Region] = field(default_factory=list)
 
     @property
-    def gain(self) -> tuple[float, float, int]:
-        """What orders regions: numbers, then multiply-adds saved, then the fewer nodes touched."""
+    def gain(self) -> tuple[bool, float, bool, float, int]:
+        """What orders regions: a batch norm between two convolutions belongs to the one before it; then numbers saved,
+        biases aside; then multiply-adds; then the fewer nodes touched.
+        """
         return (
-            self.numbers_saved - self.form.numbers,
+            self.conv_first or not _is_conv(self.flow, self.entry),
+            self.numbers_saved - self.biases - self.form.weight.numel(),
+            self.conv_first,
             self.work_saved - self.form.multiply_adds,
             -len(self.dying),
         )
@@ -211,6 +219,7 @@ def plan_unit(
                 {n for r in inner for n in r.dying} | {n for n in region.dying if "region" not in n.meta},
                 key=lambda n: flow.order[n],
             )
+            region.convs = region.convs.union(*(r.convs for r in inner))
             region.constants = list(dict.fromkeys([c for r in inner for c in r.constants] + region.constants))
             refusal = accept(region, dead)
             if refusal is not None:
@@ -270,7 +279,7 @@ def _weigh(flow: Flow, sweep: Sweep, result: fx.Node, form: ConvForm, dead: set[
     between = _between(flow, sweep.entry, result)
     dying = _dying(flow, between, result, form, sweep, dead)
     signals = [s for n in dying if isinstance(s := sweep.value(n), Signal)]
-    if not any(s.conv for s in signals):
+    if not any(s.conv for s in signals) or all("region" in n.meta for n in dying):
         return None
     constants = _dying_constants(flow, dying, dead)
     numbers = _numbers(flow, [*dying, *constants])
@@ -284,8 +293,13 @@ def _weigh(flow: Flow, sweep: Sweep, result: fx.Node, form: ConvForm, dead: set[
     if (best[0], best[1]) == (numbers, work):
         return None
     return Region(
-        flow, sweep.entry, result, sweep.view, sweep.channels, form, between, dying, constants, numbers, work
+        flow, sweep.entry, result, sweep.view, sweep.channels, form, between, dying, constants, numbers, work, sum(s.bias for s in signals), next(s.conv for s in signals if s.work), {n for n in dying if isinstance(s := sweep.value(n), Signal) and s.conv}
     )
+
+
+def _is_conv(flow: Flow, node: fx.Node) -> bool:
+    region = "region" in node.meta
+    return region or _FUNCTIONS[node.target] is not None or isinstance(flow.modules.get(node), (_ConvNd, nn.Linear))
 
 
 def _cost_message(form: ConvForm, numbers: int, work: float) -> str:

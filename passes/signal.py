@@ -52,6 +52,7 @@ class Signal:
         ids: number of each element in the canonical layout, for a small example; None if canonical.
         work: multiply-adds of the operation that made this value, per output position.
         conv: whether that operation is a convolution or linear layer.
+        bias: how many bias numbers that operation holds.
         untouched: whether this is the entry itself.
     """
 
@@ -60,12 +61,13 @@ class Signal:
     ids: Tensor | None = None
     work: int = 0
     conv: bool = False
+    bias: int = 0
     untouched: bool = False
 
-    def with_form(self, form: ConvForm, work: int | None = None, conv: bool = False) -> Signal:
+    def with_form(self, form: ConvForm, work: int | None = None, conv: bool = False, bias: int = 0) -> Signal:
         """Same layout, another function."""
         work = form.out_channels if work is None else work
-        return replace(self, form=form, work=work, conv=conv, untouched=False)
+        return replace(self, form=form, work=work, conv=conv, bias=bias, untouched=False)
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -147,7 +149,7 @@ def crop(signal: Signal, index: Sequence[Any]) -> Signal:
             raise RefusalError(Reason.LAYOUT, "a slice along batch or space with fixed bounds depends on the input's size")
         axis += 1
     if all(item == slice(None) for item in index):
-        return replace(signal, work=0, conv=False)
+        return replace(signal, work=0, conv=False, bias=0)
     moved = _moved(signal, ids[tuple(index)])
     return moved
 
@@ -157,7 +159,7 @@ def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor]) 
     if len({part.view for part in parts}) != 1:
         raise RefusalError(Reason.LAYOUT)
     form = ConvForm.concat([part.form for part in parts])
-    joined = replace(parts[0], form=form, ids=None, work=0, conv=False, untouched=False)
+    joined = replace(parts[0], form=form, ids=None, work=0, conv=False, bias=0, untouched=False)
     whole = _canonical_ids(joined)
     axis, start, ids = joined.view.channel_axis, 0, []
     for part in parts:
@@ -241,7 +243,7 @@ def _crop_space(signal: Signal, index: list[Any]) -> tuple[Signal, list[Any]]:
     if any(s > 1 for s in stride):
         identity = ConvForm.identity(form.out_channels, n, like=form.weight)
         form = form.then(replace(identity, stride=tuple(stride)))
-    return replace(signal, form=form, work=0, conv=False, untouched=False), index
+    return replace(signal, form=form, work=0, conv=False, bias=0, untouched=False), index
 
 
 def _example_shape(signal: Signal) -> Ints:
@@ -271,7 +273,7 @@ def _position(signal: Signal) -> Tensor:
 
 
 def _moved(signal: Signal, ids: Tensor) -> Signal:
-    moved = replace(signal, ids=ids, work=0, conv=False, untouched=False)
+    moved = replace(signal, ids=ids, work=0, conv=False, bias=0, untouched=False)
     try:
         return settle(moved)
     except RefusalError:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
 
 from passes.flow import Flow
 from passes.refusal import Reason, RefusalError
@@ -32,14 +33,15 @@ __all__ = ["Layout", "Placement", "Surgeon", "place"]
 
 @dataclass(frozen=True)
 class Rewrite:
-    """In the forward of ``call``, ``old`` is replaced: by the folded layer, or by the node ``given``.
+    """In the forward of ``call``, ``old`` is replaced by ``source``, through the folded layer if ``layer``.
 
     ``tail`` is a child call that keeps part of the region and is edited on its own.
     """
 
     call: Call
     old: fx.Node
-    given: fx.Node | None
+    source: fx.Node
+    layer: bool
     tail: Call | None = None
 
 
@@ -60,6 +62,26 @@ class Layout:
         unit = flow.unit
         self.leaf_calls = Counter(str(n.target) for n in flow.modules)
         self.calls = Counter(id(call.module) for call in unit.calls)
+        self.items: dict[Call, list[fx.Node | Call]] = {call: [] for call in unit.calls}
+        entered: set[Call] = set()
+        for node in flow.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            item: fx.Node | Call = node
+            for call in call_of(node).chain():
+                self.items[call].append(item)
+                if call in entered:
+                    break
+                entered.add(call)
+                item = call
+
+    def inside(self, call: Call) -> Iterator[fx.Node]:
+        """All traced nodes of a call and of the calls in it, in order."""
+        for item in self.items[call]:
+            if isinstance(item, Call):
+                yield from self.inside(item)
+            else:
+                yield item
 
     def replaceable(self, module: nn.Module, path: str, parent: Call | None) -> bool:
         """Whether putting another module into this slot changes this one call and nothing else."""
@@ -75,10 +97,27 @@ class Layout:
 
 def place(layout: Layout, region: Region) -> Placement:
     """Decide where the folded layer goes; raises :class:`RefusalError` with ``CODE`` if nowhere."""
+    entry = origin(region.entry)
     common = _common_call([call_of(n) for n in region.dying])
+    while common.parent is not None and not _sees(common, entry):
+        common = common.parent
     placement = Placement()
-    _substitute(layout, region, common, origin(region.result), None, placement)
+    _substitute(layout, region, common, Step(origin(region.result), origin(region.entry), True), placement)
     return placement
+
+
+def _sees(call: Call, node: fx.Node) -> bool:
+    """Whether the forward of ``call`` gets at the value of ``node``: made inside, or given."""
+    return call in call_of(node).chain() or node in _nodes([call.args, call.kwargs])
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is asked of a call: wherever ``old`` was, give ``source``, through the folded layer if ``layer``."""
+
+    old: fx.Node
+    source: fx.Node
+    layer: bool
 
 
 def origin(node: fx.Node) -> fx.Node:
@@ -98,42 +137,47 @@ def _common_call(calls: list[Call]) -> Call:
     return common
 
 
-def _substitute(
-    layout: Layout, region: Region, call: Call, old: fx.Node, given: fx.Node | None, placement: Placement
-) -> None:
-    """Within ``call``, give the users of ``old`` the folded layer's output, or the value ``given``."""
+def _substitute(layout: Layout, region: Region, call: Call, step: Step, placement: Placement) -> None:
+    """Decide how ``call`` is edited so that it does what ``step`` asks."""
     trial = Placement()
-    if _as_chain(layout, region, call, old, given, trial):
+    if _as_chain(layout, region, call, step, trial) or _with_tail(layout, region, call, step, trial):
         placement.slots.update(trial.slots)
         placement.rewrites += trial.rewrites
         return
-    source = origin(region.entry) if given is None else given
-    if _is_whole(region, call, old) and call.args == (source,) and not call.kwargs:
-        path = call.path
-        outer = call.parent is None and layout.flow.unit.path != ""
-        if outer or (call.parent is not None and layout.replaceable(call.module, path, call.parent)):
-            placement.slots[path] = given is None
+    if _is_whole(layout, region, call, step.old) and call.args == (step.source,) and not call.kwargs:
+        outer = call.parent is None and layout.flow.unit.path != "" and layout.registered[id(call.module)] == 1
+        if outer or (call.parent is not None and layout.replaceable(call.module, call.path, call.parent)):
+            placement.slots[call.path] = step.layer
             return
+    _check_rewritable(layout, call)
+    placement.rewrites.append(Rewrite(call, step.old, step.source, step.layer))
+
+
+def _with_tail(layout: Layout, region: Region, call: Call, step: Step, trial: Placement) -> bool:
+    """Rewrite ``call`` up to the child that ends the region, and edit that child on its own: it keeps what is left."""
+    tail = _tail(call, step.old)
+    passed = _passed(region, tail) if tail is not None and tail.output is not step.old else None
+    if tail is None or passed is None:
+        return False
+    try:
+        _check_rewritable(layout, call)
+        _substitute(layout, region, tail, Step(step.old, passed, False), trial)
+    except RefusalError:
+        return False  # what is left of the tail is then written out in the new forward
+    trial.rewrites.append(Rewrite(call, passed, step.source, step.layer, tail))
+    return True
+
+
+def _check_rewritable(layout: Layout, call: Call) -> None:
+    where = call.path or type(call.module).__name__
     if not layout.rewritable(call):
-        raise RefusalError(Reason.CODE, f"{call.path or 'the model'} is called more than once", call.path)
-    _check_signature(call)
-    tail = _tail(region, call, old)
-    if tail is not None and tail.output is not old:
-        passed = _passed(region, tail)
-        if passed is not None:
-            trial = Placement()
-            try:
-                _substitute(layout, region, tail, old, passed, trial)
-            except RefusalError:
-                pass  # what is left of the tail is then written out in the new forward
-            else:
-                placement.slots.update(trial.slots)
-                placement.rewrites += [*trial.rewrites, Rewrite(call, passed, given, tail)]
-                return
-    placement.rewrites.append(Rewrite(call, old, given))
+        raise RefusalError(Reason.CODE, f"{where} is called more than once, so its forward cannot be rewritten")
+    parameters = inspect.signature(call.module.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise RefusalError(Reason.CODE, f"the forward of {where} takes *args or **kwargs and cannot be rewritten")
 
 
-def _tail(region: Region, call: Call, old: fx.Node) -> Call | None:
+def _tail(call: Call, old: fx.Node) -> Call | None:
     """The child call of ``call`` in which ``old`` was made."""
     chain = list(call_of(old).chain())
     at = chain.index(call)
@@ -150,38 +194,51 @@ def _passed(region: Region, tail: Call) -> fx.Node | None:
     return value if _nodes([tail.args, tail.kwargs]).count(value) == 1 else None
 
 
-def _as_chain(
-    layout: Layout, region: Region, call: Call, old: fx.Node, given: fx.Node | None, trial: Placement
-) -> bool:
-    """Try (a): the dying nodes of ``call`` are modules one after another."""
+def _as_chain(layout: Layout, region: Region, call: Call, step: Step, trial: Placement) -> bool:
+    """Try (a): the dying nodes of ``call`` are modules one after another; the first convolution's slot gets the layer."""
     items = _items(region, call)
     if items is None:
         return False
-    source = given
+    at = next((i for i, item in enumerate(items) if _has_conv(layout, region, item)), 0) if step.layer else -1
+    source = step.source
     for i, item in enumerate(items):
         last = i == len(items) - 1
-        target = old if last else (item if isinstance(item, fx.Node) else item.output)
+        target = step.old if last else (item if isinstance(item, fx.Node) else item.output)
         if not isinstance(target, fx.Node) or (not last and not _only_feeds(layout, target, items[i + 1], call)):
             return False
-        reads = origin(region.entry) if i == 0 and given is None else source
-        assert reads is not None
         if isinstance(item, fx.Node):
-            path = str(item.target)
-            module = layout.flow.modules[item]
-            if item is not target or [origin(n) for n in _nodes(item.args)] != [reads] or len(item.args) != 1 or item.kwargs:
+            if item is not target or not _leaf_slot(layout, item, source, call, i == at, trial):
                 return False
-            if not layout.replaceable(module, path, call):
-                return False
-            trial.slots[path] = i == 0 and given is None
+        elif item.kwargs or _nodes(item.args).count(source) != 1:
+            return False
         else:
-            if item.kwargs or _nodes(item.args).count(reads) != 1:
-                return False
             try:
-                _substitute(layout, region, item, target, None if i == 0 and given is None else reads, trial)
+                _substitute(layout, region, item, Step(target, source, i == at), trial)
             except RefusalError:
                 return False
         source = target
     return True
+
+
+def _leaf_slot(
+    layout: Layout, node: fx.Node, source: fx.Node, call: Call, is_layer: bool, trial: Placement
+) -> bool:
+    """Put the layer or Identity into a leaf module's slot; a layer that does nothing in eval may stay."""
+    if len(node.args) != 1 or node.kwargs or [origin(n) for n in _nodes(node.args)] != [source]:
+        return False
+    module, path = layout.flow.modules[node], str(node.target)
+    if not is_layer and isinstance(module, (nn.Identity, _DropoutNd)):
+        return True
+    if not layout.replaceable(module, path, call):
+        return False
+    trial.slots[path] = is_layer
+    return True
+
+
+def _has_conv(layout: Layout, region: Region, item: fx.Node | Call) -> bool:
+    nodes = [item] if isinstance(item, fx.Node) else [n for n in region.dying if item in call_of(n).chain()]
+    kinds = (_ConvNd, nn.Linear)
+    return any(isinstance(layout.flow.modules.get(n), kinds) or n in region.convs for n in nodes)
 
 
 def _items(region: Region, call: Call) -> list[fx.Node | Call] | None:
@@ -209,13 +266,12 @@ def _only_feeds(layout: Layout, node: fx.Node, item: fx.Node | Call, call: Call)
     return node not in _nodes(call.output)
 
 
-def _is_whole(region: Region, call: Call, old: fx.Node) -> bool:
+def _is_whole(layout: Layout, region: Region, call: Call, old: fx.Node) -> bool:
     """Whether nothing of ``call`` is left once ``old`` is replaced (``old`` is all it returns)."""
     if call.output is not old:
         return False
     dying = {*region.dying, *region.constants}
-    inside = [n for n in region.flow.nodes if n.op != "output" and call in call_of(n).chain()]
-    alive = [n for n in inside if n not in dying and "region" not in n.meta and n.op != "placeholder"]
+    alive = [n for n in layout.inside(call) if n not in dying]
     return all(n.op in ("call_function", "call_method", "get_attr") and _stays_inside(n, call) for n in alive)
 
 
@@ -261,9 +317,8 @@ class Surgeon:
                     paths[region] = full
             for rewrite in placement.rewrites:
                 rewrites.setdefault(rewrite.call, []).append((rewrite, region))
-        # Innermost first: an outer rewrite then calls the inner module as it has become.
-        for call in sorted(rewrites, key=lambda c: len(list(c.chain())), reverse=True):
-            paths.update(self._rewrite(layout, call, rewrites[call], layers))
+        for call, changes in _merged(layout, rewrites).items():
+            paths.update(self._rewrite(layout, call, changes, layers))
         return paths
 
     def undo(self) -> None:
@@ -282,15 +337,17 @@ class Surgeon:
         dead = {n for rewrite, region in changes for n in _dead_inside(region, rewrite)}
         names: dict[Region, str] = {}
         for rewrite, region in changes:
-            if rewrite.given is None:
-                names[region] = _layer_name(layout, call, region, dead, set(names.values()))
+            if rewrite.layer:
+                local = _layer_name(layout, rewrite.call, region, dead, set(names.values()))
+                names[region] = join(rewrite.call.path, local)
         graph = _Local(layout, call, changes, names, dead).build()
         self._clean(layout, call, dead)
         paths = {}
-        for region, name in names.items():
-            self._add(call.module, name, layers[region])
-            paths[region] = join(unit.path, call.path, name)
-        if isinstance(call.module, (_BatchNorm, _ConvNd)) and all(r.given is not None for r, _ in changes):
+        for rewrite, region in changes:
+            if rewrite.layer:
+                self._add(rewrite.call.module, names[region].rsplit(".", 1)[-1], layers[region])
+                paths[region] = join(unit.path, names[region])
+        if isinstance(call.module, (_BatchNorm, _ConvNd)) and not any(r.layer for r, _ in changes):
             self._set(join(unit.path, call.path), _remainder(call.module, graph))
         else:
             before = call.module.__class__
@@ -302,7 +359,7 @@ class Surgeon:
         """Remove the modules and weights below ``call`` that only dead nodes used."""
         prefix = call.path
         use: dict[str, bool] = {}
-        for node in layout.flow.nodes:
+        for node in layout.inside(call):
             if node.op in ("call_module", "get_attr"):
                 use[str(node.target)] = use.get(str(node.target), False) or node not in dead
         self._prune(call.module, prefix, use)
@@ -365,6 +422,28 @@ def _dead_inside(region: Region, rewrite: Rewrite) -> list[fx.Node]:
     return found
 
 
+def _merged(
+    layout: Layout, rewrites: dict[Call, list[tuple[Rewrite, Region]]]
+) -> dict[Call, list[tuple[Rewrite, Region]]]:
+    """Rewrites by the call whose forward is generated.
+
+    A rewritten forward writes out the child calls that it edits; their own rewrites then become part of it.
+    """
+    merged = dict(rewrites)
+    for outer in sorted(rewrites, key=lambda c: len(list(c.chain()))):
+        if outer not in merged:
+            continue
+        while True:
+            dead = {n for rewrite, region in merged[outer] for n in _dead_inside(region, rewrite)}
+            opened = {c for n in dead for c in call_of(n).chain()}
+            inner = [c for c in merged if c is not outer and c in opened and outer in c.chain()]
+            if not inner:
+                break
+            for call in inner:
+                merged[outer] = merged[outer] + merged.pop(call)
+    return merged
+
+
 def _layer_name(layout: Layout, call: Call, region: Region, dead: set[fx.Node], taken: set[str]) -> str:
     """The name of the child that held the largest convolution, if all of it dies; else a new one."""
     flow = layout.flow
@@ -379,13 +458,13 @@ def _layer_name(layout: Layout, call: Call, region: Region, dead: set[fx.Node], 
         at = join(call.path, name)
         users = [
             n
-            for n in flow.nodes
+            for n in layout.inside(call)
             if n.op in ("call_module", "get_attr") and (n.target == at or str(n.target).startswith(at + "."))
         ]
-        if name in call.module._modules and name not in taken and all(n in dead for n in users):
+        if name in call.module._modules and at not in taken and all(n in dead for n in users):
             return name
     base, number = "folded", 0
-    while hasattr(call.module, base) or base in taken:
+    while hasattr(call.module, base) or join(call.path, base) in taken:
         number += 1
         base = f"folded_{number}"
     return base
@@ -421,11 +500,11 @@ class _Local:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
         self.parts: list[fx.Node] = []
-        self.given = {rewrite.old: rewrite.given for rewrite, _ in changes if rewrite.given is not None}
+        self.given = {rewrite.old: rewrite.source for rewrite, _ in changes if not rewrite.layer}
         self.first = {}
         for rewrite, region in changes:
-            if rewrite.given is None:
-                self.first[next(n for n in region.dying if call in call_of(n).chain())] = region
+            if rewrite.layer:
+                self.first[next(n for n in region.dying if call in call_of(n).chain())] = (rewrite.source, region)
 
     def build(self) -> fx.Graph:
         self._placeholders()
@@ -446,30 +525,20 @@ class _Local:
             self._name(value, node)
 
     def _copy(self, call: Call) -> None:
-        done: set[Call] = set()
-        for node in self.layout.flow.nodes:
-            chain = list(call_of(node).chain())
-            if node.op in ("placeholder", "output") or call not in chain:
-                continue
-            at = chain.index(call)
-            child = None if at == 0 else chain[at - 1]
-            if child is not None and child not in self.touched:
-                if child not in done:
-                    done.add(child)
-                    self._call(child)
-            elif child is not None:
-                if child not in done:
-                    done.add(child)
-                    self._copy(child)
+        for item in self.layout.items[call]:
+            if isinstance(item, fx.Node):
+                self._node(item)
+            elif item in self.touched:
+                self._copy(item)
             else:
-                self._node(node)
+                self._call(item)
 
     def _node(self, node: fx.Node) -> None:
         if node in self.first:
-            self._fold(self.first[node])
+            self._fold(*self.first[node])
         if node in self.given:
             self.env[node] = self._value(self.given[node])
-        if "region" in node.meta or node in self.dead:
+        if node in self.dead:
             return
         try:
             new = self.graph.node_copy(node, self._value)
@@ -479,8 +548,8 @@ class _Local:
             new.target = self._relative(str(node.target))
         self.env[node] = new
 
-    def _fold(self, region: Region) -> None:
-        new = self.graph.call_module(self.names[region], (self._value(region.entry),))
+    def _fold(self, source: fx.Node, region: Region) -> None:
+        new = self.graph.call_module(self._relative(self.names[region]), (self._value(source),))
         for node in region.dying:  # whoever still asks for their shape asks the result
             self.env[node] = new
 

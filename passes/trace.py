@@ -174,6 +174,9 @@ class _Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         graph = super().trace(root, concrete_args)
+        for node in reversed(graph.nodes):
+            if node.op == "get_attr" and not node.users:  # read only to ask whether it is there
+                graph.erase_node(node)
         outer = self.calls[0]
         outer.output = next(iter(reversed(graph.nodes))).args[0]
         return graph

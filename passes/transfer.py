@@ -291,7 +291,7 @@ def _as_other(x: Any, other: Any) -> Any:
 
 
 def _identity(x: Any, *args: Any, **kwargs: Any) -> Any:
-    return replace(_signal(x), work=0, conv=False)
+    return replace(_signal(x), work=0, conv=False, bias=0)
 
 
 def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -545,7 +545,8 @@ def _then(signal: Signal, outer: ConvForm, conv: bool = False) -> Signal:
         raise RefusalError(
             Reason.CHANNELS, f"a layer for {outer.in_channels} channels reads {signal.form.out_channels}"
         )
-    return signal.with_form(signal.form.then(outer), work=outer.weight.numel(), conv=conv)
+    bias = 0 if outer.bias is None else outer.out_channels
+    return signal.with_form(signal.form.then(outer), work=outer.weight.numel(), conv=conv, bias=bias)
 
 
 def _constant(x: Any) -> Tensor:

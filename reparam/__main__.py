@@ -14,7 +14,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in {"typer", "rich"}:
             raise
-        sys.exit(f"The command line needs {error.name}, which is not installed: pip install typer rich")
+        sys.exit(f"The command line needs {error.name}, which is not installed: pip install 'reparam[cli]'")
     app()
 
 

@@ -15,6 +15,7 @@ import logging
 import os
 import pickle
 import secrets
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, source: str = 
     """Write the model's state dict to ``path``, atomically: a reader sees the old file or the whole new one.
 
     Args:
+        model: any module whose state is tensors, on any device.
         path: ends in ``.safetensors``, ``.pt`` or ``.pth``; its folder must exist.
         source: the spec that rebuilds the network, kept for :func:`load_model`.
         collapsed: whether ``model`` is the result of ``collapse``.
@@ -106,7 +108,9 @@ def _plain_state(model: nn.Module, target: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise FileError(f"{target}: state {name!r} is a {type(value).__name__}, not a tensor; it cannot be stored")
         if value.is_meta or value.is_quantized or value.layout is not torch.strided:
-            raise FileError(f"{target}: state {name!r} is not an ordinary dense tensor with values; it cannot be stored")
+            raise FileError(
+                f"{target}: state {name!r} is not an ordinary dense tensor with values; it cannot be stored"
+            )
         # One tensor under two names is copied once, so that it is still one tensor after the copy.
         state[name] = seen.setdefault(id(value), value.detach().cpu())
     return state
@@ -155,7 +159,7 @@ def _write(target: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """fsync a file, or a folder (which makes a rename inside it durable)."""
+    """Flush a file, or a folder (which makes a rename inside it durable)."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -189,7 +193,9 @@ def _load_safe(path: Path) -> StateFile:
             metadata = dict(opened.metadata() or {})
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise FileError(f"{path} is truncated or is not a safetensors file ({error}); write or download it again") from error
+        raise FileError(
+            f"{path} is truncated or is not a safetensors file ({error}); write or download it again"
+        ) from error
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     for name, stored in list(metadata.items()):
@@ -202,7 +208,10 @@ def _load_safe(path: Path) -> StateFile:
 def _load_torch(path: Path) -> StateFile:
     """Read a ``.pt`` file through the restricted unpickler, and find the state dict in it."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # It warns of pickles that torch did not write before it refuses them, which is error enough.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error) and "Unsupported" not in str(error):
             raise FileError(f"{path} is not a PyTorch file, or is damaged; write or download it again") from error
@@ -214,7 +223,9 @@ def _load_torch(path: Path) -> StateFile:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileError(f"{path} is truncated or is not a PyTorch file ({first}); write or download it again") from error
+        raise FileError(
+            f"{path} is truncated or is not a PyTorch file ({first}); write or download it again"
+        ) from error
     return _find_state(content, path)
 
 
@@ -271,7 +282,7 @@ def rebuild(content: StateFile, path: str | os.PathLike[str]) -> nn.Module:
         problem = problem or difference
     made = content.metadata.get("reparam", "unknown")
     raise FileError(
-        f"{path} does not fit {content.source}: {problem} (the file was written by reparam {made}, this is {_version()})"
+        f"{path} does not fit {content.source}: {problem} (written by reparam {made}, this is {_version()})"
     )
 
 
@@ -346,7 +357,9 @@ def _safetensors(path: Path) -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise FileError(f"{path}: .safetensors files need the package: pip install safetensors (or use .pt)") from error
+        raise FileError(
+            f"{path}: .safetensors files need the package safetensors: pip install 'reparam[cli]' (or use .pt)"
+        ) from error
     return safetensors.torch
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,28 +59,29 @@ def _torchvision(names: str, **options: Any) -> tuple[Network, ...]:
     return tuple(Network(f"torchvision:{name}", "fx", **options) for name in names.split())
 
 
+SMALL = (2, 3, 128, 128)
+"""Enough for networks that take any size: depthwise convolutions in float64 are slow."""
+
 FOLDING: tuple[Network, ...] = (
-    *_timm("repvgg_a0 repvgg_b1g4 mobileone_s0 mobileone_s1", "timm"),
-    *_timm("fastvit_t8 fastvit_sa12", "timm"),
-    *_timm("fastvit_mci0", "timm", shape=(2, 3, 256, 256)),
-    *_timm("repvit_m1 repvit_m0_9 repghostnet_050 repghostnet_100 ghostnetv3_050", "timm"),
+    *_timm("repvgg_a0 repvgg_b1g4 mobileone_s0 mobileone_s1 fastvit_t8 fastvit_sa12 fastvit_mci0", "timm", shape=SMALL),
+    *_timm("repvit_m1 repvit_m0_9 repghostnet_050 repghostnet_100 ghostnetv3_050", "timm", shape=SMALL),
     *_timm("levit_128s levit_256d levit_conv_128s tiny_vit_5m_224 efficientvit_m0 efficientvit_m1", "timm"),
     *_timm("shvit_s1 iformer_t iformer_m_distilled lcnetv2_small lcnetv2_base nextvit_small", "timm"),
     *_timm("efficientvim_m1 efficientvim_m1_dist", "timm"),
 )
-"""Of every timm family with a fold of its own (a ``fuse``, ``reparameterize`` or ``switch_to_deploy``) small members."""
+"""Small members of every timm family with a fold of its own (``fuse``, ``reparameterize``, ``switch_to_deploy``)."""
 
 ORDINARY: tuple[Network, ...] = (
-    *_timm("resnet18 resnet50d resnet18d ecaresnet26t", "fx"),
-    *_timm("efficientnet_b0 mobilenetv3_small_100 mobilenetv3_large_100", "fx"),
-    *_timm("mobilenetv4_conv_small mobilenetv4_hybrid_medium", "fx"),
-    *_timm("regnetx_002 regnety_002 densenet121", "fx"),
+    *_timm("resnet18 resnet18d resnet50d ecaresnet26t efficientnet_b0", "fx", shape=SMALL),
+    *_timm("mobilenetv3_small_100 mobilenetv3_large_100 mobilenetv4_conv_small", "fx", shape=SMALL),
+    *_timm("mobilenetv4_hybrid_medium", "fx", shape=(2, 3, 256, 256)),
+    *_timm("regnetx_002 regnety_002 densenet121 hrnet_w18_small dla34 dla46_c convnext_atto", "fx", shape=SMALL),
     *_timm("inception_v3", "fx", shape=(2, 3, 299, 299)),
-    *_timm("hrnet_w18_small dla34 dla46_c convnext_atto vit_tiny_patch16_224 vit_tiny_r_s16_p8_224", "fx"),
-    *_torchvision("resnet18 vgg11_bn mobilenet_v2"),
+    *_timm("vit_tiny_patch16_224 vit_tiny_r_s16_p8_224", "fx"),
+    *_torchvision("resnet18 vgg11_bn mobilenet_v2", shape=SMALL),
     *_torchvision("ssdlite320_mobilenet_v3_large", shape=(2, 3, 320, 320), outputs=_detector),
-    *_torchvision("deeplabv3_mobilenet_v3_large fcn_resnet50"),
-    *_torchvision("r3d_18", shape=(2, 3, 8, 112, 112)),
+    *_torchvision("deeplabv3_mobilenet_v3_large fcn_resnet50", shape=SMALL),
+    *_torchvision("r3d_18", shape=(2, 3, 8, 64, 64)),
 )
 """Networks that ship no fold."""
 

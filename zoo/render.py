@@ -11,27 +11,47 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from zoo.measure import Row, Size
 
-__all__ = ["folding_table", "insert_between_markers", "markdown_table", "provenance", "rich_table", "write_text"]
+__all__ = [
+    "LEGEND",
+    "console",
+    "folding_markdown",
+    "folding_table",
+    "insert_between_markers",
+    "markdown_table",
+    "provenance",
+    "rich_table",
+    "write_text",
+]
 
-HEADINGS = ("network", "before", "ours", "theirs", "max rel. error", "seconds")
+LOG_WIDTH = 110
+HEADINGS = ("network", "convs", "norms", "M params", "theirs", "error", "s")
 LEGEND = (
-    "Each cell: convolutions / batch norms / million parameters. Theirs: timm's `reparameterize_model` for networks "
-    "that ship a fold, `torch.fx.experimental.optimization.fuse` for the others. Error: the largest difference of the "
-    "outputs relative to the largest output, original and fold both in float64, random weights with random batch norm "
-    "statistics. Seconds: one collapse in float32 on this machine, proofs included."
+    "Convolutions, batch norms and million parameters before → after. Theirs: the same three numbers after timm's "
+    "`reparameterize_model` for networks that ship a fold, after `torch.fx.experimental.optimization.fuse` for the "
+    "others. Error: the largest difference of the outputs relative to the largest output, original and fold both in "
+    "float64, with random weights and random batch norm statistics. s: seconds of one collapse in float32 on this "
+    "machine, proofs included."
 )
 
 
+def console() -> Console:
+    """The terminal; wide enough for the tables where the output goes to a file or a log."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=max(terminal.width, LOG_WIDTH))
+
+
 def folding_table(rows: Sequence[Row], title: str) -> Table:
-    """The rows for the terminal; a row that fails is red and says why."""
-    table = Table(title=title, title_justify="left", caption="convolutions / batch norms / million parameters")
+    """The rows for the terminal; a row that fails is red."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=heading != "theirs")
+        table.add_column(heading, justify="left" if heading == "network" else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in _cells(row)), style=None if row.ok else "red")
     return table
@@ -39,7 +59,7 @@ def folding_table(rows: Sequence[Row], title: str) -> Table:
 
 def rich_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A plain table: the first column left, the others right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left")
     for row in rows:
@@ -95,17 +115,25 @@ def insert_between_markers(path: Path, name: str, text: str) -> None:
 
 def _cells(row: Row) -> list[str]:
     """The cells of one row, in the order of ``HEADINGS``."""
-    ours = _size(row.ours) if row.ok else f"{_size(row.ours)} FAILED: {row.failure}"
-    theirs = _size(row.theirs) if row.theirs else "fails"
+    name = row.network.name if row.ok else f"{row.network.name} (FAILED)"
+    changes = [_change(row, attribute) for attribute in ("convs", "norms", "parameters")]
+    theirs = " / ".join(_number(row.theirs, key) for key in ("convs", "norms", "parameters")) if row.theirs else "fails"
     if row.theirs and row.remark:
         theirs += f" ({row.remark})"
-    error = "–" if math.isnan(row.error) else f"{row.error:.1e}"
-    seconds = "–" if math.isnan(row.seconds) else f"{row.seconds:.2f}"
-    return [row.network.name, _size(row.before), ours, theirs, error, seconds]
+    error = "–" if math.isnan(row.error) else f"{row.error:.0e}"
+    seconds = "–" if math.isnan(row.seconds) else f"{row.seconds:.1f}"
+    return [name, *changes, theirs, error, seconds]
 
 
-def _size(size: Size | None) -> str:
-    return "–" if size is None else f"{size.convs} / {size.norms} / {size.parameters / 1e6:.2f}"
+def _change(row: Row, attribute: str) -> str:
+    return f"{_number(row.before, attribute)} → {_number(row.ours, attribute)}"
+
+
+def _number(size: Size | None, attribute: str) -> str:
+    if size is None:
+        return "–"
+    value: int = getattr(size, attribute)
+    return f"{value / 1e6:.2f}" if attribute == "parameters" else str(value)
 
 
 def _version(name: str) -> str:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from zoo.demo import measure_all
 from zoo.families import FOLDING, ORDINARY, Network
 from zoo.measure import Row
-from zoo.render import LEGEND, folding_markdown, folding_table, insert_between_markers, provenance, write_text
+from zoo.render import LEGEND, console, folding_markdown, folding_table, insert_between_markers, provenance, write_text
 
 __all__ = ["table"]
 
@@ -21,24 +20,30 @@ MARKER = "folding table"
 
 
 def table(
-    out: Annotated[Path, typer.Option("--out", help="Markdown file to write.")] = Path("docs/folding.md"),
+    out: Annotated[Path | None, typer.Option("--out", help="Markdown file to write; docs/folding.md.")] = None,
     readme: Annotated[Path | None, typer.Option("--readme", help="File with markers to fill in as well.")] = None,
-    only: Annotated[str, typer.Option("--only", help="Shell pattern of names.")] = "*",
+    only: Annotated[str, typer.Option("--only", help="Shell pattern of names; writes no file but --out.")] = "*",
 ) -> None:
     """Measure all networks against the folds that ship, and write docs/folding.md."""
-    console = Console(highlight=False)
+    terminal = console()
     parts = []
     for title, networks in (("Networks that ship a fold", FOLDING), ("Ordinary networks", ORDINARY)):
-        rows = measure_all(_matching(networks, only), console)
-        console.print(folding_table(rows, title))
-        parts.append((title, rows))
-    write_text(out, _document(parts))
+        rows = measure_all(_matching(networks, only), terminal)
+        if rows:
+            terminal.print(folding_table(rows, title))
+            parts.append((title, rows))
+    if not parts:
+        raise typer.BadParameter(f"no network of the tables is named {only!r}")
+    if out is None and only == "*":
+        out = Path("docs/folding.md")
+    if out is not None:
+        write_text(out, _document(parts))
+        terminal.print(f"wrote {out}", soft_wrap=True)
     if readme is not None:
         insert_between_markers(readme, MARKER, _summary(parts))
     failed = [row for _, rows in parts for row in rows if not row.ok]
     for row in failed:
-        console.print(f"[red]{row.network.spec}: {row.failure}[/red]", soft_wrap=True)
-    console.print(f"wrote {out}", soft_wrap=True)
+        terminal.print(f"[red]{row.network.spec}: {row.failure}[/red]", soft_wrap=True)
     if failed:
         raise typer.Exit(1)
 

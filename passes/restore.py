@@ -1,0 +1,111 @@
+"""From a collapsed network back to the plain architecture it stands for, batch norms included.
+
+Where the architecture has a batch norm behind a convolution, the folded bias becomes the norm's shift and the norm
+becomes the identity otherwise: mean 0, ``var + eps`` exactly 1, gamma 1. The state dict then loads with
+``strict=True`` into stock code.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from passes.flow import Flow
+from passes.refusal import ReparamError
+from passes.trace import join, trace_units
+
+__all__ = ["restore"]
+
+
+def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:
+    """A copy of ``like`` (in eval mode) that computes what ``collapsed`` computes.
+
+    Raises :class:`ReparamError`, naming the layer, where ``collapsed`` has no layer of the same shape for one of
+    ``like``'s, or no place for its bias.
+    """
+    result = copy.deepcopy(like).eval()
+    have = dict(collapsed.state_dict())
+    norms = _norm_behind(result)
+    missing = []
+    with torch.no_grad():
+        for name, tensor in result.state_dict(keep_vars=True).items():
+            path, _, leaf = name.rpartition(".")
+            owner = result.get_submodule(path)
+            if name in have:
+                if have[name].shape != tensor.shape:
+                    raise ReparamError(
+                        f"{name} has shape {tuple(have[name].shape)} where the given architecture has {tuple(tensor.shape)}"
+                    )
+                tensor.copy_(have.pop(name))
+            elif isinstance(owner, _NormBase) and path in norms.values():
+                if leaf == "weight":
+                    make_identity(owner)
+            else:
+                missing.append(name)
+        for conv, norm in norms.items():
+            bias = have.pop(join(conv, "bias"), None)
+            if bias is not None:
+                module = result.get_submodule(norm)
+                if not isinstance(module.bias, Tensor):
+                    raise ReparamError(f"{conv} has a bias after folding, and {norm} has no shift to take it")
+                module.bias.copy_(bias)
+    if missing or have:
+        gone = ", ".join(missing[:3]) or "nothing"
+        extra = ", ".join(list(have)[:3]) or "nothing"
+        raise ReparamError(
+            f"the collapsed network does not match the architecture given as like=: it lacks {gone}, it has {extra} "
+            "besides; give the architecture that the network was expanded from"
+        )
+    return result
+
+
+def make_identity(norm: nn.Module) -> None:
+    """Set a batch norm so that it returns its input exactly: ``gamma / sqrt(var + eps)`` is 1 in its own dtype."""
+    if not isinstance(norm, _NormBase) or norm.running_mean is None or norm.running_var is None:
+        raise ReparamError("a batch norm without running statistics cannot be made the identity")
+    norm.running_mean.zero_()
+    one = torch.ones_like(norm.running_var)
+    var = one - norm.eps
+    for _ in range(4):  # the subtraction rounds; step to the neighbour whose sum with eps is exactly one
+        off = var + norm.eps
+        if bool((off == one).all()):
+            break
+        var = torch.nextafter(var, torch.where(off < one, one, -one))
+    norm.running_var.copy_(var)
+    if norm.weight is not None:
+        norm.weight.fill_(1.0)
+    if norm.bias is not None:
+        norm.bias.zero_()
+
+
+def _norm_behind(model: nn.Module) -> dict[str, str]:
+    """For every convolution or linear layer: the batch norm that alone reads it, by dataflow."""
+    found: dict[str, str] = {}
+    for unit in trace_units(model)[0]:
+        flow = Flow(unit, {})
+        for node in flow.nodes:
+            norm = _owner(flow, node, _NormBase, "running_var")
+            if norm is None or not node.args or not isinstance(node.args[0], fx.Node):
+                continue
+            source = node.args[0]
+            conv = _owner(flow, source, nn.Module, "weight")
+            if conv is not None and len(source.users) == 1:
+                found[join(unit.path, conv)] = join(unit.path, norm)
+    return found
+
+
+def _owner(flow: Flow, node: fx.Node, kind: type[nn.Module], holds: str) -> str | None:
+    """Path of the module whose tensor ``holds`` this operation uses: a leaf, or the module around a function."""
+    if node.op == "call_module":
+        module = flow.modules[node]
+        return str(node.target) if isinstance(module, kind) and isinstance(getattr(module, holds, None), Tensor) else None
+    for source in node.all_input_nodes:
+        path, _, leaf = str(source.target).rpartition(".")
+        if source.op == "get_attr" and leaf == holds and isinstance(flow.unit.root.get_submodule(path), kind):
+            return path
+    return None
+
+

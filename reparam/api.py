@@ -1,0 +1,151 @@
+"""The public verbs. Each checks its input, asks the compiler, and says what went wrong in the user's words."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from passes.collapse import check_model, collapse_model, explain_model
+from passes.equivalence import Equivalence, compare
+from passes.refusal import ReparamError
+from passes.report import Explanation
+from passes.restore import restore
+
+__all__ = ["collapse", "collapse_with_report", "explain", "guess_inputs", "verify"]
+
+
+def collapse(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    like: nn.Module | None = None,
+    verify: bool = True,
+    inplace: bool = False,
+) -> nn.Module:
+    """Fold every region of ``model`` that acts as one convolution or linear layer into that one layer.
+
+    Reads the traced graph, never class names: our own blocks, timm's RepVGG, MobileOne, FastViT and RepViT, DBB, ACB,
+    and blocks not yet published fold alike, and so does every batch norm behind a convolution. The result is the
+    caller's own class, in eval mode, with the same device, dtype, memory format and ``requires_grad``; names of
+    everything untouched stay. Running statistics are folded, also those of a model in training mode.
+
+    Args:
+        model: any module with floating-point parameters. Parts that torch.fx cannot trace are compiled inside.
+        example_inputs: a tensor, or a tuple of positional arguments. Optional: each fold is proven without it; with
+            it the whole network is compared as well, and layers of unknown rank can be read.
+        like: the plain architecture to return instead, its batch norms set to identity, so that the state dict loads
+            with ``strict=True`` into stock code. See :func:`passes.restore.restore`.
+        verify: prove every fold in float64, and in the shipped dtype within the rounding of its weights.
+        inplace: edit ``model`` itself and return it.
+
+    Raises:
+        ReparamError: bad input (not a module, no numbers, NaN in a weight, a cast that overflows), naming the layer.
+        EquivalenceError: a fold is not equal to what it replaces, naming the layers and by how much.
+        After either, the caller's model is as it was, ``inplace=True`` included.
+
+    Source: Ding et al., "Diverse Branch Block" (CVPR 2021), sec. 3.2; "RepVGG" (CVPR 2021), sec. 3.3.
+    """
+    return collapse_with_report(
+        model, example_inputs=example_inputs, like=like, verify=verify, inplace=inplace
+    )[0]
+
+
+def collapse_with_report(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    like: nn.Module | None = None,
+    verify: bool = True,
+    inplace: bool = False,
+) -> tuple[nn.Module, Explanation]:
+    """As :func:`collapse`, with what was folded, what was refused and why, counts, errors and seconds."""
+    inputs = _as_tuple(example_inputs)
+    if like is not None and inplace:
+        raise ReparamError("like= returns a copy of that architecture, so inplace=True has nothing to edit; drop one")
+    result, explanation = collapse_model(model, example_inputs=inputs, verify=verify, inplace=inplace)
+    if like is None:
+        return result, explanation
+    restored = restore(result, like)
+    if verify and inputs is not None:
+        compare(model, restored, inputs).raise_if_different()
+    return restored, explanation
+
+
+def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
+    """Which regions would fold, into what, and why the others do not; ``str()`` of it is a table.
+
+    Only plans, on shapes; the model is not changed. Raises as :func:`collapse` does for bad input.
+    """
+    return explain_model(model, _as_tuple(example_inputs))
+
+
+def verify(reference: nn.Module, candidate: nn.Module, example_inputs: Any = None) -> Equivalence:
+    """Compare two networks in float64 on ``example_inputs`` (made up from the reference's first layer if absent).
+
+    Both are run on copies in eval mode. The tolerance is 1e-10 for float64 networks; for others ten times the noise
+    floor, the distance of the reference in its own dtype from itself in float64. ``first_difference`` names the module
+    where the difference starts. Raises :class:`ReparamError` if either network rejects the inputs.
+    """
+    check_model(reference)
+    check_model_shape(candidate)
+    inputs = _as_tuple(example_inputs)
+    if inputs is None:
+        inputs = guess_inputs(reference)
+    try:
+        return compare(reference, candidate, inputs)
+    # Both models are user code: whatever they raise means that they do not take these inputs.
+    except Exception as error:
+        raise ReparamError(f"a network rejects example_inputs: {error}") from error
+
+
+def check_model_shape(candidate: Any) -> None:
+    """The candidate may hold NaN: that is a difference to report, not bad input."""
+    if not isinstance(candidate, nn.Module):
+        raise ReparamError(f"expected a torch.nn.Module, got {type(candidate).__name__}")
+
+
+def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
+    """Random input for a model that does not come with one, of batch size 2, in its dtype and on its device.
+
+    The size is the one in the model's ``pretrained_cfg`` or ``default_cfg`` (timm), else the first of a few common
+    sizes that the model takes. Raises :class:`ReparamError` if none is taken.
+    """
+    first = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    tried = []
+    for shape in _likely_shapes(model):
+        x = torch.randn(shape, generator=generator).to(first.device, first.dtype)
+        try:
+            with torch.no_grad():
+                copy.deepcopy(model).eval()(x)
+        # Any exception means that the model does not take this shape.
+        except Exception as error:
+            tried.append(f"{shape}: {error}".splitlines()[0])
+            continue
+        return (x,)
+    raise ReparamError("no input shape could be guessed; pass example_inputs. Tried " + "; ".join(tried))
+
+
+def _likely_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    for name in ("pretrained_cfg", "default_cfg"):
+        cfg = getattr(model, name, None)
+        size = cfg.get("input_size") if isinstance(cfg, dict) else None
+        if size is not None:
+            return [(2, *size)]
+    for module in model.modules():
+        if isinstance(module, _ConvNd):
+            n = len(module.kernel_size)
+            return [(2, module.in_channels, *(s,) * n) for s in (64, 224, 32)]
+        if isinstance(module, nn.Linear):
+            return [(2, module.in_features), (2, 4, module.in_features)]
+    return [(2, 3, 64, 64)]
+
+
+def _as_tuple(inputs: Any) -> tuple[Any, ...] | None:
+    if inputs is None:
+        return None
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)

@@ -1,0 +1,220 @@
+"""Networks on disk: what is written comes back, and what is not a state dict is refused without running it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import reparam
+from reparam import files, sources
+
+pytest_plugins = ("toy_package",)
+SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
+class Tied(nn.Module):
+    """A shared parameter, an overlapping view and a layout that is not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3, bias=False)
+        self.second = nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        memory = torch.arange(12.0)
+        self.register_buffer("low", memory[:8])
+        self.register_buffer("high", memory[4:])
+        self.register_buffer("turned", torch.arange(6.0).reshape(2, 3).t())
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Any numbers but the initial ones; variances stay positive."""
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value.uniform_(0.2, 1.0)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------ round trips
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_tensors_and_note_come_back(tmp_path: Path, suffix: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    path = files.save_model(model, tmp_path / f"net{suffix}", source="toy:block", collapsed=True)
+    content = files.load_state(path)
+    assert same(content.tensors, model.state_dict())
+    assert content.source == "toy:block"
+    assert content.collapsed
+    assert content.metadata["torch"] == str(torch.__version__)
+    assert content.metadata["reparam"] == reparam.__version__
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_shared_tensors_are_stored_once_and_come_back(tmp_path: Path, suffix: str) -> None:
+    model = Tied()
+    path = files.save_model(model, tmp_path / f"net{suffix}")
+    content = files.load_state(path)
+    assert same(content.tensors, model.state_dict())
+    assert content.tensors["first.weight"].data_ptr() == content.tensors["second.weight"].data_ptr()
+    if suffix == ".safetensors":
+        assert "second.weight" not in load_file(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_network_is_rebuilt(toy: str, tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
+    model = trained(sources.create(toy)).to(dtype)
+    path = files.save_model(model, tmp_path / f"net{suffix}", source=toy)
+    rebuilt = files.load_model(path)
+    assert same(rebuilt.state_dict(), model.state_dict())
+    assert not rebuilt.training
+
+
+@pytest.mark.parametrize("start", ["trained", "as created"])
+def test_a_collapsed_network_is_rebuilt(toy: str, tmp_path: Path, start: str) -> None:
+    model = sources.create(toy).eval()
+    folded = reparam.collapse(trained(model) if start == "trained" else model)
+    path = files.save_model(folded, tmp_path / "net.safetensors", source=toy, collapsed=True)
+    rebuilt = files.load_model(path)
+    x = torch.randn(2, 3, 8, 8)
+    assert same(rebuilt.state_dict(), folded.state_dict())
+    assert torch.equal(rebuilt(x), folded(x))
+
+
+# ------------------------------------------------------------------------------------------------ atomic writing
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = files.save_model(nn.Linear(2, 2), tmp_path / "net.pt")
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(files.FileError, match="No space left"):
+        files.save_model(nn.Linear(2, 2), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    for suffix in SUFFIXES:
+        path = files.save_model(nn.Linear(2, 2), tmp_path / f"net{suffix}")
+        assert path.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["net.bin", "net", "no_such_folder/net.pt"])
+def test_a_wrong_target_is_a_clear_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(files.FileError, match="net"):
+        files.save_model(nn.Linear(2, 2), tmp_path / name)
+
+
+def test_a_state_without_values_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(files.FileError, match="'weight'"):
+        files.save_model(nn.Linear(2, 2, device="meta"), tmp_path / "net.pt")
+
+
+# ------------------------------------------------------------------------------------------------ bad files
+
+
+class Bomb:
+    """What a hostile pickle does on loading."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch exploded",)
+
+
+@pytest.mark.parametrize("protocol", ["torch", "pickle"])
+def test_a_file_that_needs_unpickling_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "hostile.pt"
+    if protocol == "torch":
+        torch.save({"state_dict": {}, "extra": Bomb()}, path)
+    else:
+        path.write_bytes(pickle.dumps({"weight": Bomb()}))
+    with pytest.raises(files.FileError, match=r"hostile\.pt"):
+        files.load_state(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_whole_pickled_model_says_what_to_store(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(files.FileError, match=r"state_dict\(\)"):
+        files.load_state(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("keep", [0, 5, 200, -10])
+def test_a_truncated_file_is_named(tmp_path: Path, suffix: str, keep: int) -> None:
+    path = files.save_model(nn.Linear(20, 20), tmp_path / f"cut{suffix}")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(files.FileError, match="cut"):
+        files.load_state(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"epoch": 3}, {}])
+def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(files.FileError, match=r"state dict; |state dict: "):
+        files.load_state(tmp_path / "other.pt")
+
+
+def test_text_and_missing_files_are_refused(tmp_path: Path) -> None:
+    for suffix in SUFFIXES:
+        path = tmp_path / f"text{suffix}"
+        with pytest.raises(files.FileError, match="no such file"):
+            files.load_state(path)
+        path.write_text("not a network at all, only some words")
+        with pytest.raises(files.FileError, match="text"):
+            files.load_state(path)
+
+
+def test_checkpoints_of_training_scripts_are_understood(tmp_path: Path) -> None:
+    state = nn.Linear(2, 2).state_dict()
+    wrapped = {"epoch": 3, "optimizer": {"lr": 0.1}, "state_dict": {f"module.{name}": v for name, v in state.items()}}
+    torch.save(wrapped, tmp_path / "checkpoint.pth")
+    content = files.load_state(tmp_path / "checkpoint.pth")
+    assert same(content.tensors, state)
+    assert content.source == ""
+
+
+def test_a_foreign_file_loads_but_does_not_say_its_network(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    assert list(files.load_state(tmp_path / "foreign.safetensors").tensors) == ["weight"]
+    with pytest.raises(files.FileError, match="--weights"):
+        files.load_model(tmp_path / "foreign.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [(nn.Linear(4, 2), "missing"), (nn.Identity(), "missing")],
+)
+def test_tensors_of_another_network_do_not_fit(toy: str, tmp_path: Path, model: nn.Module, words: str) -> None:
+    path = files.save_model(model, tmp_path / "net.safetensors", source=toy)
+    with pytest.raises(files.FileError, match=words):
+        files.load_model(path)
+
+
+def test_misfits_name_the_first_difference() -> None:
+    model = nn.Linear(4, 2)
+    state = dict(model.state_dict())
+    assert files.misfit(model, state) == ""
+    assert "'more'" in files.misfit(model, state | {"more": torch.zeros(1)})
+    assert "(2, 5)" in files.misfit(model, state | {"weight": torch.zeros(2, 5)})
+    assert "'bias'" in files.misfit(model, {"weight": state["weight"]})

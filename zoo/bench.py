@@ -1,0 +1,224 @@
+"""``reparam bench``: what collapse costs, and the folding table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zoo.families import BENCH, Network
+from zoo.render import console, markdown_table, provenance, rich_table, write_text
+from zoo.table import table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+__all__ = ["bench"]
+
+bench = typer.Typer(no_args_is_help=True, help="Measure what collapse costs, and compare its results.")
+bench.command()(table)
+
+PARTS = ("trace", "plan", "fold", "proof")
+BLOCKS = 8
+"""Blocks of the stack whose growth is measured, before it is made deeper."""
+DEEPER = (1, 2, 4, 8)
+IMPORTS = 5
+"""Fresh processes over which the import time is a median."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table of the report."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[list[str]]
+    note: str = ""
+
+
+@bench.command()
+def collapse(
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each; the median is shown.")] = 5,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write Markdown here.")] = None,
+) -> None:
+    """Time, growth with depth, memory and import time of collapse, beside timm's own fold."""
+    terminal = console()
+    parts = []
+    with _one_thread():
+        facts = provenance()
+        for label, measure in (
+            ("time", lambda: _speed(repeats)),
+            ("growth", lambda: _growth(repeats)),
+            ("memory", _memory),
+            ("import", _imports),
+        ):
+            with terminal.status(label):
+                part = measure()
+            parts.append(part)
+            terminal.print(rich_table(part.title, part.headings, part.rows), soft_wrap=False)
+            terminal.print(part.note, soft_wrap=True)
+    terminal.print(facts, soft_wrap=True)
+    if out is not None:
+        write_text(out, _markdown(parts, facts))
+        terminal.print(f"wrote {out}", soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
+
+
+def _speed(repeats: int) -> Part:
+    """Ours, split into its parts, beside timm's; runs alternate, so that both see the same machine."""
+    rows = []
+    for network in BENCH:
+        ours, theirs = _race(network, repeats)
+        split = {column: statistics.median(run[column] for run in ours) for column in ours[0]}
+        numbers = [*split.values(), split["all"] - split["proof"], theirs]
+        rows.append([network.name, *(f"{value:.3f}" for value in numbers)])
+    headings = ("network", *PARTS, "rest", "all", "without proof", "timm")
+    note = f"Medians of {repeats} interleaved runs. Rest: the copy of the model, counting. Both sides work on a copy."
+    return Part("Seconds of one collapse, one thread", headings, rows, note)
+
+
+def _race(network: Network, repeats: int) -> tuple[list[dict[str, float]], float]:
+    """Seconds of our parts in each run, and the median of timm's whole fold."""
+    import reparam
+    from reparam import sources
+    from zoo.measure import shipped_fold
+
+    model = sources.create(network.spec).eval()
+    fold = shipped_fold("timm")
+    ours, theirs = [], []
+    for run in range(repeats + 1):
+        report, wall = _timed(lambda: reparam.collapse_with_report(model)[1].seconds)
+        _, other = _timed(lambda: fold(model))
+        if run == 0:
+            continue  # The first run pays for lazy imports and cold caches, on both sides.
+        split = {part: float(report.get(part, 0.0)) for part in PARTS}
+        ours.append(split | {"rest": wall - sum(split.values()), "all": wall})
+        theirs.append(other)
+    return ours, statistics.median(theirs)
+
+
+def _growth(repeats: int) -> Part:
+    """Seconds of a stack of multi-branch blocks, and of stacks 2, 4 and 8 times as deep."""
+    import reparam
+
+    rows = []
+    base: list[float] = []
+    for times in DEEPER:
+        model = _stack(BLOCKS * times)
+        runs = [_timed(lambda m=model: reparam.collapse(m, verify=False))[1] for _ in range(repeats)]
+        proven = [_timed(lambda m=model: reparam.collapse(m))[1] for _ in range(repeats)]
+        now = [statistics.median(runs), statistics.median(proven)]
+        base = base or now
+        cells = [
+            cell for value, first in zip(now, base, strict=True) for cell in (f"{value:.3f}", f"{value / first:.1f}x")
+        ]
+        rows.append([f"{BLOCKS * times} blocks ({times}x)", *cells])
+    headings = ("depth", "without proof", "growth", "with proof", "growth")
+    return Part(
+        "Growth with depth", headings, rows, "Blocks of RepVGG's kind: 3x3, 1x1 and identity, each with batch norm."
+    )
+
+
+def _memory() -> Part:
+    """Peak memory above the model itself, each in a process of its own."""
+    rows = []
+    for network in BENCH:
+        with_proof = _child("-m", "zoo.peak", network.spec)
+        without = _child("-m", "zoo.peak", network.spec, "--no-verify")
+        size = with_proof["model"]
+        cells = [f"{value / 1e6:.1f}" for value in (size, without["peak"], with_proof["peak"])]
+        rows.append([network.name, *cells, f"{with_proof['peak'] / size:.1f}x"])
+    headings = ("network", "model, MB", "peak without proof", "peak with proof", "of the model")
+    note = "Memory the process needed beyond what it held before; the result, a copy of the model, is part of it."
+    return Part("Peak memory", headings, rows, note)
+
+
+def _imports() -> Part:
+    """Milliseconds of ``import reparam`` in a process that has torch."""
+    code = (
+        "import json, time, torch; t = time.perf_counter(); import reparam; print(json.dumps(time.perf_counter() - t))"
+    )
+    seconds = [float(_child("-c", code)) for _ in range(IMPORTS)]
+    row = ["import reparam", f"{statistics.median(seconds) * 1e3:.0f}", f"{min(seconds) * 1e3:.0f}"]
+    return Part("Import beyond torch's own", ("", "median, ms", "least, ms"), [row], f"{IMPORTS} fresh processes.")
+
+
+# ------------------------------------------------------------------------------------------------- helpers
+
+
+def _stack(blocks: int) -> nn.Module:
+    """A plain stack of RepVGG's blocks, 16 channels wide: cheap numbers, so that the graph's share shows."""
+    import torch
+    from torch import nn
+
+    width = 16
+
+    class Block(nn.Module):
+        """relu(BN(3x3) + BN(1x1) + BN)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.square = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+            self.point = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
+            self.identity = nn.BatchNorm2d(width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.square(x) + self.point(x) + self.identity(x))
+
+    return nn.Sequential(*(Block() for _ in range(blocks))).eval()
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Everything on one thread, as the tables say."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _child(*arguments: str) -> Any:
+    """What a fresh Python process prints, as JSON.
+
+    Raises:
+        RuntimeError: it failed; its last line of complaint is the message.
+    """
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"python {' '.join(arguments[:3])}: {lines[-1]}")
+    return json.loads(done.stdout)
+
+
+def _markdown(parts: list[Part], facts: str) -> str:
+    text = f"# What collapse costs\n\n{facts}\n"
+    for part in parts:
+        text += f"\n## {part.title}\n\n{markdown_table(part.headings, part.rows)}\n{part.note}\n"
+    return text
+
+
+if __name__ == "__main__":
+    bench()
