@@ -186,7 +186,7 @@ def _compile_unit(
                 except RefusalError as error:
                     surgeon.undo()
                     banned.append(error.refusal)
-                    planner.banned |= {_key(r) for r in regions if r.placement.rewrites}
+                    planner.banned |= {r.key for r in regions if r.placement.rewrites}
         planner = _Planner(model, retrace(planner.flow.unit), ranks, planner.banned)
     explanation.refusals += [r for r in banned if r not in explanation.refusals]
     for region, layer, error in folded:
@@ -211,7 +211,7 @@ def _fold(
         if refused.refusal.reason is Reason.NOT_FINITE:
             raise ReparamError(f"{layers}: {refused.refusal.message}") from refused
         banned.append(refused.refusal.at(layers))
-        planner.banned.add(_key(region))
+        planner.banned.add(region.key)
         return None
     region.form = form
     return region, layer, error
@@ -221,7 +221,7 @@ class _Planner:
     """One attempt at one unit: its dataflow, its layout, and what is not to be tried again."""
 
     def __init__(
-        self, model: nn.Module, unit: Unit, ranks: list[int | None], banned: set[tuple[str, str]] | None = None
+        self, model: nn.Module, unit: Unit, ranks: list[int | None], banned: set[tuple[str, ...]] | None = None
     ) -> None:
         owners: Counter[int] = Counter()
         for module in model.modules():
@@ -261,10 +261,6 @@ def _ranks(unit: Unit, inputs: tuple[Any, ...] | None) -> list[int | None]:
     if unit.path or inputs is None:
         return []
     return [x.dim() if isinstance(x, Tensor) else None for x in inputs]
-
-
-def _key(region: Region) -> tuple[str, str]:
-    return region.entry.name, region.result.name
 
 
 @contextmanager

@@ -126,6 +126,8 @@ class Flow:
             return _reduced(node, same)
         if node.target in _CONV_RANK:
             return _CONV_RANK[node.target]
+        if node.target in ("reshape_as", "view_as") and len(node.all_input_nodes) == 2:
+            return rank.get(node.all_input_nodes[1])
         known = [r for r in inputs if r is not None]
         if node.target in _ELEMENTWISE:
             return max(known) if len(known) == len(inputs) and known else None

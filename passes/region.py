@@ -68,6 +68,11 @@ class Region:
             -len(self.dying),
         )
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Names that find this region again in a fresh graph of the same unit."""
+        return self.layers()
+
     def numeric(self) -> ConvForm:
         """The form in float64, its block structure found again."""
         sweep = Sweep(self.flow, self.entry, self.view, self.channels, numeric=True)
@@ -194,13 +199,13 @@ def find_regions(flow: Flow, dead: set[fx.Node], changed: set[fx.Node] | None, r
 def plan_unit(
     flow: Flow,
     accept: Callable[[Region, set[fx.Node]], Refusal | None],
-    banned: set[tuple[str, str]],
+    banned: set[tuple[str, ...]],
     refusals: list[Refusal],
 ) -> list[Region]:
     """Regions to fold, chosen greedily by gain until nothing changes.
 
     ``accept`` is the driver's guard (sharing, in-place changes, surgery); its refusals are collected.
-    ``banned`` are (entry, result) names that failed with numbers.
+    ``banned`` are the keys of regions that failed with numbers.
     """
     chosen: list[Region] = []
     dead: set[fx.Node] = set()
@@ -209,10 +214,11 @@ def plan_unit(
         candidates = find_regions(flow, dead, changed, refusals)
         changed = set()
         for region in candidates:
-            if (region.entry.name, region.result.name) in banned or dead.intersection(region.dying):
+            if region.key in banned or dead.intersection(region.dying):
                 continue
-            if region.entry in dead:
-                continue
+            kept = [r.entry for r in chosen if r.node not in region.dying and r.entry is not region.result]
+            if region.entry in dead or any(entry in region.dying for entry in kept):
+                continue  # planned before its neighbour was folded; the next round sees what is left
             inner = [r for r in chosen if r.node in region.dying]
             region.inner = inner
             region.dying = sorted(
@@ -227,7 +233,11 @@ def plan_unit(
                 continue
             chosen = [r for r in chosen if r not in inner] + [region]
             dead |= {n for n in region.dying} | {r.node for r in inner if r.node is not None}
-            changed.add(_contract(flow, region))
+            node = _contract(flow, region)
+            changed.add(node)
+            for neighbour in chosen:
+                if neighbour.entry is region.result:
+                    neighbour.entry = node
     return chosen
 
 
@@ -293,8 +303,13 @@ def _weigh(flow: Flow, sweep: Sweep, result: fx.Node, form: ConvForm, dead: set[
     if (best[0], best[1]) == (numbers, work):
         return None
     return Region(
-        flow, sweep.entry, result, sweep.view, sweep.channels, form, between, dying, constants, numbers, work, sum(s.bias for s in signals), next(s.conv for s in signals if s.work), {n for n in dying if isinstance(s := sweep.value(n), Signal) and s.conv}
+        flow, sweep.entry, result, sweep.view, sweep.channels, form, between, dying, constants, numbers, work, sum(s.bias for s in signals), _begins_with_conv(sweep, between), {n for n in dying if isinstance(s := sweep.value(n), Signal) and s.conv}
     )
+
+
+def _begins_with_conv(sweep: Sweep, between: list[fx.Node]) -> bool:
+    signals = (s for n in between if isinstance(s := sweep.value(n), Signal))
+    return next((s.conv for s in signals if s.work), False)
 
 
 def _is_conv(flow: Flow, node: fx.Node) -> bool:
