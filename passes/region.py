@@ -132,8 +132,11 @@ class Sweep:
             raise RefusalError(Reason.NOT_AFFINE)
         try:
             return law(*args, **kwargs)
-        except TypeError as error:
-            raise RefusalError(Reason.ATTRIBUTE, f"{Reason.ATTRIBUTE.value}: {error}") from error
+        except RefusalError:
+            raise
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            # The layer would not take the region's example; on the model's own tensors it may mean something else.
+            raise RefusalError(Reason.ATTRIBUTE, f"{Reason.ATTRIBUTE.value}: {error}".splitlines()[0]) from error
 
     def _law(self, node: fx.Node) -> Callable[..., Any] | None:
         region = node.meta.get("region")

@@ -172,9 +172,20 @@ def _check_rewritable(layout: Layout, call: Call) -> None:
     where = call.path or type(call.module).__name__
     if not layout.rewritable(call):
         raise RefusalError(Reason.CODE, f"{where} is called more than once, so its forward cannot be rewritten")
+    outermost = list(call.chain())[-1]
+    if layout.flow.unit.path and _untraced_options(outermost):
+        options = ", ".join(_untraced_options(outermost))
+        raise RefusalError(Reason.CODE, f"untraceable code calls {layout.flow.unit.path} and may pass {options}")
     parameters = inspect.signature(call.module.forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise RefusalError(Reason.CODE, f"the forward of {where} takes *args or **kwargs and cannot be rewritten")
+
+
+def _untraced_options(call: Call) -> list[str]:
+    """Optional arguments that were at their defaults when this forward was traced."""
+    signature = inspect.signature(call.module.forward)
+    given = signature.bind(*call.args, **call.kwargs).arguments
+    return [p.name for p in signature.parameters.values() if p.name not in given and p.default is not p.empty]
 
 
 def _tail(call: Call, old: fx.Node) -> Call | None:
@@ -444,6 +455,12 @@ def _merged(
     return merged
 
 
+def unchanged(got: Any, wanted: Any, name: str) -> None:
+    """Called by a rewritten forward for each optional argument that its caller left at a fixed value."""
+    if got is not wanted and not (type(got) is type(wanted) and got == wanted):
+        raise ValueError(f"this forward was collapsed for {name}={wanted!r} and cannot be called with another value")
+
+
 def _layer_name(layout: Layout, call: Call, region: Region, dead: set[fx.Node], taken: set[str]) -> str:
     """The name of the child that held the largest convolution, if all of it dies; else a new one."""
     flow = layout.flow
@@ -523,6 +540,9 @@ class _Local:
             default = () if parameter.default is parameter.empty else (parameter.default,)
             node = self.graph.placeholder(name, None, *default)
             self._name(value, node)
+            if default and not _nodes(value):
+                # The new forward holds for the option that was traced; any other must not be ignored in silence.
+                self.graph.call_function(unchanged, (node, value, name))
 
     def _copy(self, call: Call) -> None:
         for item in self.layout.items[call]:

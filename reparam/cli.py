@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -26,6 +27,8 @@ from reparam import files, sources
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from reparam import Explanation, Refusal
 
 __all__ = ["app"]
 
@@ -151,6 +154,7 @@ def collapse(
     folded, explanation = reparam.collapse_with_report(model, verify=verify)
     seconds = time.perf_counter() - started
     console.print(_counts_table(target, explanation))
+    _print_notes(explanation)
     proven = [fold.error for fold in explanation.folds if fold.error is not None]
     if proven:
         console.print(f"proven: {len(proven)} of {len(explanation.folds)} folds, max relative error {max(proven):.1e}")
@@ -172,10 +176,13 @@ def explain(
     """Show which layers would fold, into what, and why the others do not. Nothing is changed."""
     model, _ = _network(target, pretrained)
     explanation = reparam.explain(model)
-    console.print(_folds_table(explanation, None if everything else SHOWN))
+    console.print(_folds_table(explanation, everything))
     if explanation.refusals:
         console.print(_refusals_table(explanation) if everything else _reasons_table(explanation))
+    if explanation.untraced and everything:
+        console.print(_layers_table("not traceable as a whole, compiled inside", explanation.untraced))
     console.print(_counts_table(target, explanation))
+    _print_notes(explanation)
 
 
 @app.command()
@@ -227,51 +234,64 @@ def _check_output(path: Path) -> None:
         raise typer.BadParameter(f"{path}: the folder {path.parent} does not exist")
 
 
-def _counts_table(title: str, explanation: Any) -> Table:
-    """Layers and parameters before and after."""
-    table = Table(title=escape(title), title_justify="left")
-    for heading in ("", "before", "after"):
-        table.add_column(heading, justify="right" if heading else "left")
+def _print_notes(explanation: Explanation) -> None:
+    for note in explanation.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+
+
+def _counts_table(title: str, explanation: Explanation) -> Table:
+    """Layers and parameters before and, where it is known, after."""
+    columns = {"before": explanation.before, "after": explanation.after}
+    known = {heading: counts for heading, counts in columns.items() if counts is not None}
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for heading in known:
+        table.add_column(heading, justify="right")
     for name in ("convs", "linears", "norms", "parameters"):
-        before, after = getattr(explanation.before, name), getattr(explanation.after, name)
-        table.add_row(name, f"{before:,}", f"{after:,}")
+        table.add_row(name, *(f"{getattr(counts, name):,}" for counts in known.values()))
     return table
 
 
-def _folds_table(explanation: Any, limit: int | None) -> Table:
-    """One row per fold; beyond ``limit`` a last row says how many are not shown."""
-    folds = list(explanation.folds)
-    table = Table(title=f"{len(folds)} folds", title_justify="left")
-    for heading in ("where", "layers that vanish", "into"):
-        table.add_column(heading, overflow="fold")
+def _folds_table(explanation: Explanation, everything: bool) -> Table:
+    """One row per fold; unless ``everything``, long rows are cut and a last row counts what is not shown."""
+    folds = explanation.folds
+    table = Table(title=f"folds: {len(folds)}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("layers", overflow="fold")
+    table.add_column("become", overflow="fold")
     table.add_column("numbers", justify="right")
-    for fold in folds[:limit]:
+    for fold in folds if everything else folds[:SHOWN]:
+        layers = (
+            fold.layers if everything or len(fold.layers) <= 3 else (*fold.layers[:2], f"… {len(fold.layers) - 2} more")
+        )
         numbers = f"{fold.numbers_before:,} → {fold.numbers_after:,}"
-        table.add_row(escape(fold.where), escape(", ".join(fold.layers)), escape(fold.into), numbers)
-    if limit is not None and len(folds) > limit:
-        table.add_row("…", f"{len(folds) - limit} more, see --all", "", "")
+        table.add_row(escape(", ".join(layers)), escape(fold.into), numbers)
+    if not everything and len(folds) > SHOWN:
+        table.add_row(f"… {len(folds) - SHOWN} more, see --all", "", "")
     return table
 
 
-def _refusals_table(explanation: Any) -> Table:
-    """One row per layer that was left alone."""
-    table = Table(title=f"{len(explanation.refusals)} left alone", title_justify="left")
+def _refusals_table(explanation: Explanation) -> Table:
+    return _layers_table(f"left alone: {len(explanation.refusals)}", explanation.refusals)
+
+
+def _layers_table(title: str, refusals: list[Refusal]) -> Table:
+    """One row per layer, with the reason in full."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("layer", overflow="fold")
     table.add_column("why", overflow="fold")
-    for refusal in explanation.refusals:
+    for refusal in refusals:
         table.add_row(escape(refusal.layer or "(model)"), escape(refusal.message))
     return table
 
 
-def _reasons_table(explanation: Any) -> Table:
+def _reasons_table(explanation: Explanation) -> Table:
     """Refusals by reason, the commonest first, with one layer as example."""
-    groups: dict[str, list[str]] = {}
-    for refusal in explanation.refusals:
-        groups.setdefault(refusal.reason.value, []).append(refusal.layer or "(model)")
-    table = Table(title=f"{len(explanation.refusals)} left alone (--all lists them)", title_justify="left")
+    example = {refusal.reason.value: refusal.layer or "(model)" for refusal in reversed(explanation.refusals)}
+    title = f"left alone: {len(explanation.refusals)} (--all lists them)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("layers", justify="right")
     table.add_column("why", overflow="fold")
     table.add_column("for example", overflow="fold")
-    for reason, layers in sorted(groups.items(), key=lambda item: -len(item[1])):
-        table.add_row(str(len(layers)), escape(reason), escape(layers[0]))
+    for reason, count in explanation.reasons().most_common():
+        table.add_row(str(count), escape(reason), escape(example[reason]))
     return table

@@ -63,9 +63,11 @@ def test_verify_names_the_first_difference(toy: str, tmp_path: Path) -> None:
 
 def test_explain_lists_folds(toy: str) -> None:
     output = run("explain", toy)
-    assert "square" in output
-    assert "point" in output
-    assert "square" in run("explain", toy, "--all")
+    assert "folds: 1" in output
+    assert "before" in output
+    everything = run("explain", toy, "--all")
+    assert "square" in everything
+    assert "point" in everything
 
 
 def test_trained_weights_are_taken_from_a_file(toy: str, tmp_path: Path) -> None:

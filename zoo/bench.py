@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,13 +58,14 @@ def collapse(
     parts = []
     with _one_thread():
         facts = provenance()
-        for label, measure in (
-            ("time", lambda: _speed(repeats)),
-            ("growth", lambda: _growth(repeats)),
-            ("memory", _memory),
-            ("import", _imports),
-        ):
-            with terminal.status(label):
+        measures: tuple[Callable[[], Part], ...] = (
+            partial(_speed, repeats),
+            partial(_growth, repeats),
+            _memory,
+            _imports,
+        )
+        for measure in measures:
+            with terminal.status("measuring"):
                 part = measure()
             parts.append(part)
             terminal.print(rich_table(part.title, part.headings, part.rows), soft_wrap=False)
@@ -118,8 +120,8 @@ def _growth(repeats: int) -> Part:
     base: list[float] = []
     for times in DEEPER:
         model = _stack(BLOCKS * times)
-        runs = [_timed(lambda m=model: reparam.collapse(m, verify=False))[1] for _ in range(repeats)]
-        proven = [_timed(lambda m=model: reparam.collapse(m))[1] for _ in range(repeats)]
+        runs = [_timed(partial(reparam.collapse, model, verify=False))[1] for _ in range(repeats)]
+        proven = [_timed(partial(reparam.collapse, model))[1] for _ in range(repeats)]
         now = [statistics.median(runs), statistics.median(proven)]
         base = base or now
         cells = [

@@ -48,8 +48,9 @@ def _report(rows: list[Row]) -> str:
     return (
         "# Networks collapsed by reparam\n\n"
         f"{provenance()}\n\n{LEGEND}\n\n{folding_markdown(rows)}\n"
-        "Each fold was also proven on its own: the original layers in float64 against the new float32 layer, on random\n"
-        "inputs of several sizes. The largest relative error of any fold, which is the rounding of its weights:\n\n"
+        "Each fold was also proven on its own: the original layers in float64 against the new float32 layer, on\n"
+        "random inputs of several sizes. The largest relative error of any fold, which is the rounding of its\n"
+        "weights:\n\n"
         f"{proofs}"
     )
 

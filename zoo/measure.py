@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import reparam
-from reparam import sources
+from reparam import Counts, sources
 from zoo.families import Baseline, Network
 from zoo.randomise import randomise_
 
-__all__ = ["TOLERANCE", "Row", "Size", "measure", "relative_error", "shipped_fold", "size", "warm_up"]
+__all__ = ["TOLERANCE", "Row", "measure", "relative_error", "shipped_fold", "size", "warm_up"]
 
 log = logging.getLogger(__name__)
 
@@ -29,21 +30,10 @@ TOLERANCE = 1e-10
 THEIR_TOLERANCE = 1e-3
 """Their folds are done in float32; a difference beyond this is a wrong result rather than rounding."""
 
+FUNCTIONAL_CONVS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+
 CONTRAST = 1e-3
 """Two inputs must change the output by this much, relatively; otherwise a comparison of outputs says nothing."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a network is made of."""
-
-    convs: int
-    norms: int
-    parameters: int
-
-    def exceeds(self, other: Size) -> bool:
-        """Whether any of the three numbers is larger than the other's."""
-        return self.convs > other.convs or self.norms > other.norms or self.parameters > other.parameters
 
 
 @dataclass(frozen=True)
@@ -60,9 +50,9 @@ class Row:
     """
 
     network: Network
-    before: Size | None = None
-    ours: Size | None = None
-    theirs: Size | None = None
+    before: Counts | None = None
+    ours: Counts | None = None
+    theirs: Counts | None = None
     proof: float = math.nan
     error: float = math.nan
     seconds: float = math.nan
@@ -102,20 +92,23 @@ def warm_up() -> None:
     reparam.collapse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval())
 
 
-def size(model: nn.Module) -> Size:
-    """Count convolutions, batch norms (classes that also activate and frozen ones included) and parameters."""
-    modules = list(model.modules())
-    return Size(
-        convs=sum(isinstance(module, nn.modules.conv._ConvNd) for module in modules),
-        norms=sum(isinstance(getattr(module, "running_mean", None), Tensor) for module in modules),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
+def size(model: nn.Module) -> Counts:
+    """Count layers and parameters, convolutions and batch norms that traced code calls as functions included.
+
+    ``torch.fx`` traces into layer classes of other packages and leaves such calls in their place.
+    """
+    counts = Counts.of(model)
+    graphs = [module.graph for module in model.modules() if isinstance(module, fx.GraphModule)]
+    called = [node.target for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    convs = sum(target in FUNCTIONAL_CONVS for target in called)
+    norms = sum(target is F.batch_norm for target in called)
+    return replace(counts, convs=counts.convs + convs, norms=counts.norms + norms)
 
 
 def shipped_fold(baseline: Baseline) -> Callable[[nn.Module], nn.Module]:
     """The other fold: takes a network in eval mode, returns a new one."""
     if baseline == "timm":
-        from timm.utils import reparameterize_model
+        from timm.models import reparameterize_model
 
         return reparameterize_model
     from torch.fx.experimental.optimization import fuse
@@ -197,9 +190,13 @@ def _verdict(row: Row) -> str:
         return f"differs by {row.error:.1e}"
     if row.before is not None and row.ours is not None and row.ours.parameters > row.before.parameters:
         return "more parameters than before"
-    if row.theirs is not None and row.ours is not None and not row.remark and row.ours.exceeds(row.theirs):
+    if row.theirs is not None and row.ours is not None and not row.remark and _exceeds(row.ours, row.theirs):
         return "larger than the fold that ships"
     return ""
+
+
+def _exceeds(ours: Counts, theirs: Counts) -> bool:
+    return ours.convs > theirs.convs or ours.norms > theirs.norms or ours.parameters > theirs.parameters
 
 
 # ------------------------------------------------------------------------------------------------- helpers

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zoo.measure import Row, Size
+from reparam import Counts
+from zoo.measure import Row
 
 __all__ = [
     "LEGEND",
@@ -88,7 +89,7 @@ def provenance() -> str:
     names = ("reparam", "torch", "timm", "torchvision")
     versions = ", ".join(f"{name} {_version(name)}" for name in names)
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    machine = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    machine = f"{_processor()}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}"
     return f"Written by the tool on {today}: {versions}, Python {platform.python_version()}; {machine}."
 
 
@@ -129,10 +130,10 @@ def _change(row: Row, attribute: str) -> str:
     return f"{_number(row.before, attribute)} → {_number(row.ours, attribute)}"
 
 
-def _number(size: Size | None, attribute: str) -> str:
-    if size is None:
+def _number(counts: Counts | None, attribute: str) -> str:
+    if counts is None:
         return "–"
-    value: int = getattr(size, attribute)
+    value: int = getattr(counts, attribute)
     return f"{value / 1e6:.2f}" if attribute == "parameters" else str(value)
 
 
