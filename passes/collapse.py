@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
+from passes.differ import first_difference, outputs
 from passes.emit import emit, target_of
-from passes.equivalence import Equivalence, compare_outputs, outputs, prove
+from passes.equivalence import Expected, compare_outputs, expect, prove
 from passes.flow import Flow
 from passes.hazards import in_place_refusal, mutations
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
-from passes.region import Region, plan_unit
+from passes.region import Region, origin, plan_unit
 from passes.report import Counts, Explanation, Fold
-from passes.surgery import Layout, Surgeon, origin, place
+from passes.surgery import Layout, Surgeon, place
 from passes.trace import Unit, retrace, trace_units
 
 __all__ = ["check_model", "collapse_model", "explain_model"]
@@ -55,10 +57,9 @@ def collapse_model(
     try:
         result.eval()
         _compile(result, example_inputs, explanation, surgeons, verify)
-        if verify and wanted is not None and example_inputs is not None:
+        if wanted is not None and example_inputs is not None:
             with _clock(explanation, "proof"):
-                reference = model if not inplace else None
-                _compare(reference, wanted, result, example_inputs).raise_if_different()
+                _compare(None if inplace else model, wanted, result, example_inputs)
     # Whatever went wrong, the caller's model must come back as it was; the error itself goes on.
     except BaseException:
         for surgeon in reversed(surgeons):
@@ -128,19 +129,26 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _run_examples(
     model: nn.Module, inputs: tuple[Any, ...], explanation: Explanation, verify: bool
-) -> list[Tensor] | None:
+) -> Expected | None:
     try:
         with _clock(explanation, "proof"):
-            return outputs(model, inputs) if verify else outputs(model, inputs, None)
+            if verify:
+                return expect(model, inputs)
+            outputs(model, inputs, None)
+            return None
+    except ReparamError:
+        raise
     # The model is user code: whatever it raises means that it does not take these inputs.
     except Exception as error:
         raise ReparamError(f"the model rejects example_inputs: {error}") from error
 
 
-def _compare(
-    reference: nn.Module | None, wanted: list[Tensor], result: nn.Module, inputs: tuple[Any, ...]
-) -> Equivalence:
-    return compare_outputs(reference if reference is not None else result, wanted, result, inputs)
+def _compare(reference: nn.Module | None, wanted: Expected, result: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Compare whole networks; edited in place, the reference is gone and the difference cannot be located."""
+    outcome = compare_outputs(wanted, result, inputs)
+    if not outcome.ok and reference is not None:
+        outcome = replace(outcome, first_difference=first_difference(reference, result, inputs))
+    outcome.raise_if_different()
 
 
 # ------------------------------------------------------------------ one model

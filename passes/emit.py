@@ -155,7 +155,7 @@ def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None, target: Target)
 def _cast(tensor: Tensor | None, target: Target, what: str) -> Tensor | None:
     if tensor is None:
         return None
-    cast = tensor.detach().to(target.device, target.dtype).contiguous()
+    cast = tensor.detach().to(target.device, target.dtype, copy=True).contiguous()  # never a view of the form's own
     if not bool(torch.isfinite(cast).all()):
         worst = tensor.detach().abs().max().item() if bool(torch.isfinite(tensor).all()) else float("nan")
         raise RefusalError(

@@ -11,26 +11,21 @@ reference in the candidate's dtype is from the reference in float64.
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from passes.conv_form import ConvForm
+from passes.differ import FLOAT64_TOLERANCE, coarsest_dtype, distance, first_difference, outputs, tolerance
 from passes.emit import Target, emit
 from passes.flow import Constants
 from passes.probe import CarriedForm
 from passes.refusal import Reason, RefusalError, ReparamError
-from passes.region import Region
-from passes.surgery import origin
+from passes.region import Region, origin
 
-__all__ = ["Equivalence", "EquivalenceError", "compare", "compare_outputs", "outputs", "prove"]
-
-FLOAT64_TOLERANCE = 1e-10
-"""Largest relative difference between two float64 computations of the same thing."""
+__all__ = ["Equivalence", "EquivalenceError", "Expected", "compare", "compare_outputs", "expect", "prove"]
 
 
 class EquivalenceError(ReparamError):
@@ -46,7 +41,7 @@ class Equivalence:
         max_abs: largest absolute difference of any output, computed in float64.
         max_rel: the same relative to the largest magnitude of that output.
         tolerance: what ``max_rel`` may be.
-        noise: relative distance of the reference in its own dtype from itself in float64; None for float64.
+        noise: relative distance of the reference in the candidate's dtype from itself in float64; None for float64.
         first_difference: path of the module where the difference starts; None if there is none.
     """
 
@@ -106,7 +101,9 @@ def _exact(region: Region, form: ConvForm, layer: nn.Module) -> nn.Module:
             )
         gap = (rounded.detach().to(number.device, torch.float64) - number).abs()
         if not bool((gap <= info.eps * number.abs() + floor).all()):  # also false for NaN
-            raise EquivalenceError(f"{_names(region)}: the fold's {name} is off by {float(gap.max()):.3g}, more than rounding")
+            raise EquivalenceError(
+                f"{_names(region)}: the fold's {name} is off by {float(gap.max()):.3g}, more than rounding"
+            )
         exact.get_parameter(name).data = number.data.to(rounded.device)
     return exact
 
@@ -185,7 +182,7 @@ def expect(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype | None 
 
     Raises :class:`ReparamError` if there is nothing to compare.
     """
-    dtype = dtype or _dtype(model)
+    dtype = dtype or coarsest_dtype(model)
     wanted = outputs(model, inputs)
     if not any(t.numel() for t in wanted):
         raise ReparamError("nothing to compare: the model returns no numbers for these inputs")
@@ -193,65 +190,16 @@ def expect(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype | None 
     return Expected(wanted, noise)
 
 
-def outputs(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """All tensors that ``model`` returns, run on a copy in eval mode and in ``dtype``; the random state stays."""
-    runner = copy.deepcopy(model).eval().to(dtype)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _tensors(runner(*_cast(inputs, dtype)))
-
-
 def compare(reference: nn.Module, candidate: nn.Module, inputs: tuple[Any, ...]) -> Equivalence:
     """Compare two models on ``inputs``, in float64; see :class:`Equivalence`."""
-    result = compare_outputs(expect(reference, inputs, _dtype(candidate)), candidate, inputs)
+    result = compare_outputs(expect(reference, inputs, coarsest_dtype(candidate)), candidate, inputs)
     if result.ok:
         return result
-    return replace(result, first_difference=_first_difference(reference, candidate, inputs))
+    return replace(result, first_difference=first_difference(reference, candidate, inputs))
 
 
 def compare_outputs(expected: Expected, candidate: nn.Module, inputs: tuple[Any, ...]) -> Equivalence:
-    """As :func:`compare`, without the reference at hand, and so without the place of the first difference."""
+    """As :func:`compare`, when the reference is not at hand; without the place of the first difference."""
     max_abs, max_rel = distance(outputs(candidate, inputs), expected.outputs)
-    tolerance = _tolerance(expected.noise, _dtype(candidate))
-    return Equivalence(max_rel <= tolerance, max_abs, max_rel, tolerance, expected.noise)
-
-
-def _tolerance(noise: float | None, dtype: torch.dtype) -> float:
-    if noise is None:
-        return FLOAT64_TOLERANCE
-    least = 64 * torch.finfo(dtype).eps
-    return max(10 * noise, least) if math.isfinite(noise) else least
-
-
-def distance(got: list[Tensor], wanted: list[Tensor]) -> tuple[float, float]:
-    """Largest absolute and relative difference; infinite for different shapes or where either is not finite."""
-    if [t.shape for t in got] != [t.shape for t in wanted]:
-        return math.inf, math.inf
-    max_abs = max_rel = 0.0
-    for g, w in zip(got, wanted, strict=True):
-        if w.is_complex() and g.is_complex():
-            g, w = torch.view_as_real(g.resolve_conj()), torch.view_as_real(w.resolve_conj())
-        if not w.is_floating_point():
-            gap = 0.0 if torch.equal(g, w) else math.inf
-            max_abs, max_rel = max(max_abs, gap), max(max_rel, gap)
-        elif w.numel():
-            gap = float((g.double() - w.double()).abs().max())
-            if not math.isfinite(gap):
-                return math.inf, math.inf
-            max_abs = max(max_abs, gap)
-            max_rel = max(max_rel, gap / max(float(w.abs().max()), 1e-300))
-    return max_abs, max_rel
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [t.detach() for t in tree_leaves(value) if isinstance(t, Tensor)]
-
-
-def _cast(inputs: Any, dtype: torch.dtype) -> Any:
-    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """The coarsest floating-point dtype among the parameters."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float64)
+    allowed = tolerance(expected.noise, coarsest_dtype(candidate))
+    return Equivalence(max_rel <= allowed, max_abs, max_rel, allowed, expected.noise)

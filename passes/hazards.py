@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from passes.flow import Flow
 from passes.refusal import Reason, Refusal
-from passes.region import Region
-from passes.surgery import origin
+from passes.region import Region, origin
 
 __all__ = ["in_place_refusal", "mutations"]
 

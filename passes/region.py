@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
@@ -27,7 +28,7 @@ from passes.refusal import Reason, Refusal, RefusalError
 from passes.signal import Dim, Signal, View
 from passes.transfer import METHODS, function_law, module_law
 
-__all__ = ["Region", "Sweep", "find_regions", "plan_unit"]
+__all__ = ["Region", "Sweep", "find_regions", "origin", "plan_unit"]
 
 MAX_CLIMB = 32
 """Most dominators walked up from one node; regions that matter are far smaller."""
@@ -71,7 +72,7 @@ class Region:
     @property
     def key(self) -> tuple[str, ...]:
         """Names that find this region again in a fresh graph of the same unit."""
-        return self.layers()
+        return origin(self.entry).name, *self.layers()
 
     def numeric(self) -> ConvForm:
         """The form in float64, its block structure found again."""
@@ -88,6 +89,13 @@ class Region:
         """Paths of the layers that vanish, in order of execution."""
         names = (self.flow.unit.name(n) for n in [*self.constants, *self.dying])
         return tuple(dict.fromkeys(names))
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """The traced node whose value ``node`` has; a fold stands for the result that it replaced."""
+    while isinstance(region := node.meta.get("region"), Region):
+        node = region.result
+    return node
 
 
 class Sweep:
@@ -212,12 +220,13 @@ def plan_unit(
     """
     chosen: list[Region] = []
     dead: set[fx.Node] = set()
+    refused = set(banned)
     changed: set[fx.Node] | None = None
     while changed is None or changed:
         candidates = find_regions(flow, dead, changed, refusals)
         changed = set()
         for region in candidates:
-            if region.key in banned or dead.intersection(region.dying):
+            if region.key in refused or dead.intersection(region.dying):
                 continue
             kept = [r.entry for r in chosen if r.node not in region.dying and r.entry is not region.result]
             if region.entry in dead or any(entry in region.dying for entry in kept):
@@ -230,9 +239,10 @@ def plan_unit(
             )
             region.convs = region.convs.union(*(r.convs for r in inner))
             region.constants = list(dict.fromkeys([c for r in inner for c in r.constants] + region.constants))
-            refusal = accept(region, dead)
+            refusal = _too_dense(region) or accept(region, dead)
             if refusal is not None:
-                refusals.append(refusal.at(flow.unit.name(region.result)))
+                refusals.append(refusal.at(flow.unit.name(origin(region.result))))
+                refused.add(region.key)
                 continue
             chosen = [r for r in chosen if r not in inner] + [region]
             dead |= {n for n in region.dying} | {r.node for r in inner if r.node is not None}
@@ -242,6 +252,20 @@ def plan_unit(
                 if neighbour.entry is region.result:
                     neighbour.entry = node
     return chosen
+
+
+def _too_dense(region: Region) -> Refusal | None:
+    """Moved channels were planned in the hope of block structure; whether it is there, only numbers say."""
+    if not region.form.widened:
+        return None
+    try:
+        with torch.no_grad():
+            form = region.numeric()
+    except RefusalError as error:
+        return error.refusal
+    bias = None if form.bias is None else form.bias.to("meta")
+    region.form = replace(form, weight=form.weight.to("meta"), bias=bias)
+    return None
 
 
 def _contract(flow: Flow, region: Region) -> fx.Node:

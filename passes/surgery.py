@@ -24,7 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from passes.flow import Flow
 from passes.refusal import Reason, RefusalError
-from passes.region import Region
+from passes.region import Region, origin
 from passes.rewritten import rewrite_forward
 from passes.trace import Call, call_of, join
 
@@ -120,11 +120,18 @@ class Step:
     layer: bool
 
 
-def origin(node: fx.Node) -> fx.Node:
-    """The traced node whose value ``node`` has; a fold stands for the result that it replaced."""
-    while isinstance(region := node.meta.get("region"), Region):
-        node = region.result
-    return node
+def _sees(call: Call, node: fx.Node) -> bool:
+    """Whether the forward of ``call`` gets at the value of ``node``: made inside, or given."""
+    return call in call_of(node).chain() or node in _nodes([call.args, call.kwargs])
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is asked of a call: wherever ``old`` was, give ``source``, through the folded layer if ``layer``."""
+
+    old: fx.Node
+    source: fx.Node
+    layer: bool
 
 
 def _common_call(calls: list[Call]) -> Call:

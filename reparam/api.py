@@ -97,6 +97,8 @@ def verify(reference: nn.Module, candidate: nn.Module, example_inputs: Any = Non
         inputs = guess_inputs(reference)
     try:
         return compare(reference, candidate, inputs)
+    except ReparamError:
+        raise
     # Both models are user code: whatever they raise means that they do not take these inputs.
     except Exception as error:
         raise ReparamError(f"a network rejects example_inputs: {error}") from error
@@ -114,6 +116,7 @@ def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
     The size is the one in the model's ``pretrained_cfg`` or ``default_cfg`` (timm), else the first of a few common
     sizes that the model takes. Raises :class:`ReparamError` if none is taken.
     """
+    check_model(model)
     first = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     tried = []

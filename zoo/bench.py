@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zoo.families import BENCH, Network
+from zoo.measure import one_thread, shipped_fold
 from zoo.render import console, markdown_table, provenance, rich_table, write_text
 from zoo.table import table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import nn
 
 __all__ = ["bench"]
@@ -56,7 +54,7 @@ def collapse(
     """Time, growth with depth, memory and import time of collapse, beside timm's own fold."""
     terminal = console()
     parts = []
-    with _one_thread():
+    with one_thread():
         facts = provenance()
         measures: tuple[Callable[[], Part], ...] = (
             partial(_speed, repeats),
@@ -96,7 +94,6 @@ def _race(network: Network, repeats: int) -> tuple[list[dict[str, float]], float
     """Seconds of our parts in each run, and the median of timm's whole fold."""
     import reparam
     from reparam import sources
-    from zoo.measure import shipped_fold
 
     model = sources.create(network.spec).eval()
     fold = shipped_fold("timm")
@@ -187,19 +184,6 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
     result = work()
     return result, time.perf_counter() - started
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Everything on one thread, as the tables say."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _child(*arguments: str) -> Any:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from zoo.families import DEMO, Network
-from zoo.measure import Row, measure, warm_up
+from zoo.measure import Row, measure, one_thread, warm_up
 from zoo.render import LEGEND, console, folding_markdown, folding_table, provenance, write_text
 
 __all__ = ["demo", "measure_all"]
@@ -35,11 +35,12 @@ def demo(
 
 def measure_all(networks: tuple[Network, ...], terminal: Console) -> list[Row]:
     """Measure one network after the other, saying on the terminal which."""
-    warm_up()
     rows = []
-    for index, network in enumerate(networks, 1):
-        with terminal.status(f"{index}/{len(networks)} {network.spec}"):
-            rows.append(measure(network))
+    with one_thread():
+        warm_up()
+        for index, network in enumerate(networks, 1):
+            with terminal.status(f"{index}/{len(networks)} {network.spec}"):
+                rows.append(measure(network))
     return rows
 
 

@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from reparam import Counts, sources
 from zoo.families import Baseline, Network
 from zoo.randomise import randomise_
 
-__all__ = ["TOLERANCE", "Row", "measure", "relative_error", "shipped_fold", "size", "warm_up"]
+__all__ = ["TOLERANCE", "Row", "measure", "one_thread", "relative_error", "shipped_fold", "size", "warm_up"]
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Row:
     Args:
         proof: largest relative error of the folds' own proofs.
         error: largest relative difference of the outputs in float64.
-        seconds: of the collapse in float32, with its proofs.
+        seconds: of the collapse in float32, with its proofs, after a warm-up.
         theirs: the network after the fold that ships, None where that failed or there is none.
         remark: why ``theirs`` is None, or what is wrong with it.
         failure: why this row does not hold; empty if it does.
@@ -85,6 +86,17 @@ def measure(network: Network, seed: int = 0) -> Row:
         log.debug("%s failed", network.spec, exc_info=True)
         return replace(row, failure=row.failure or _one_line(error))
     return replace(row, failure=_verdict(row))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one thread inside: times compare, and thousands of small operations do not wait for threads to meet."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def warm_up() -> None:

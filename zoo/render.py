@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -37,8 +36,8 @@ LEGEND = (
     "Convolutions, batch norms and million parameters before → after. Theirs: the same three numbers after timm's "
     "`reparameterize_model` for networks that ship a fold, after `torch.fx.experimental.optimization.fuse` for the "
     "others. Error: the largest difference of the outputs relative to the largest output, original and fold both in "
-    "float64, with random weights and random batch norm statistics. s: seconds of one collapse in float32 on this "
-    "machine, proofs included."
+    "float64, with random weights and random batch norm statistics. s: seconds of one collapse in float32 on one "
+    "thread of this machine, proofs included."
 )
 
 
@@ -89,7 +88,7 @@ def provenance() -> str:
     names = ("reparam", "torch", "timm", "torchvision")
     versions = ", ".join(f"{name} {_version(name)}" for name in names)
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    machine = f"{_processor()}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}"
+    machine = f"{_processor()}, {os.cpu_count()} cores"
     return f"Written by the tool on {today}: {versions}, Python {platform.python_version()}; {machine}."
 
 
