@@ -48,6 +48,11 @@ class Flow:
                 self.holders[id(tensor)].add(node)
         self.affine = {n for n in self.nodes if is_affine(n.op, n.target, self.modules.get(n))}
         self.rank = self._find_ranks(list(ranks))
+        self.channels: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            count = self._channels_of(node)
+            if count is not None:
+                self.channels[node] = count
 
     def add(self, node: fx.Node, after: fx.Node) -> None:
         """Enter a node that stands for a fold, at the place of the result it replaces."""
@@ -61,8 +66,8 @@ class Flow:
         return is_shape_query(user.op, user.target, user.args)
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
-        """Nodes whose data ``node`` reads; constants left out."""
-        return [] if self.shape_only(node) else [n for n in node.all_input_nodes if n not in self.constant]
+        """Nodes that ``node`` depends on, for their data or their shape; constants left out."""
+        return [n for n in node.all_input_nodes if n not in self.constant]
 
     def dominators(self, dead: set[fx.Node]) -> dict[Any, Any]:
         """Immediate dominator of every live node that depends on an input."""
@@ -100,6 +105,20 @@ class Flow:
             else:
                 rank[node] = self._rank_of(node, rank)
         return rank
+
+    def _channels_of(self, node: fx.Node) -> int | None:
+        """Size of dimension 1 of a feature map, where a convolution or batch norm in front of it says so."""
+        module = self.modules.get(node)
+        if module is not None and _spatial(module) is not None:
+            return int(getattr(module, "out_channels", None) or module.num_features)  # type: ignore[arg-type]
+        held = node.args[1] if len(node.args) > 1 and node.op == "call_function" else None
+        if isinstance(held, fx.Node) and held.op == "get_attr" and isinstance(self.unit.attribute(str(held.target)), Tensor):
+            shape = self.unit.attribute(str(held.target)).shape
+            if node.target in (F.conv1d, F.conv2d, F.conv3d) or (node.target is F.batch_norm and len(shape) == 1):
+                return int(shape[0])
+        counts = {self.channels.get(n) for n in node.all_input_nodes}  # with a constant, broadcasting may change it
+        keeps = (type(module).__module__ in _SAME_CHANNELS) if module is not None else node.target in _ELEMENTWISE_ONE
+        return counts.pop() if keeps and len(counts) == 1 and not isinstance(module, nn.GLU) else None
 
     def _rank_of(self, node: fx.Node, rank: dict[fx.Node, int | None]) -> int | None:
         inputs = [rank.get(n) for n in node.all_input_nodes if n not in self.constant]
@@ -238,6 +257,12 @@ _BY_DIMENSION = (
 _SAME_RANK = {
     f"torch.nn.modules.{name}" for name in ("activation", "dropout", "linear", "batchnorm", "normalization", "pooling")
 }
+_SAME_CHANNELS = {f"torch.nn.modules.{name}" for name in ("activation", "dropout", "linear", "pooling")}
+_ELEMENTWISE_ONE = {
+    F.relu, F.gelu, F.silu, F.hardswish, F.dropout, F.relu6, F.leaky_relu, F.hardsigmoid, torch.relu, torch.sigmoid,
+    torch.tanh, "relu", "relu_", "sigmoid", "tanh", "contiguous", "clone", operator.add, operator.iadd, torch.add,
+    F.max_pool2d, F.avg_pool2d,
+}  # fmt: skip
 _CONV_RANK: dict[Any, int] = {
     F.conv1d: 3, F.conv2d: 4, F.conv3d: 5, F.conv_transpose1d: 3, F.conv_transpose2d: 4, F.conv_transpose3d: 5,
     torch.conv1d: 3, torch.conv2d: 4, torch.conv3d: 5,

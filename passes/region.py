@@ -11,6 +11,7 @@ Planning is linear in the size of the graph: the walk is bounded, and values are
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -87,7 +88,8 @@ class Region:
 
     def layers(self) -> tuple[str, ...]:
         """Paths of the layers that vanish, in order of execution."""
-        names = (self.flow.unit.name(n) for n in [*self.constants, *self.dying])
+        order = sorted([*self.constants, *self.dying], key=lambda n: self.flow.order[n])
+        names = (self.flow.unit.name(n) for n in order if not self.flow.shape_only(n))
         return tuple(dict.fromkeys(names))
 
 
@@ -411,28 +413,62 @@ def _numbers(flow: Flow, nodes: list[fx.Node]) -> int:
 
 
 def _views(flow: Flow, entry: fx.Node) -> list[tuple[View, int]]:
-    """How the layers behind ``entry`` read its tensor: spatial dimensions and channels."""
+    """How the layers behind ``entry`` read its tensor: spatial dimensions and channels.
+
+    A layer behind a slice, a split or a reshape does not say how many channels the entry has: that must be known from
+    what made the entry, or the entry is not read that way.
+    """
     found: dict[View, int] = {}
-    todo, seen = [(entry, 1, 0)], {entry}
+    todo: list[tuple[fx.Node, tuple[fx.Node, ...], int]] = [(entry, (), 0)]
+    seen = {(entry, False)}
+    known, rank = flow.channels.get(entry), flow.rank.get(entry)
     while todo:
-        node, factor, depth = todo.pop(0)
+        node, path, depth = todo.pop(0)
         for user in node.users:
-            if user in seen or user not in flow.affine or flow.shape_only(user):
+            if (user, bool(path)) in seen or user not in flow.affine or flow.shape_only(user):
                 continue
-            seen.add(user)
+            seen.add((user, bool(path)))
             demand = _demand(flow, user, entry)
-            if demand is not None:
-                found.setdefault(demand[0], demand[1] * factor)
-            elif depth < 6:
-                todo.append((user, factor * _parts(user), depth + 1))
+            if demand is None:
+                if depth < 6:
+                    todo.append((user, (*path, user) if _reshapes(flow, user) else path, depth + 1))
+                continue
+            view, count = demand
+            if not view.last and rank not in (None, view.n + 2):
+                continue
+            if any(_drops_channels(step, view) for step in path):
+                count = known if known is not None and not view.last and rank is not None else 0
+            elif known is not None and not view.last:
+                count = known
+            if count:
+                found.setdefault(view, count)
     return list(found.items())
 
 
-def _parts(node: fx.Node) -> int:
-    if node.target in ("chunk",) or getattr(node.target, "__name__", "") == "chunk":
-        count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks", 1)
-        return count if isinstance(count, int) else 1
-    return 1
+_RESHAPES = {
+    "getitem", "chunk", "split", "tensor_split", "narrow", "select", "index_select", "unbind", "cat", "concat",
+    "concatenate", "stack", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
+}  # fmt: skip
+
+
+def _reshapes(flow: Flow, node: fx.Node) -> bool:
+    """Whether an operation may change how many channels there are, or which dimension holds them."""
+    if node.op == "call_module":
+        return isinstance(flow.modules[node], (nn.Flatten, nn.Unflatten))
+    return (node.target if node.op == "call_method" else getattr(node.target, "__name__", "")) in _RESHAPES
+
+
+def _drops_channels(node: fx.Node, view: View) -> bool:
+    """Whether the layers behind may see fewer channels than there are; a crop along space leaves them all."""
+    if node.target is not operator.getitem or view.last:
+        return True
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if None in index:
+        return True
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = (*index[:at], *(slice(None),) * (view.n + 3 - len(index)), *index[at + 1 :])
+    return any(item != slice(None) for item in index[:2])
 
 
 def _demand(flow: Flow, node: fx.Node, entry: fx.Node) -> tuple[View, int] | None:

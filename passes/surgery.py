@@ -495,17 +495,21 @@ def _layer_name(layout: Layout, call: Call, region: Region, dead: set[fx.Node], 
 
 
 def _remainder(module: nn.Module, graph: fx.Graph) -> nn.Module:
-    """What is left of a norm or convolution that also does something else: its activation, under its old name."""
-    steps = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-    chain, value = OrderedDict(), next(n for n in graph.nodes if n.op == "placeholder")
-    for node in steps:
-        if node.op != "call_module" or node.args != (value,) or "." in str(node.target):
-            return fx.GraphModule(module, graph).eval()
-        child = module.get_submodule(str(node.target))
-        if type(child) is not nn.Identity:
-            chain[str(node.target)] = child
-        value = node
-    return nn.Sequential(chain).eval() if chain else nn.Identity().eval()
+    """What is left of a norm or convolution that also does something else: its activation, under its old name.
+
+    Assertions about the input's shape go with the norm that made them.
+    """
+    chain: list[fx.Node] = []
+    node = next(iter(reversed(graph.nodes))).args[0]
+    while isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+        chain.insert(0, node)
+        node = node.args[0]
+    others = [n for n in graph.nodes if n.op in ("call_module", "get_attr") and n not in chain]
+    names = [str(n.target) for n in chain]
+    if not isinstance(node, fx.Node) or node.op != "placeholder" or others or any("." in name for name in names):
+        return fx.GraphModule(module, graph).eval()
+    kept = OrderedDict((n, m) for n in names if type(m := module.get_submodule(n)) is not nn.Identity)
+    return nn.Sequential(kept).eval() if kept else nn.Identity().eval()
 
 
 class _Local:

@@ -77,6 +77,8 @@ class Unit:
         """How a person finds this node: its layer's path in the model, and the operation where it is not a layer."""
         if node.op == "call_module":
             return join(self.path, str(node.target))
+        if node.op == "get_attr":
+            return join(self.path, str(node.target).rpartition(".")[0]) or "(model)"
         target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         return f"{join(self.path, call_of(node).path) or '(model)'}:{target}"
 

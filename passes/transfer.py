@@ -415,7 +415,7 @@ METHODS: dict[str, Law] = {
     **{
         name: _movement(getattr(Tensor, name))
         for name in (
-            "view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "moveaxis", "swapaxes",
+            "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "moveaxis", "swapaxes",
             "swapdims", "squeeze", "unsqueeze", "flip", "roll", "unbind",
         )
     },  # fmt: skip
@@ -423,6 +423,7 @@ METHODS: dict[str, Law] = {
         name: _along(getattr(torch, name))
         for name in ("chunk", "split", "tensor_split", "narrow", "select", "index_select")
     },
+    "view": _movement(Tensor.reshape),  # strides are the model's own matter: it runs
     "matmul": _matmul,
     "to": _to,
     "size": _size,
