@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from passes.differ import first_difference, outputs
-from passes.emit import emit, target_of
+from passes.emit import all_finite, emit, target_of
 from passes.equivalence import Expected, compare_outputs, expect, prove
 from passes.flow import Flow
 from passes.hazards import in_place_refusal, mutations
@@ -106,7 +106,7 @@ def check_model(model: Any) -> None:
         if tensor.is_quantized:
             raise ReparamError(f"{name} is quantised: collapse first, quantise the result")
     for name, tensor in _weights(model):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "an infinite value"
             raise ReparamError(f"{name} holds {kind}: the model is broken before any fold; restore an older checkpoint")
 

@@ -226,6 +226,8 @@ class ConvForm:
     def affine(self, scale: Tensor | None, shift: Tensor | None) -> ConvForm:
         """``scale * y + shift`` per output channel; both ``(out,)`` or None."""
         weight, bias = self.weight, self.bias
+        if weight.device.type == "meta":  # planning: shapes stay, and a product without numbers takes its time too
+            return replace(self, bias=shift if bias is None else bias)
         if scale is not None:
             weight = weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
             bias = None if bias is None else bias * scale

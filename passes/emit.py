@@ -18,7 +18,7 @@ from passes.conv_form import ConvForm, _swap_in_out
 from passes.probe import CarriedForm
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["Target", "emit", "read_back", "target_of"]
+__all__ = ["Target", "all_finite", "emit", "read_back", "target_of"]
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -152,12 +152,18 @@ def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None, target: Target)
     return layer.eval()
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite. A finite sum says so at once; one that overflows is looked into."""
+    flat = tensor.detach()
+    return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(flat).all())
+
+
 def _cast(tensor: Tensor | None, target: Target, what: str) -> Tensor | None:
     if tensor is None:
         return None
     cast = tensor.detach().to(target.device, target.dtype, copy=True).contiguous()  # never a view of the form's own
-    if not bool(torch.isfinite(cast).all()):
-        worst = tensor.detach().abs().max().item() if bool(torch.isfinite(tensor).all()) else float("nan")
+    if not all_finite(cast):
+        worst = tensor.detach().abs().max().item() if all_finite(tensor) else float("nan")
         raise RefusalError(
             Reason.NOT_FINITE, f"the folded {what} does not fit into {target.dtype}: its largest value is {worst:.4g}"
         )

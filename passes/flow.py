@@ -46,7 +46,7 @@ class Flow:
         for node, tensors in self.tensors.items():
             for tensor in tensors:
                 self.holders[id(tensor)].add(node)
-        self.affine = {n for n in self.nodes if is_affine(n.op, n.target, self.modules.get(n))}
+        self.affine = {n for n in self.nodes if is_affine(n.op, n.target, self.modules.get(n)) or self._may_be_probed(n)}
         self.rank = self._find_ranks(list(ranks))
         self.channels: dict[fx.Node, int] = {}
         for node in self.nodes:
@@ -64,6 +64,11 @@ class Flow:
     def shape_only(self, user: fx.Node) -> bool:
         """Whether ``user`` asks only for its input's shape."""
         return is_shape_query(user.op, user.target, user.args)
+
+    def _may_be_probed(self, node: fx.Node) -> bool:
+        refusal = self.unit.opaque.get(str(node.target)) if node.op == "call_module" else None
+        alone = len(node.args) == 1 and not node.kwargs
+        return refusal is not None and refusal.reason is Reason.UNTRACEABLE and alone
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """Nodes that ``node`` depends on, for their data or their shape; constants left out."""

@@ -110,8 +110,11 @@ def probe(module: nn.Module) -> ConvForm:
         if isinstance(module, _ConvNd) and next(module.children(), None) is None:
             return _carried(module, runner)
         for n, channels in _guesses(module):
-            if runner.is_affine(n, channels):
+            affine = runner.is_affine(n, channels)
+            if affine:
                 return _respond(runner, n, channels)
+            if affine is False:
+                break
     raise RefusalError(Reason.NOT_A_CONVOLUTION)
 
 
@@ -134,15 +137,15 @@ class _Runner:
             raise RefusalError(Reason.NOT_A_CONVOLUTION, "probed: does not give one map for one map")
         return y.double()
 
-    def is_affine(self, n: int, channels: int) -> bool:
-        """A first, cheap look: same answer twice, and affine along one line."""
+    def is_affine(self, n: int, channels: int) -> bool | None:
+        """A first, cheap look: same answer twice, and affine along one line; None if the input is not accepted."""
         try:
             x, y = torch.randn(2, 1, channels, *(9, 8, 7)[:n], dtype=torch.float64)
             zero = self(torch.zeros_like(x))
             a, b, both = self(x) - zero, self(y) - zero, self(2 * x - 3 * y) - zero
             again = self(x) - zero
         except RefusalError:
-            return False
+            return None
         return _close(again, a) and _close(2 * a - 3 * b, both)
 
 

@@ -299,7 +299,10 @@ def _climb(flow: Flow, dominator: dict[Any, Any], result: fx.Node) -> Iterator[f
 
 def _final(value: Any) -> bool:
     """Whether climbing further cannot help: something between is not affine or comes from elsewhere."""
-    return isinstance(value, Refusal) and value.reason in (Reason.NOT_AFFINE, Reason.OTHER_INPUT)
+    return isinstance(value, Refusal) and value.reason in _FINAL
+
+
+_FINAL = {Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.NOT_A_CONVOLUTION}
 
 
 def _reach(flow: Flow, changed: set[fx.Node]) -> set[fx.Node]:

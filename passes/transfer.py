@@ -108,8 +108,11 @@ def _batch_norm(
         )
     if not channel_axis_is(signal, 1):
         raise RefusalError(Reason.LAYOUT, "batch norm acts on dimension 1, which does not hold the channels here")
-    scale = torch.rsqrt(var + eps) if weight is None else _constant(weight) * torch.rsqrt(var + eps)
-    shift = -mean * scale if bias is None else _constant(bias) - mean * scale
+    if mean.device.type == "meta":  # planning: only the shapes count
+        scale = shift = mean
+    else:
+        scale = torch.rsqrt(var + eps) if weight is None else _constant(weight) * torch.rsqrt(var + eps)
+        shift = -mean * scale if bias is None else _constant(bias) - mean * scale
     shape = (-1, *(1,) * _dims_after_one(signal))
     return _affine(signal, scale.reshape(shape), shift.reshape(shape))
 

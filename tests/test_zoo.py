@@ -39,7 +39,7 @@ def test_a_row_holds_for_a_right_fold(network: Network) -> None:
     assert (row.ours.convs, row.ours.norms) == (1, 0)
     assert row.theirs is not None
     assert (row.theirs.convs, row.theirs.norms) == (2, 0)
-    assert "| block | 2 → 1 | 2 → 0 |" in folding_markdown([row])
+    assert "| toy:block | 2 → 1 | 2 → 0 |" in folding_markdown([row])
 
 
 def test_a_row_fails_for_a_wrong_fold(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_an_exception_becomes_a_row(network: Network) -> None:
     row = measure(replace(network, spec="toy:nothing"))
     assert "UnknownNameError" in row.failure
     assert math.isnan(row.error)
-    assert "nothing (FAILED)" in folding_markdown([row])
+    assert "toy:nothing (FAILED)" in folding_markdown([row])
 
 
 @pytest.mark.parametrize(("value", "expected"), [(1.5, 0.5 / 3), (math.nan, math.inf), (math.inf, math.inf)])

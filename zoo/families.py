@@ -46,6 +46,11 @@ class Network:
         """The name without its source."""
         return self.spec.partition(":")[2]
 
+    @property
+    def label(self) -> str:
+        """How tables call it: timm's networks by name, others with their source."""
+        return self.name if self.spec.startswith("timm:") else self.spec
+
     def inputs(self, seed: int) -> tuple[Tensor, ...]:
         """The random input, float32, the same for the same seed."""
         return (torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)),)

@@ -115,7 +115,7 @@ def insert_between_markers(path: Path, name: str, text: str) -> None:
 
 def _cells(row: Row) -> list[str]:
     """The cells of one row, in the order of ``HEADINGS``."""
-    name = row.network.name if row.ok else f"{row.network.name} (FAILED)"
+    name = row.network.label if row.ok else f"{row.network.label} (FAILED)"
     changes = [_change(row, attribute) for attribute in ("convs", "norms", "parameters")]
     theirs = " / ".join(_number(row.theirs, key) for key in ("convs", "norms", "parameters")) if row.theirs else "fails"
     if row.theirs and row.remark:

@@ -56,7 +56,7 @@ def _document(parts: list[tuple[str, list[Row]]]) -> str:
     text = f"# Folding tables\n\n{provenance()}\n\n{LEGEND}\n"
     for title, rows in parts:
         text += f"\n## {title}\n\n{folding_markdown(rows)}"
-        reasons = [f"- {row.network.name}: {row.remark}\n" for row in rows if row.theirs is None and row.remark]
+        reasons = [f"- {row.network.label}: {row.remark}\n" for row in rows if row.theirs is None and row.remark]
         if reasons:
             text += "\nWhere theirs fails:\n\n" + "".join(reasons)
     return text
