@@ -25,10 +25,12 @@ from passes.emit import all_finite, emit, target_of
 from passes.equivalence import Expected, compare_outputs, expect, prove
 from passes.flow import Flow
 from passes.hazards import in_place_refusal, mutations
+from passes.placement import Layout, place
+from passes.plan import plan_unit
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
-from passes.region import Region, origin, plan_unit
+from passes.region import Region, origin
 from passes.report import Counts, Explanation, Fold
-from passes.surgery import Layout, Surgeon, place
+from passes.surgery import Surgeon
 from passes.trace import Unit, retrace, trace_units
 
 __all__ = ["check_model", "collapse_model", "explain_model"]
@@ -99,7 +101,7 @@ def check_model(model: Any) -> None:
         if "quantized" in type(module).__module__:
             raise ReparamError(f"{name} is quantised: collapse first, quantise the result")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ReparamError(f"{name} is not initialised yet: run the model once first")
         if tensor.device.type == "meta":
             raise ReparamError(f"{name} is on the meta device and has no numbers: load the weights first")
@@ -127,9 +129,7 @@ def _copy(model: nn.Module) -> nn.Module:
         raise ReparamError(f"the model cannot be copied ({error}); pass inplace=True") from error
 
 
-def _run_examples(
-    model: nn.Module, inputs: tuple[Any, ...], explanation: Explanation, verify: bool
-) -> Expected | None:
+def _run_examples(model: nn.Module, inputs: tuple[Any, ...], explanation: Explanation, verify: bool) -> Expected | None:
     try:
         with _clock(explanation, "proof"):
             if verify:
@@ -180,11 +180,15 @@ def _compile_unit(
     """Plan, fold and operate on one unit. What fails with real numbers is banned, and the unit is planned again."""
     banned: list[Refusal] = []
     planner = _Planner(model, unit, ranks)
+    said = len(explanation.refusals)
     while True:
+        del explanation.refusals[said:]  # of a plan that failed
         with _clock(explanation, "plan"):
             regions = planner.plan(explanation)
         folded = [
-            outcome for region in regions if (outcome := _fold(region, planner, explanation, verify, banned)) is not None
+            outcome
+            for region in regions
+            if (outcome := _fold(region, planner, explanation, verify, banned)) is not None
         ]
         if len(folded) == len(regions):
             with _clock(explanation, "fold"):
@@ -196,9 +200,9 @@ def _compile_unit(
                     banned.append(error.refusal)
                     planner.banned |= {r.key for r in regions if r.placement.rewrites}
         planner = _Planner(model, retrace(planner.flow.unit), ranks, planner.banned)
-    explanation.refusals += [r for r in banned if r not in explanation.refusals]
-    for region, layer, error in folded:
-        explanation.folds.append(_fold_of(region, _text(layer), paths.get(region, ""), error))
+    explanation.refusals += [r for r in dict.fromkeys(banned) if r not in explanation.refusals]
+    for region, layer, gap in folded:
+        explanation.folds.append(_fold_of(region, _text(layer), paths.get(region, ""), gap))
 
 
 def _fold(
@@ -333,4 +337,3 @@ def _why_norm_stays(flow: Flow, node: fx.Node) -> Refusal:
         others = ", ".join(flow.unit.name(u) for u in readers if u is not node and u.op != "output") or "the output"
         return Refusal(Reason.SHARED, f"the output of {name} is used by {others} as well")
     return Refusal(Reason.NO_CONVOLUTION, f"{Reason.NO_CONVOLUTION.value}: it follows {name}")
-

@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from passes.refusal import Reason, RefusalError
 
 __all__ = ["Target", "all_finite", "emit", "read_back", "target_of"]
 
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONV: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PAD: dict[str, tuple[type[nn.Module], ...]] = {
     "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
     "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
@@ -94,9 +95,11 @@ def _conv(form: ConvForm, weight: Tensor, bias: Tensor | None, target: Target) -
     lead, trail, n = form.lead, form.trail, form.n
     symmetric = lead == trail and all(p >= 0 for p in lead)
     total = [d * (k - 1) for d, k in zip(form.dilation, form.kernel, strict=True)]
-    same = not symmetric and form.stride == (1,) * n and list(zip(lead, trail, strict=True)) == [
-        (t // 2, t - t // 2) for t in total
-    ]
+    same = (
+        not symmetric
+        and form.stride == (1,) * n
+        and list(zip(lead, trail, strict=True)) == [(t // 2, t - t // 2) for t in total]
+    )
     layer = _CONV[n - 1](
         form.in_channels,
         form.out_channels,
@@ -127,7 +130,7 @@ def _transposed(form: ConvForm) -> nn.Module:
     for i in range(n):
         if padding[i] < 0 or not 0 <= extra[i] < max(form.up[i], form.dilation[i]) or form.stride[i] != 1:
             raise RefusalError(Reason.TRANSPOSED, "no transposed convolution of torch has this geometry")
-    return _TRANSPOSED[n - 1](
+    layer: nn.Module = _TRANSPOSED[n - 1](
         form.in_channels,
         form.out_channels,
         form.kernel,
@@ -139,16 +142,15 @@ def _transposed(form: ConvForm) -> nn.Module:
         dilation=form.dilation,
         device="meta",
     )
+    return layer
 
 
 def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None, target: Target) -> nn.Module:
     """Give a layer its numbers; it was made without any, so that nothing is allocated or drawn twice."""
     if target.channels_last and weight.dim() in (4, 5):
-        weight = weight.contiguous(
-            memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
-        )
+        weight = weight.contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d)
     layer.weight = nn.Parameter(weight, requires_grad=target.requires_grad)
-    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=target.requires_grad)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=target.requires_grad))
     return layer.eval()
 
 

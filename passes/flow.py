@@ -46,7 +46,9 @@ class Flow:
         for node, tensors in self.tensors.items():
             for tensor in tensors:
                 self.holders[id(tensor)].add(node)
-        self.affine = {n for n in self.nodes if is_affine(n.op, n.target, self.modules.get(n)) or self._may_be_probed(n)}
+        self.affine = {
+            n for n in self.nodes if is_affine(n.op, n.target, self.modules.get(n)) or self._may_be_probed(n)
+        }
         self.rank = self._find_ranks(list(ranks))
         self.channels: dict[fx.Node, int] = {}
         for node in self.nodes:
@@ -117,7 +119,11 @@ class Flow:
         if module is not None and _spatial(module) is not None:
             return int(getattr(module, "out_channels", None) or module.num_features)  # type: ignore[arg-type]
         held = node.args[1] if len(node.args) > 1 and node.op == "call_function" else None
-        if isinstance(held, fx.Node) and held.op == "get_attr" and isinstance(self.unit.attribute(str(held.target)), Tensor):
+        if (
+            isinstance(held, fx.Node)
+            and held.op == "get_attr"
+            and isinstance(self.unit.attribute(str(held.target)), Tensor)
+        ):
             shape = self.unit.attribute(str(held.target)).shape
             if node.target in (F.conv1d, F.conv2d, F.conv3d) or (node.target is F.batch_norm and len(shape) == 1):
                 return int(shape[0])
@@ -179,10 +185,8 @@ class Constants:
         plain = module._parameters.get(name, module._buffers.get(name))
         if plain is not None or name in module._parameters or name in module._buffers:
             return None if plain is None else self._cast(plain)
-        if torch.is_grad_enabled():
-            value = _computed(module, name)
-        else:
-            value = _computed(copy.deepcopy(module).double(), name)
+        exact = module if torch.is_grad_enabled() else copy.deepcopy(module).double()
+        value = _computed(exact, name)
         return None if value is None else self._cast(value)
 
     def _compute(self, node: fx.Node) -> Any:

@@ -42,7 +42,9 @@ def in_place_refusal(flow: Flow, region: Region, mutated: dict[fx.Node, list[fx.
             if change in inside:
                 later = [u for u in origin(node).users if flow.order.get(u, -1) > flow.order[change]]
                 if later and "region" not in later[0].meta:
-                    return Refusal(Reason.IN_PLACE, f"{flow.unit.name(change)} changes a tensor that is read again later")
+                    return Refusal(
+                        Reason.IN_PLACE, f"{flow.unit.name(change)} changes a tensor that is read again later"
+                    )
             elif flow.order[change] < last and order[node] < flow.order[change]:
                 return Refusal(Reason.IN_PLACE, f"{flow.unit.name(change)} changes its input in between")
     return None
@@ -71,6 +73,7 @@ def _asked_in_place(node: fx.Node) -> bool:
     if getattr(F, getattr(target, "__name__", ""), None) is not target or len(node.args) < 2:
         return False
     try:
+        assert callable(target)
         return bool(inspect.signature(target).bind(*node.args, **node.kwargs).arguments.get("inplace"))
     except (TypeError, ValueError):
         return False
@@ -85,5 +88,3 @@ def _base(node: fx.Node) -> fx.Node:
         if not is_view or first is None:
             return node
         node = first
-
-

@@ -14,6 +14,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,7 +60,7 @@ class CarriedForm(ConvForm):
 class ProbedForms:
     """What probing found, once per module of a unit."""
 
-    _of: WeakKeyDictionary[Unit, ProbedForms] = WeakKeyDictionary()
+    _of: ClassVar[WeakKeyDictionary[Unit, ProbedForms]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
         self._found: dict[int, ConvForm | Refusal] = {}
@@ -102,7 +103,7 @@ def probe(module: nn.Module) -> ConvForm:
     The module takes one tensor and gives one. It is run on a copy; nothing about it changes.
     """
     numbers = sum(t.numel() for t in [*module.parameters(), *module.buffers()])
-    if numbers > MAX_NUMBERS or not 0 < numbers:
+    if numbers > MAX_NUMBERS or not numbers > 0:
         raise RefusalError(Reason.NOT_A_CONVOLUTION, "not probed: too large, or without weights")
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -227,7 +228,9 @@ def _carried(module: _ConvNd, runner: _Runner) -> ConvForm:
     n, own = len(module.kernel_size), runner.module
     if not all(isinstance(own._parameters.get(name), (nn.Parameter, type(None))) for name in ("weight", "bias")):
         raise RefusalError(Reason.NOT_A_CONVOLUTION)
-    inputs = [torch.randn(1, module.in_channels, *sizes[:n], dtype=torch.float64) for sizes in ((16, 17, 9), (19, 14, 8))]
+    inputs = [
+        torch.randn(1, module.in_channels, *sizes[:n], dtype=torch.float64) for sizes in ((16, 17, 9), (19, 14, 8))
+    ]
     before = [runner(x) for x in inputs]
     channels = int(module.out_channels)
     scale, shift = torch.randn(channels, dtype=torch.float64), torch.randn(channels, dtype=torch.float64)

@@ -34,7 +34,9 @@ class Counts:
         )
 
     def __str__(self) -> str:
-        return f"{self.convs} convs, {self.norms} norms, {self.linears} linears, {self.parameters / 1e6:.2f} M parameters"
+        return (
+            f"{self.convs} convs, {self.norms} norms, {self.linears} linears, {self.parameters / 1e6:.2f} M parameters"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,17 @@ class Explanation:
             rows.append((_short(fold.layers), fold.into, numbers, "" if fold.error is None else f"{fold.error:.1e}"))
         lines += ["", *_table(rows)] if self.folds else []
         if self.refusals:
-            lines += ["", "left as they are:", *_table([("layer", "reason")] + [(r.layer, r.message) for r in self.refusals])]
+            lines += [
+                "",
+                "left as they are:",
+                *_table([("layer", "reason")] + [(r.layer, r.message) for r in self.refusals]),
+            ]
         if self.untraced:
-            lines += ["", "compiled inside only:", *_table([("module", "reason")] + [(r.layer or "(model)", r.message) for r in self.untraced])]
+            lines += [
+                "",
+                "compiled inside only:",
+                *_table([("module", "reason")] + [(r.layer or "(model)", r.message) for r in self.untraced]),
+            ]
         return "\n".join(lines + [f"note: {n}" for n in self.notes])
 
 

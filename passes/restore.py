@@ -37,7 +37,7 @@ def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:
             if name in have:
                 if have[name].shape != tensor.shape:
                     raise ReparamError(
-                        f"{name} has shape {tuple(have[name].shape)} where the given architecture has {tuple(tensor.shape)}"
+                        f"{name} has shape {tuple(have[name].shape)}, and {tuple(tensor.shape)} in the given architecture"
                     )
                 tensor.copy_(have.pop(name))
             elif isinstance(owner, _NormBase) and path in norms.values():
@@ -101,11 +101,11 @@ def _owner(flow: Flow, node: fx.Node, kind: type[nn.Module], holds: str) -> str 
     """Path of the module whose tensor ``holds`` this operation uses: a leaf, or the module around a function."""
     if node.op == "call_module":
         module = flow.modules[node]
-        return str(node.target) if isinstance(module, kind) and isinstance(getattr(module, holds, None), Tensor) else None
+        return (
+            str(node.target) if isinstance(module, kind) and isinstance(getattr(module, holds, None), Tensor) else None
+        )
     for source in node.all_input_nodes:
         path, _, leaf = str(source.target).rpartition(".")
         if source.op == "get_attr" and leaf == holds and isinstance(flow.unit.root.get_submodule(path), kind):
             return path
     return None
-
-

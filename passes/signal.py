@@ -146,7 +146,9 @@ def crop(signal: Signal, index: Sequence[Any]) -> Signal:
         if item is None:
             continue
         if item != slice(None) and not _only_channels(signal, ids, axis):
-            raise RefusalError(Reason.LAYOUT, "a slice along batch or space with fixed bounds depends on the input's size")
+            raise RefusalError(
+                Reason.LAYOUT, "a slice along batch or space with fixed bounds depends on the input's size"
+            )
         axis += 1
     if all(item == slice(None) for item in index):
         return replace(signal, work=0, conv=False, bias=0)

@@ -164,9 +164,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, root: nn.Module, leaves: set[int]) -> None:
         functions = _library_leaves("get_notrace_functions")
-        super().__init__(
-            autowrap_functions=tuple(f for f in functions if callable(f)), param_shapes_constant=True
-        )
+        super().__init__(autowrap_functions=tuple(f for f in functions if callable(f)), param_shapes_constant=True)
         self.leaves = leaves
         self.leaf_types = tuple(t for t in _library_leaves("get_notrace_modules") if isinstance(t, type))
         self.names = {id(t): name for name, t in [*root.named_buffers(), *root.named_parameters()]}
@@ -226,7 +224,8 @@ class _Tracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)), None)
         count = len(self.calls)
-        call = Call(path, m, self.current, self.create_arg(args), self.create_arg(kwargs))
+        given: Any = self.create_arg(args), self.create_arg(kwargs)
+        call = Call(path, m, self.current, *given)
         self.calls.append(call)
         self.current = call
         try:
@@ -282,7 +281,7 @@ def _inherits_forward(module: nn.Module) -> bool:
 
 
 def _library_leaves(which: str) -> list[Any]:
-    """timm's own list of what FX must not enter, when timm is loaded; a timm model implies that it is."""
+    """Timm's own list of what FX must not enter, when timm is loaded; a timm model implies that it is."""
     fx_module = sys.modules.get("timm.layers._fx")
     return list(getattr(fx_module, which)()) if fx_module is not None else []
 
@@ -361,9 +360,7 @@ def _no_mark(model: nn.Module) -> Iterator[None]:
 
 
 def _comparable(module: nn.Module, attributes: dict[str, Any]) -> bool:
-    return module.__dict__.keys() == attributes.keys() and all(
-        module.__dict__[k] is v for k, v in attributes.items()
-    )
+    return module.__dict__.keys() == attributes.keys() and all(module.__dict__[k] is v for k, v in attributes.items())
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -103,9 +103,7 @@ def _batch_norm(
         raise RefusalError(Reason.BATCH_STATISTICS)
     mean, var = _constant(running_mean), _constant(running_var)
     if mean.shape[0] != signal.form.out_channels:
-        raise RefusalError(
-            Reason.CHANNELS, f"batch norm of {mean.shape[0]} channels after {signal.form.out_channels}"
-        )
+        raise RefusalError(Reason.CHANNELS, f"batch norm of {mean.shape[0]} channels after {signal.form.out_channels}")
     if not channel_axis_is(signal, 1):
         raise RefusalError(Reason.LAYOUT, "batch norm acts on dimension 1, which does not hold the channels here")
     if mean.device.type == "meta":  # planning: only the shapes count
@@ -418,8 +416,20 @@ METHODS: dict[str, Law] = {
     **{
         name: _movement(getattr(Tensor, name))
         for name in (
-            "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "moveaxis", "swapaxes",
-            "swapdims", "squeeze", "unsqueeze", "flip", "roll", "unbind",
+            "reshape",
+            "flatten",
+            "unflatten",
+            "transpose",
+            "permute",
+            "movedim",
+            "moveaxis",
+            "swapaxes",
+            "swapdims",
+            "squeeze",
+            "unsqueeze",
+            "flip",
+            "roll",
+            "unbind",
         )
     },  # fmt: skip
     **{

@@ -139,13 +139,11 @@ def _likely_shapes(model: nn.Module) -> list[tuple[int, ...]]:
         size = cfg.get("input_size") if isinstance(cfg, dict) else None
         if size is not None:
             return [(2, *size)]
-    for module in model.modules():
-        if isinstance(module, _ConvNd):
-            n = len(module.kernel_size)
-            return [(2, module.in_channels, *(s,) * n) for s in (64, 224, 32)]
-        if isinstance(module, nn.Linear):
-            return [(2, module.in_features), (2, 4, module.in_features)]
-    return [(2, 3, 64, 64)]
+    conv = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
+    if conv is not None:
+        return [(2, conv.in_channels, *(s,) * len(conv.kernel_size)) for s in (64, 224, 32)]
+    linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
+    return [(2, linear.in_features), (2, 4, linear.in_features)] if linear is not None else [(2, 3, 64, 64)]
 
 
 def _as_tuple(inputs: Any) -> tuple[Any, ...] | None:

@@ -178,6 +178,7 @@ def test_half_precision_weight(monkeypatch: pytest.MonkeyPatch) -> None:
         reparam.collapse(ready(nn.Sequential(ConvBN(256, 32))).to(torch.bfloat16))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_linear_and_other_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof of a linear layer, of 1-d and of 3-d convolutions finds one weight as well."""
     for parts in (
@@ -233,7 +234,7 @@ class PointThenSquare(nn.Module):
 def test_wrong_law_border(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the guard of zero padding taken away, only border pixels are wrong, and the proof sees them."""
     model = ready(PointThenSquare())
-    assert reparam.explain(model).reasons()[reparam.Reason.PAD_VALUE.value] > 0
+    assert reparam.Reason.PAD_VALUE in {r.reason for r in reparam.collapse_with_report(model)[1].refusals}
     monkeypatch.setattr(ConvForm, "_check_outside", lambda *args: None)
     with pytest.raises(EquivalenceError, match=r"second\.conv"):
         reparam.collapse(model)
@@ -263,8 +264,8 @@ def test_wrong_surgery(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def off_by(module: nn.Module, amount: float = 1e-3) -> None:
-    weight = next(module.parameters())
-    weight.data.flatten()[weight.numel() // 2] += amount
+    """One output channel off: a single weight may read a channel that an activation keeps at zero."""
+    next(module.parameters()).data[0] += amount
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -275,7 +276,7 @@ def test_verify_names_the_damaged_module(name: str, dtype: torch.dtype) -> None:
     plain = reparam.collapse(model)
     x = images(dtype=dtype)
     assert reparam.verify(model, plain, x).ok
-    off_by(plain.get_submodule(name), 3e-3)
+    off_by(plain.get_submodule(name))
     found = reparam.verify(model, plain, x)
     assert not found.ok
     assert found.first_difference is not None
@@ -382,6 +383,7 @@ def test_verify_tolerance_follows_the_dtype() -> None:
 def test_verify_across_dtypes() -> None:
     """A float32 copy of a float64 network passes as float32; a float64 candidate is held to float64."""
     model = ready(Net()).double()
+    model.head.weight.data += 1e-9
     single = copy.deepcopy(model).float()
     found = reparam.verify(model, single, images())
     assert found.ok

@@ -1,0 +1,287 @@
+"""Where a folded layer goes: decided from the graph alone, before anything is changed.
+
+In this order: (a) the region is a chain of modules: the first convolution's slot gets the folded one, the others
+become Identity, or what remains of them; (b) the region is one module's whole forward: that module becomes the layer;
+(c) the region is part of a forward: only the smallest enclosing module gets a new forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from passes.flow import Flow
+from passes.refusal import Reason, RefusalError
+from passes.region import Region, origin
+from passes.trace import Call, call_of
+
+__all__ = ["Layout", "Placement", "Rewrite", "nodes_in", "place"]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """In the forward of ``call``, ``old`` is replaced by ``source``, through the folded layer if ``layer``.
+
+    ``tail`` is a child call that keeps part of the region and is edited on its own.
+    """
+
+    call: Call
+    old: fx.Node
+    source: fx.Node
+    layer: bool
+    tail: Call | None = None
+
+
+@dataclass
+class Placement:
+    """Where a region's layer goes. ``slots`` maps a module path to True (the layer) or False (Identity)."""
+
+    slots: dict[str, bool] = field(default_factory=dict)
+    rewrites: list[Rewrite] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is asked of a call: wherever ``old`` was, give ``source``, through the folded layer if ``layer``."""
+
+    old: fx.Node
+    source: fx.Node
+    layer: bool
+
+
+class Layout:
+    """Facts about one unit's modules that surgery needs: how often each is called, and where it is registered."""
+
+    def __init__(self, flow: Flow, registered: Counter[int]) -> None:
+        self.flow = flow
+        self.registered = registered
+        unit = flow.unit
+        self.leaf_calls = Counter(str(n.target) for n in flow.modules)
+        self.calls = Counter(id(call.module) for call in unit.calls)
+        self.items: dict[Call, list[fx.Node | Call]] = {call: [] for call in unit.calls}
+        entered: set[Call] = set()
+        for node in flow.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            item: fx.Node | Call = node
+            for call in call_of(node).chain():
+                self.items[call].append(item)
+                if call in entered:
+                    break
+                entered.add(call)
+                item = call
+
+    def inside(self, call: Call) -> Iterator[fx.Node]:
+        """All traced nodes of a call and of the calls in it, in order."""
+        for item in self.items[call]:
+            if isinstance(item, Call):
+                yield from self.inside(item)
+            else:
+                yield item
+
+    def replaceable(self, module: nn.Module, path: str, parent: Call | None) -> bool:
+        """Whether putting another module into this slot changes this one call and nothing else."""
+        once = self.leaf_calls[path] <= 1 and self.calls[id(module)] <= 1
+        around = all(self.calls[id(c.module)] == 1 for c in (parent.chain() if parent is not None else ()))
+        pinned = id(module) in self.flow.unit.pinned
+        return once and around and not pinned and self.registered[id(module)] == 1 and path != ""
+
+    def rewritable(self, call: Call) -> bool:
+        """Whether this module's forward may be replaced."""
+        return all(self.calls[id(c.module)] == 1 for c in call.chain()) and self.registered[id(call.module)] == 1
+
+
+def place(layout: Layout, region: Region) -> Placement:
+    """Decide where the folded layer goes; raises :class:`RefusalError` with ``CODE`` if nowhere."""
+    entry = origin(region.entry)
+    common = _common_call([call_of(n) for n in region.dying])
+    while common.parent is not None and not _sees(common, entry):
+        common = common.parent
+    placement = Placement()
+    _substitute(layout, region, common, Step(origin(region.result), origin(region.entry), True), placement)
+    return placement
+
+
+def _common_call(calls: list[Call]) -> Call:
+    chains = [list(c.chain())[::-1] for c in calls]
+    common = chains[0][0]
+    for level in zip(*chains, strict=False):
+        if any(c is not level[0] for c in level):
+            break
+        common = level[0]
+    return common
+
+
+def _sees(call: Call, node: fx.Node) -> bool:
+    """Whether the forward of ``call`` gets at the value of ``node``: made inside, or given."""
+    return call in call_of(node).chain() or node in nodes_in([call.args, call.kwargs])
+
+
+def _substitute(layout: Layout, region: Region, call: Call, step: Step, placement: Placement) -> None:
+    """Decide how ``call`` is edited so that it does what ``step`` asks."""
+    trial = Placement()
+    if _as_chain(layout, region, call, step, trial) or _with_tail(layout, region, call, step, trial):
+        placement.slots.update(trial.slots)
+        placement.rewrites += trial.rewrites
+        return
+    if _is_whole(layout, region, call, step.old) and call.args == (step.source,) and not call.kwargs:
+        outer = call.parent is None and layout.flow.unit.path != "" and layout.registered[id(call.module)] == 1
+        if outer or (call.parent is not None and layout.replaceable(call.module, call.path, call.parent)):
+            placement.slots[call.path] = step.layer
+            return
+    _check_rewritable(layout, call)
+    placement.rewrites.append(Rewrite(call, step.old, step.source, step.layer))
+
+
+def _with_tail(layout: Layout, region: Region, call: Call, step: Step, trial: Placement) -> bool:
+    """Rewrite ``call`` up to the child that ends the region, and edit that child on its own: it keeps what is left."""
+    tail = _tail(call, step.old)
+    passed = _passed(region, tail) if tail is not None and tail.output is not step.old else None
+    if tail is None or passed is None:
+        return False
+    try:
+        _check_rewritable(layout, call)
+        _substitute(layout, region, tail, Step(step.old, passed, False), trial)
+    except RefusalError:
+        return False  # what is left of the tail is then written out in the new forward
+    trial.rewrites.append(Rewrite(call, passed, step.source, step.layer, tail))
+    return True
+
+
+def _check_rewritable(layout: Layout, call: Call) -> None:
+    where = call.path or type(call.module).__name__
+    if not layout.rewritable(call):
+        raise RefusalError(Reason.CODE, f"{where} is called more than once, so its forward cannot be rewritten")
+    outermost = list(call.chain())[-1]
+    if layout.flow.unit.path and _untraced_options(outermost):
+        options = ", ".join(_untraced_options(outermost))
+        raise RefusalError(Reason.CODE, f"untraceable code calls {layout.flow.unit.path} and may pass {options}")
+    parameters = inspect.signature(call.module.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise RefusalError(Reason.CODE, f"the forward of {where} takes *args or **kwargs and cannot be rewritten")
+
+
+def _untraced_options(call: Call) -> list[str]:
+    """Optional arguments that were at their defaults when this forward was traced."""
+    signature = inspect.signature(call.module.forward)
+    given = signature.bind(*call.args, **call.kwargs).arguments
+    return [p.name for p in signature.parameters.values() if p.name not in given and p.default is not p.empty]
+
+
+def _tail(call: Call, old: fx.Node) -> Call | None:
+    """The child call of ``call`` in which ``old`` was made."""
+    chain = list(call_of(old).chain())
+    at = chain.index(call)
+    return chain[at - 1] if at > 0 else None
+
+
+def _passed(region: Region, tail: Call) -> fx.Node | None:
+    """The one dying value that ``tail`` is given."""
+    inside = {n for n in region.dying if tail in call_of(n).chain()}
+    given = {origin(i) for n in inside for i in n.all_input_nodes} & (set(region.dying) - inside)
+    if len(given) != 1:
+        return None
+    (value,) = given
+    return value if nodes_in([tail.args, tail.kwargs]).count(value) == 1 else None
+
+
+def _as_chain(layout: Layout, region: Region, call: Call, step: Step, trial: Placement) -> bool:
+    """Try (a): the dying nodes of ``call`` are modules in a row; the first convolution's slot gets the layer."""
+    items = _items(region, call)
+    if items is None:
+        return False
+    at = next((i for i, item in enumerate(items) if _has_conv(layout, region, item)), 0) if step.layer else -1
+    source = step.source
+    for i, item in enumerate(items):
+        last = i == len(items) - 1
+        target = step.old if last else (item if isinstance(item, fx.Node) else item.output)
+        if not isinstance(target, fx.Node) or (not last and not _only_feeds(layout, target, items[i + 1], call)):
+            return False
+        if isinstance(item, fx.Node):
+            if item is not target or not _leaf_slot(layout, item, source, call, i == at, trial):
+                return False
+        elif item.kwargs or nodes_in(item.args).count(source) != 1:
+            return False
+        else:
+            try:
+                _substitute(layout, region, item, Step(target, source, i == at), trial)
+            except RefusalError:
+                return False
+        source = target
+    return True
+
+
+def _leaf_slot(layout: Layout, node: fx.Node, source: fx.Node, call: Call, is_layer: bool, trial: Placement) -> bool:
+    """Put the layer or Identity into a leaf module's slot; a layer that does nothing in eval may stay."""
+    if len(node.args) != 1 or node.kwargs or [origin(n) for n in nodes_in(node.args)] != [source]:
+        return False
+    module, path = layout.flow.modules[node], str(node.target)
+    if not is_layer and isinstance(module, (nn.Identity, _DropoutNd)):
+        return True
+    if not layout.replaceable(module, path, call):
+        return False
+    trial.slots[path] = is_layer
+    return True
+
+
+def _has_conv(layout: Layout, region: Region, item: fx.Node | Call) -> bool:
+    nodes = [item] if isinstance(item, fx.Node) else [n for n in region.dying if item in call_of(n).chain()]
+    kinds = (_ConvNd, nn.Linear)
+    return any(isinstance(layout.flow.modules.get(n), kinds) or n in region.convs for n in nodes)
+
+
+def _items(region: Region, call: Call) -> list[fx.Node | Call] | None:
+    """What ``call`` itself runs of the region: leaf modules and child calls, in order; None if bare operations too."""
+    items: list[fx.Node | Call] = []
+    for node in region.dying:
+        chain = list(call_of(node).chain())
+        if call not in chain:
+            continue
+        at = chain.index(call)
+        item: fx.Node | Call = node if at == 0 else chain[at - 1]
+        if at == 0 and node.op != "call_module":
+            return None
+        if item not in items:
+            items.append(item)
+    return items or None
+
+
+def _only_feeds(layout: Layout, node: fx.Node, item: fx.Node | Call, call: Call) -> bool:
+    """Whether ``node`` goes into ``item`` and nowhere else, questions about its shape aside."""
+    for user in node.users:
+        inside = user is item if isinstance(item, fx.Node) else item in call_of(user).chain()
+        if not inside and not layout.flow.shape_only(user) and "region" not in user.meta:
+            return False
+    return node not in nodes_in(call.output)
+
+
+def _is_whole(layout: Layout, region: Region, call: Call, old: fx.Node) -> bool:
+    """Whether nothing of ``call`` is left once ``old`` is replaced (``old`` is all it returns)."""
+    if call.output is not old:
+        return False
+    dying = {*region.dying, *region.constants}
+    alive = [n for n in layout.inside(call) if n not in dying]
+    return all(n.op in ("call_function", "call_method", "get_attr") and _stays_inside(n, call) for n in alive)
+
+
+def _stays_inside(node: fx.Node, call: Call) -> bool:
+    return all(call in call_of(user).chain() and user.op != "output" for user in node.users)
+
+
+def nodes_in(value: Any) -> list[fx.Node]:
+    """All nodes in a nested structure of arguments."""
+    found: list[fx.Node] = []
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.map_arg(value, note)
+    return found
