@@ -57,7 +57,8 @@ class Equivalence:
         if not self.ok:
             where = f", first at {self.first_difference}" if self.first_difference is not None else ""
             raise EquivalenceError(
-                f"the networks differ by {self.max_abs:.3g} (relative {self.max_rel:.3g}, allowed {self.tolerance:.3g}){where}"
+                f"the networks differ by {self.max_abs:.3g} "
+                f"(relative {self.max_rel:.3g}, allowed {self.tolerance:.3g}){where}"
             )
 
 

@@ -14,7 +14,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -185,7 +185,8 @@ def _impulse_response(runner: _Runner, n: int, channels: int, size: int) -> Conv
     for shift in product(*(range(s) for s in stride)):
         at = tuple(centre + d for d in shift)
         x = blank.repeat(channels, *(1,) * (n + 1))
-        x[(torch.arange(channels), torch.arange(channels), *at)] = 1.0
+        hit: Any = (torch.arange(channels), torch.arange(channels), *at)
+        x[hit] = 1.0
         response = runner(x) - zero  # input channel, output channel, *position
         for place in (response.abs().amax((0, 1)) > 0).nonzero().tolist():
             if any(p in (0, response.shape[2 + i] - 1) for i, p in enumerate(place)) and response.shape[2] > 2:
@@ -199,8 +200,10 @@ def _impulse_response(runner: _Runner, n: int, channels: int, size: int) -> Conv
     kernel = tuple((max(t[i] for t in taps) - low[i]) // step[i] + 1 for i in range(n))
     weight = torch.zeros(zero.shape[1], channels, *kernel, dtype=torch.float64)
     for tap, value in taps.items():
-        weight[(slice(None), slice(None), *((tap[i] - low[i]) // step[i] for i in range(n)))] = value
-    middle = zero[(0, slice(None), *(s // 2 for s in zero.shape[2:]))]
+        at_tap: Any = (slice(None), slice(None), *((tap[i] - low[i]) // step[i] for i in range(n)))
+        weight[at_tap] = value
+    at_middle: Any = (0, slice(None), *(s // 2 for s in zero.shape[2:]))
+    middle = zero[at_middle]
     bias = middle.clone() if bool((middle != 0).any()) else None
     return ConvForm(weight, bias, stride, step, low, extent, (1,) * n)
 

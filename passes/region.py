@@ -194,6 +194,7 @@ def _plain_call(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def cost_message(form: ConvForm, numbers: int, work: float) -> str:
+    """What a fold would cost, and what the layers cost that it would replace."""
     return (
         f"{Reason.LARGER.value}: {form.numbers} numbers and {form.multiply_adds:.0f} multiply-adds per position "
         f"instead of {numbers} and {work:.0f}"

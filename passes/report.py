@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -93,23 +94,19 @@ class Explanation:
             lines.append(f"before: {self.before}")
         if self.after is not None:
             lines.append(f"after:  {self.after}")
-        rows = [("layers", "becomes", "numbers", "error")]
-        for fold in self.folds:
-            numbers = f"{fold.numbers_before} -> {fold.numbers_after}"
-            rows.append((_short(fold.layers), fold.into, numbers, "" if fold.error is None else f"{fold.error:.1e}"))
-        lines += ["", *_table(rows)] if self.folds else []
-        if self.refusals:
-            lines += [
-                "",
-                "left as they are:",
-                *_table([("layer", "reason")] + [(r.layer, r.message) for r in self.refusals]),
-            ]
-        if self.untraced:
-            lines += [
-                "",
-                "compiled inside only:",
-                *_table([("module", "reason")] + [(r.layer or "(model)", r.message) for r in self.untraced]),
-            ]
+        folds = [
+            (
+                _short(fold.layers),
+                fold.into,
+                f"{fold.numbers_before} -> {fold.numbers_after}",
+                "" if fold.error is None else f"{fold.error:.1e}",
+            )
+            for fold in self.folds
+        ]
+        lines += _section("", ("layers", "becomes", "numbers", "error"), folds)
+        lines += _section("left as they are:", ("layer", "reason"), [(r.layer, r.message) for r in self.refusals])
+        untraced = [(r.layer or "(model)", r.message) for r in self.untraced]
+        lines += _section("compiled inside only:", ("module", "reason"), untraced)
         return "\n".join(lines + [f"note: {n}" for n in self.notes])
 
 
@@ -117,7 +114,11 @@ def _short(layers: tuple[str, ...]) -> str:
     return ", ".join(layers) if len(layers) <= 3 else f"{layers[0]}, {layers[1]}, ... {layers[-1]} ({len(layers)})"
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [min(max(len(row[i]) for row in rows), 70) for i in range(len(rows[0]))]
+def _section(title: str, header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
+    """A titled table, or nothing where there are no rows."""
+    if not body:
+        return []
+    rows = [header, *body]
+    widths = [min(max(len(row[i]) for row in rows), 70) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    return ["", *([title] if title else []), lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

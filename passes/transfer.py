@@ -431,7 +431,7 @@ METHODS: dict[str, Law] = {
             "roll",
             "unbind",
         )
-    },  # fmt: skip
+    },
     **{
         name: _along(getattr(torch, name))
         for name in ("chunk", "split", "tensor_split", "narrow", "select", "index_select")

@@ -1,8 +1,7 @@
 """Structural re-parameterisation: any PyTorch model to plain convolutions, proven equal.
 
-    plain = reparam.collapse(model)          # fold every multi-branch block and every batch norm
-    print(reparam.explain(model))            # what would fold, and why the rest would not
-    reparam.verify(model, plain).raise_if_different()
+:func:`collapse` folds every multi-branch block and every batch norm, :func:`explain` says what would fold and why the
+rest would not, :func:`verify` compares two networks.
 """
 
 from __future__ import annotations

@@ -49,9 +49,7 @@ def collapse(
 
     Source: Ding et al., "Diverse Branch Block" (CVPR 2021), sec. 3.2; "RepVGG" (CVPR 2021), sec. 3.3.
     """
-    return collapse_with_report(
-        model, example_inputs=example_inputs, like=like, verify=verify, inplace=inplace
-    )[0]
+    return collapse_with_report(model, example_inputs=example_inputs, like=like, verify=verify, inplace=inplace)[0]
 
 
 def collapse_with_report(
