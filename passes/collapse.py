@@ -6,7 +6,6 @@ every edit back.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
+from passes.copies import deep_copy
 from passes.differ import first_difference, outputs
 from passes.emit import all_finite, emit, target_of
 from passes.equivalence import Expected, compare_outputs, expect, prove
@@ -123,7 +123,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return deep_copy(model)
     # deepcopy runs user code, which may fail in any way.
     except Exception as error:
         raise ReparamError(f"the model cannot be copied ({error}); pass inplace=True") from error
@@ -240,7 +240,7 @@ class _Planner:
             tensors = [*module._parameters.values(), *module._buffers.values()]
             owners.update(id(t) for t in tensors if t is not None)
         self.flow = Flow(unit, owners, ranks)
-        registered = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+        registered = Counter(id(child) for m in model.modules() for child in m._modules.values())
         self.layout = Layout(self.flow, registered)
         self.banned = banned if banned is not None else set()
         self._mutated = mutations(self.flow)

@@ -8,7 +8,6 @@ are followed from operation to operation.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from passes.copies import deep_copy
 
 __all__ = ["FLOAT64_TOLERANCE", "coarsest_dtype", "distance", "first_difference", "outputs", "tolerance"]
 
@@ -173,7 +174,7 @@ class _Record(TorchFunctionMode):
 
 
 def _runner(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    runner = copy.deepcopy(model).eval()
+    runner = deep_copy(model).eval()
     if dtype is None:
         return runner
     if any(p.device.type == "mps" for p in model.parameters()):  # no float64 there

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.conv_form import ConvForm
+from passes.copies import deep_copy
 from passes.differ import FLOAT64_TOLERANCE, coarsest_dtype, distance, first_difference, outputs, tolerance
 from passes.emit import Target, emit
 from passes.flow import Constants
@@ -155,7 +156,7 @@ def _original(region: Region, x: Tensor) -> tuple[Tensor, float]:
     def run(node: fx.Node) -> Any:
         args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
         if node.op == "call_module":
-            return copy.deepcopy(flow.modules[node]).to(x.device, torch.float64)(*args, **kwargs)
+            return deep_copy(flow.modules[node]).to(x.device, torch.float64)(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "call_function" and callable(node.target):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from passes.copies import deep_copy
 from passes.refusal import Reason, RefusalError
 from passes.trace import Unit
 from passes.transfer import is_affine, is_shape_query
@@ -78,6 +77,8 @@ class Flow:
 
     def dominators(self, dead: set[fx.Node]) -> dict[Any, Any]:
         """Immediate dominator of every live node that depends on an input."""
+        import networkx as nx  # here, because loading it takes longer than loading all of this package
+
         graph = nx.DiGraph()
         graph.add_node(ENTRY)
         for node in self.nodes:
@@ -185,7 +186,7 @@ class Constants:
         plain = module._parameters.get(name, module._buffers.get(name))
         if plain is not None or name in module._parameters or name in module._buffers:
             return None if plain is None else self._cast(plain)
-        exact = module if torch.is_grad_enabled() else copy.deepcopy(module).double()
+        exact = module if torch.is_grad_enabled() else deep_copy(module).double()
         value = _computed(exact, name)
         return None if value is None else self._cast(value)
 
@@ -199,7 +200,7 @@ class Constants:
                 module = self.flow.modules[node]
                 real = Constants(self.flow, numeric=True)
                 args = fx.map_arg(node.args, real.value)
-                module = module if torch.is_grad_enabled() else copy.deepcopy(module).double()
+                module = module if torch.is_grad_enabled() else deep_copy(module).double()
                 return self._cast(module(*args, **fx.map_arg(node.kwargs, real.value)))
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -95,7 +95,8 @@ class Layout:
 
     def rewritable(self, call: Call) -> bool:
         """Whether this module's forward may be replaced."""
-        return all(self.calls[id(c.module)] == 1 for c in call.chain()) and self.registered[id(call.module)] == 1
+        once = self.registered[id(call.module)] <= 1 or call.parent is None  # a unit is the same one wherever it stands
+        return once and all(self.calls[id(c.module)] == 1 for c in call.chain())
 
 
 def place(layout: Layout, region: Region) -> Placement:
@@ -207,7 +208,7 @@ def _as_chain(layout: Layout, region: Region, call: Call, step: Step, trial: Pla
         if isinstance(item, fx.Node):
             if item is not target or not _leaf_slot(layout, item, source, call, i == at, trial):
                 return False
-        elif item.kwargs or nodes_in(item.args).count(source) != 1:
+        elif item not in call_of(source).chain() and (item.kwargs or nodes_in(item.args).count(source) != 1):
             return False
         else:
             try:

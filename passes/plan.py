@@ -185,7 +185,7 @@ def _weigh(flow: Flow, sweep: Sweep, result: fx.Node, form: ConvForm, dead: set[
         groups = math.gcd(form.in_channels, form.out_channels) // form.groups
         best = form.weight.numel() // groups + (form.numbers - form.weight.numel()), form.multiply_adds / groups
     if best[0] > numbers or best[1] > work:
-        return Refusal(Reason.LARGER, cost_message(form, numbers, work), flow.unit.name(result))
+        return Refusal(Reason.LARGER, cost_message(form, numbers, work), flow.unit.name(origin(result)))
     if (best[0], best[1]) == (numbers, work):
         return None
     return Region(

@@ -10,7 +10,6 @@ ConvForm, but per-channel maps behind it still fold into its weight. That it is 
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, replace
 from itertools import product
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.conv_form import ConvForm, Ints
+from passes.copies import deep_copy
 from passes.refusal import Reason, Refusal, RefusalError
 from passes.signal import Signal, View, settle
 from passes.trace import Unit
@@ -124,7 +124,7 @@ class _Runner:
 
     def __init__(self, module: nn.Module) -> None:
         try:
-            self.module = copy.deepcopy(module).to("cpu", torch.float64).eval()
+            self.module = deep_copy(module).to("cpu", torch.float64).eval()
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise RefusalError(Reason.NOT_A_CONVOLUTION, f"not probed: cannot be copied ({error})") from error
 

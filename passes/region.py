@@ -115,7 +115,7 @@ class Sweep:
             try:
                 self._values[node] = self._evaluate(node)
             except RefusalError as error:
-                self._values[node] = error.refusal.at(self.flow.unit.name(node))
+                self._values[node] = error.refusal.at(self.flow.unit.name(origin(node)))
         return self._values[node]
 
     def _evaluate(self, node: fx.Node) -> Any:

@@ -37,7 +37,7 @@ def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:
             if name in have:
                 if have[name].shape != tensor.shape:
                     raise ReparamError(
-                        f"{name} has shape {tuple(have[name].shape)}, but {tuple(tensor.shape)} in the one given as like="
+                        f"{name} has shape {tuple(have[name].shape)}, but {tuple(tensor.shape)} in like="
                     )
                 tensor.copy_(have.pop(name))
             elif isinstance(owner, _NormBase) and path in norms.values():

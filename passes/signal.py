@@ -168,7 +168,7 @@ def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor]) 
         own = whole.narrow(axis, start, part.form.out_channels)
         ids.append(own if part.ids is None else own.flatten()[_position(part)])
         start += part.form.out_channels
-    return settle(replace(joined, ids=operation(ids)))
+    return _moved(joined, operation(ids))
 
 
 def per_channel(signal: Signal, value: Tensor) -> Tensor:

@@ -96,9 +96,10 @@ def join(*parts: str) -> str:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether user code runs around this module's forward or backward."""
+    """Whether user code runs around this module's forward or backward; torch's own weight_norm is none."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name, None) for name in names)
+    hooks = [hook for name in names for hook in getattr(module, name, {}).values()]
+    return not all(hasattr(hook, "compute_weight") for hook in hooks)
 
 
 def trace_units(model: nn.Module) -> tuple[list[Unit], list[Refusal]]:
@@ -218,7 +219,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
-            if not super().is_leaf_module(m, path) and not _inherits_forward(m):
+            plain = super().is_leaf_module(m, path) or _inherits_forward(m)
+            if not plain or has_hooks(m):
                 reason = Reason.HOOK if has_hooks(m) else Reason.SHARED if id(m) in self.leaves else Reason.UNTRACEABLE
                 self.opaque[path] = Refusal(reason, "compiled on its own: " + _LEAF[reason])
             return self.create_proxy("call_module", path, args, kwargs)

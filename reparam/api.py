@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.collapse import check_model, collapse_model, explain_model
+from passes.copies import deep_copy
 from passes.equivalence import Equivalence, compare
 from passes.refusal import ReparamError
 from passes.report import Explanation
@@ -122,7 +122,7 @@ def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
         x = torch.randn(shape, generator=generator).to(first.device, first.dtype)
         try:
             with torch.no_grad():
-                copy.deepcopy(model).eval()(x)
+                deep_copy(model).eval()(x)
         # Any exception means that the model does not take this shape.
         except Exception as error:
             tried.append(f"{shape}: {error}".splitlines()[0])

@@ -48,6 +48,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import reparam
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
 TOLERANCE = 1e-12
 """Relative to the largest output: what a float64 fold of a float64 network may differ by."""
 
@@ -372,7 +374,7 @@ def two(first: nn.Module | None = None, second: nn.Module | None = None) -> dict
     Case("split-sizes", lambda: Net(lambda m, x: (lambda p: m.b(p[0]) + p[1])(m.a(x).split([2, 4], dim=1)), a=conv(),
          b=conv(2, 4, 1)), IMAGE, "Conv2d 4->4 3x3"),
     Case("split-after-conv", lambda: Net(lambda m, x: (lambda y: torch.cat([m.a(y[:, :2]), m.b(y[:, 2:])], 1))(m.c(x)),
-         a=conv(2, 3), b=conv(2, 3), c=conv(4, 4, 1)), IMAGE, "Conv2d 4->6 3x3"),
+         a=conv(2, 3, 1), b=conv(2, 3, 1), c=conv(4, 4, 1)), IMAGE, "Conv2d 4->6 1x1"),
     Case("partial-conv", lambda: Net(lambda m, x: (lambda y: m.d(torch.cat([m.a(y[:, :2]), y[:, 2:]], 1)))(m.c(x)),
          a=conv(2, 2, 1), c=conv(4, 4), d=conv(4, 4, 1)), IMAGE, "Conv2d 4->4 3x3"),
     Case("narrow", lambda: Net(lambda m, x: m.a(x).narrow(1, 2, 3) * 2, a=conv()), IMAGE, "Conv2d 4->3 3x3"),
@@ -502,7 +504,7 @@ def test_published_block(case: Case) -> None:
 
 
 @listed(
-    Case("item-assignment", lambda: nn.Sequential(SeqConv3x3("laplacian", 4, 6), nn.BatchNorm2d(6)), IMAGE,
+    Case("item-assignment", lambda: nn.Sequential(SeqConv3x3("conv1x1-conv3x3", 4, 6), nn.BatchNorm2d(6)), IMAGE,
          "Conv2d 4->6 3x3", norm=True),
     Case("asks-device", lambda: nn.Sequential(AsksDevice(4, 6)), IMAGE, "Conv2d 4->6 3x3", norm=True),
     Case("numpy-kernel", lambda: nn.Sequential(NumpyKernel(4, 6), nn.BatchNorm2d(6)), IMAGE, "Conv2d 4->6 3x3", norm=True),
