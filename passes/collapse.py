@@ -24,7 +24,7 @@ from passes.differ import first_difference, outputs
 from passes.emit import all_finite, emit, target_of
 from passes.equivalence import Expected, compare_outputs, expect, prove
 from passes.flow import Flow
-from passes.hazards import in_place_refusal, mutations
+from passes.hazards import Memory
 from passes.placement import Layout, place
 from passes.plan import plan_unit
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
@@ -243,7 +243,7 @@ class _Planner:
         registered = Counter(id(child) for m in model.modules() for child in m._modules.values())
         self.layout = Layout(self.flow, registered)
         self.banned = banned if banned is not None else set()
-        self._mutated = mutations(self.flow)
+        self._memory = Memory(self.flow)
 
     def plan(self, explanation: Explanation) -> list[Region]:
         """Regions to fold; refusals worth reporting go into ``explanation``."""
@@ -253,7 +253,7 @@ class _Planner:
         return regions
 
     def _accept(self, region: Region, dead: set[fx.Node]) -> Refusal | None:
-        refusal = in_place_refusal(self.flow, region, self._mutated)
+        refusal = self._memory.refusal(region)
         if refusal is not None:
             return refusal
         try:

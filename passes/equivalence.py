@@ -145,7 +145,7 @@ def _original(region: Region, x: Tensor) -> tuple[Tensor, float]:
     flow = region.flow
     constants = Constants(flow, numeric=True)
     entry, result = origin(region.entry), origin(region.result)
-    values: dict[fx.Node, Any] = {entry: x}
+    values: dict[fx.Node, Any] = {entry: x.clone()}  # it may be changed in place
 
     def value(node: fx.Node) -> Any:
         node = origin(node)

@@ -132,6 +132,8 @@ def _contract(flow: Flow, region: Region) -> fx.Node:
     region.node = node
     region.result.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
     flow.add(node, region.result)
+    if not region.view.last:
+        flow.rank[node], flow.channels[node] = region.view.n + 2, region.form.out_channels
     flow.nodes.sort(key=lambda n: flow.order[n])
     return node
 

@@ -7,12 +7,11 @@ becomes the identity otherwise: mean 0, ``var + eps`` exactly 1, gamma 1. The st
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from passes.copies import deep_copy
 from passes.flow import Flow
 from passes.refusal import ReparamError
 from passes.trace import join, trace_units
@@ -26,7 +25,7 @@ def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:
     Raises :class:`ReparamError`, naming the layer, where ``collapsed`` has no layer of the same shape for one of
     ``like``'s, or no place for its bias.
     """
-    result = copy.deepcopy(like).eval()
+    result = deep_copy(like).eval()
     have = dict(collapsed.state_dict())
     norms = _norm_behind(result)
     missing = []

@@ -222,7 +222,8 @@ class _Tracer(fx.Tracer):
             plain = super().is_leaf_module(m, path) or _inherits_forward(m)
             if not plain or has_hooks(m):
                 reason = Reason.HOOK if has_hooks(m) else Reason.SHARED if id(m) in self.leaves else Reason.UNTRACEABLE
-                self.opaque[path] = Refusal(reason, "compiled on its own: " + _LEAF[reason])
+                message = reason.value if plain else "compiled on its own: " + _LEAF[reason]
+                self.opaque[path] = Refusal(reason, message)
             return self.create_proxy("call_module", path, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)), None)
         count = len(self.calls)
@@ -324,9 +325,11 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
     def visit(path: str, module: nn.Module) -> None:
         for name, child in module.named_children():
             at = join(path, name)
-            if at in leaves:
+            if at in leaves and (at in unit.opaque or isinstance(child, _BASES)):
                 continue
-            if at in called or at in above:
+            if at in leaves:  # a container of torch, such as DataParallel
+                todo.extend(_children(join(unit.path, at), child))
+            elif at in called or at in above:
                 visit(at, child)
             else:
                 todo.append((join(unit.path, at), child))

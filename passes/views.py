@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.flow import Constants, Flow
 from passes.probe import ProbedForms
-from passes.refusal import RefusalError
+from passes.refusal import Reason, RefusalError
 from passes.region import Region
 from passes.signal import View
 
@@ -94,7 +94,9 @@ def _demand(flow: Flow, node: fx.Node, entry: fx.Node) -> tuple[View, int] | Non
         n = next((i for i, kind in enumerate(_CONVS, start=1) if isinstance(module, kind)), None)
         if n is not None:
             return View(n), int(module.in_channels)  # type: ignore[arg-type]
-        return ProbedForms.of(flow.unit).demand(module) if str(node.target) in flow.unit.opaque else None
+        refusal = flow.unit.opaque.get(str(node.target))
+        untraceable = refusal is not None and refusal.reason is Reason.UNTRACEABLE  # one with a hook must not be run
+        return ProbedForms.of(flow.unit).demand(module) if untraceable else None
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     n = {**_FUNCTIONS, **_TRANSPOSED}.get(node.target)
     if n is None or not isinstance(weight, fx.Node) or weight not in flow.constant:

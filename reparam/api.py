@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,15 +64,26 @@ def collapse_with_report(
 ) -> tuple[nn.Module, Explanation]:
     """As :func:`collapse`, with what was folded, what was refused and why, counts, errors and seconds."""
     inputs = _as_tuple(example_inputs)
+    if like is not None and not isinstance(like, nn.Module):
+        raise ReparamError(f"like= takes the architecture as a torch.nn.Module, got {type(like).__name__}")
     if like is not None and inplace:
         raise ReparamError("like= returns a copy of that architecture, so inplace=True has nothing to edit; drop one")
-    result, explanation = collapse_model(model, example_inputs=inputs, verify=verify, inplace=inplace)
-    if like is None:
-        return result, explanation
-    restored = restore(result, like)
-    if verify and inputs is not None:
-        compare(model, restored, inputs).raise_if_different()
-    return restored, explanation
+    with _ordinary_tensors():
+        result, explanation = collapse_model(model, example_inputs=inputs, verify=verify, inplace=inplace)
+        if like is None:
+            return result, explanation
+        restored = restore(result, like)
+        if verify and inputs is not None:
+            compare(model, restored, inputs).raise_if_different()
+        return restored, explanation
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Parameters made in the caller's inference mode could never be trained."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
 
 
 def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:

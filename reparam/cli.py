@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -126,9 +127,11 @@ def _options(
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
 ) -> None:
     """Options before the command."""
-    level = logging.INFO if verbose else logging.WARNING
-    handler = RichHandler(console=errors, show_path=False, show_time=False)
-    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+    # Only ours: libraries that download write to the terminal themselves.
+    log = logging.getLogger("reparam")
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    if not log.handlers:
+        log.addHandler(RichHandler(console=errors, show_path=False, show_time=False))
 
 
 Target = Annotated[str, typer.Argument(metavar="SPEC_OR_FILE", help="source:name, or a file written by reparam.")]
@@ -150,16 +153,13 @@ def collapse(
     if output is not None:
         _check_output(output)
     model, source = _network(target, pretrained, weights)
+    # Thousands of small operations: threads that wait for each other on a busy machine cost more than they bring.
+    torch.set_num_threads(1)
     started = time.perf_counter()
     folded, explanation = reparam.collapse_with_report(model, verify=verify)
     seconds = time.perf_counter() - started
-    console.print(_counts_table(target, explanation))
-    _print_notes(explanation)
-    proven = [fold.error for fold in explanation.folds if fold.error is not None]
-    if proven:
-        console.print(f"proven: {len(proven)} of {len(explanation.folds)} folds, max relative error {max(proven):.1e}")
-    else:
-        console.print(f"not proven: {len(explanation.folds)} folds")
+    _print_counts(target, explanation)
+    console.print(_proofs(explanation))
     parts = ", ".join(f"{name} {value:.2f}" for name, value in explanation.seconds.items())
     console.print(f"seconds: {seconds:.2f} ({parts})")
     if output is not None:
@@ -181,8 +181,7 @@ def explain(
         console.print(_refusals_table(explanation) if everything else _reasons_table(explanation))
     if explanation.untraced and everything:
         console.print(_layers_table("not traceable as a whole, compiled inside", explanation.untraced))
-    console.print(_counts_table(target, explanation))
-    _print_notes(explanation)
+    _print_counts(target, explanation)
 
 
 @app.command()
@@ -213,8 +212,6 @@ def _network(target: str, pretrained: bool, weights: Path | None = None) -> tupl
             raise sources.UnknownNameError(f"{target} is a file; --weights and --pretrained go with source:name")
         content = files.load_state(target)
         return files.rebuild(content, target), content.source
-    import torch
-
     # A spec without trained weights is to be the same network each time it is named.
     torch.manual_seed(0)
     model = sources.create(target, pretrained=pretrained).eval()
@@ -234,22 +231,30 @@ def _check_output(path: Path) -> None:
         raise typer.BadParameter(f"{path}: the folder {path.parent} does not exist")
 
 
-def _print_notes(explanation: Explanation) -> None:
-    for note in explanation.notes:
-        console.print(f"note: {escape(note)}", soft_wrap=True)
+def _proofs(explanation: Explanation) -> str:
+    """One line on how much of it is proven."""
+    proven = [fold.error for fold in explanation.folds if fold.error is not None]
+    if not explanation.folds:
+        return "nothing folds"
+    if not proven:
+        return f"not proven: {len(explanation.folds)} folds"
+    return f"proven: {len(proven)} of {len(explanation.folds)} folds, max relative error {max(proven):.1e}"
 
 
-def _counts_table(title: str, explanation: Explanation) -> Table:
-    """Layers and parameters before and, where it is known, after."""
+def _print_counts(title: str, explanation: Explanation) -> None:
+    """Layers and parameters before and, where it is known, after; then the notes."""
     columns = {"before": explanation.before, "after": explanation.after}
     known = {heading: counts for heading, counts in columns.items() if counts is not None}
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for heading in known:
         table.add_column(heading, justify="right")
     for name in ("convs", "linears", "norms", "parameters"):
         table.add_row(name, *(f"{getattr(counts, name):,}" for counts in known.values()))
-    return table
+    console.print(escape(title), style="italic", soft_wrap=True)
+    console.print(table)
+    for note in explanation.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
 
 
 def _folds_table(explanation: Explanation, everything: bool) -> Table:

@@ -90,8 +90,8 @@ def create(spec: str, *, pretrained: bool = False) -> nn.Module:
     except ImportError as error:
         raise _not_installed(source, error) from error
     except Exception as error:
-        what = "with pretrained weights " if pretrained else ""
-        raise ReparamError(f"{source} could not build {name!r} {what}: {type(error).__name__}: {error}") from error
+        what = " with pretrained weights" if pretrained else ""
+        raise ReparamError(f"{source} could not build {name!r}{what}: {type(error).__name__}: {error}") from error
 
 
 def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:

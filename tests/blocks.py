@@ -84,7 +84,9 @@ class CropLayer(nn.Module):
 class ACB(nn.Module):
     """Asymmetric Convolution Block (Ding et al., ICCV 2019), with the crop of the reference where padding is small."""
 
-    def __init__(self, inp: int, out: int, k: int, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1):
+    def __init__(
+        self, inp: int, out: int, k: int, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
+    ):
         super().__init__()
         same = {"stride": stride, "dilation": dilation, "groups": groups}
         edge = padding - dilation * (k // 2)
@@ -383,7 +385,9 @@ class OREPA(nn.Module):
     def weight_gen(self) -> Tensor:
         origin = torch.einsum("oihw,o->oihw", self.origin, self.vector[0, :])
         avg = torch.einsum(
-            "oihw,o->oihw", torch.einsum("oi,hw->oihw", self.avg_conv.squeeze(3).squeeze(2), self.avg_avg), self.vector[1, :]
+            "oihw,o->oihw",
+            torch.einsum("oi,hw->oihw", self.avg_conv.squeeze(3).squeeze(2), self.avg_avg),
+            self.vector[1, :],
         )
         p = self.k // 2
         return origin + avg + torch.einsum("oihw,o->oihw", F.pad(self.point, (p, p, p, p)), self.vector[2, :])

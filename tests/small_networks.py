@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from zoo.randomise import randomise_
 
 WIDTH = 8
@@ -121,7 +122,7 @@ def snapshot(model: nn.Module) -> list[tuple[Any, ...]]:
         tables = ("_parameters", "_buffers", "_modules")
         plain = {k: v for k, v in module.__dict__.items() if k not in tables}
         tensors = {**module._parameters, **module._buffers}
-        bits = {k: None if t is None else (id(t), t.dtype, t.stride(), t.detach().clone()) for k, t in tensors.items()}
+        bits = {k: _bits(t) for k, t in tensors.items()}
         children = [(k, id(v)) for k, v in module._modules.items()]
         seen.append((name, id(module), type(module), plain, bits, children))
     return seen
@@ -134,6 +135,12 @@ def unchanged(model: nn.Module, before: list[tuple[Any, ...]]) -> bool:
         a[:3] == b[:3] and a[5] == b[5] and _same(a[3], b[3]) and _same(a[4], b[4])
         for a, b in zip(after, before, strict=True)
     )
+
+
+def _bits(tensor: Tensor | None) -> Any:
+    if tensor is None or isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
+        return id(tensor)
+    return id(tensor), tensor.dtype, tensor.stride(), tensor.detach().clone()
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -101,7 +101,9 @@ def assert_same(got: Any, wanted: Any, exact: bool) -> None:
 def folded(model: nn.Module, shape: tuple[int, ...], *, exact: bool, tokens: bool = False) -> nn.Module:
     """Collapse, and compare on random inputs of two sizes; the caller's model must stay as it was."""
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    examples = random_like(shape, exact) if tokens else None  # how many dimensions a linear layer reads is not in the graph
+    examples = (
+        random_like(shape, exact) if tokens else None
+    )  # how many dimensions a linear layer reads is not in the graph
     result = reparam.collapse(model, example_inputs=examples)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert type(result).__name__ == type(model).__name__
@@ -120,7 +122,11 @@ def alone(model: nn.Module) -> nn.Module:
     (path,) = holders(model)
     parent, _, name = path.rpartition(".")
     around = model.get_submodule(parent)
-    return around if name == "conv" and [n for n, _ in around.named_children()] == ["pad", "conv"] else model.get_submodule(path)
+    return (
+        around
+        if name == "conv" and [n for n, _ in around.named_children()] == ["pad", "conv"]
+        else model.get_submodule(path)
+    )
 
 
 @dataclass(frozen=True)
@@ -617,4 +623,6 @@ def test_planted_defect_is_seen() -> None:
 
 def test_planted_leftover_is_seen() -> None:
     with pytest.raises(AssertionError):
-        check(Case("", lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(6)), IMAGE, "Conv2d 4->6 3x3", norm=True))
+        check(
+            Case("", lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(6)), IMAGE, "Conv2d 4->6 3x3", norm=True)
+        )

@@ -142,7 +142,7 @@ def test_memory_format_stays_in_three_dimensions() -> None:
 
 
 def test_requires_grad_stays() -> None:
-    """A frozen block stays frozen, a trainable one can still be trained; gradients of the input are not carried over."""
+    """A frozen block stays frozen, a trainable one can still be trained; the input gets no gradients."""
     model = ready(Net())
     model.stem.requires_grad_(False)
     model.whole.point.requires_grad_(False)
@@ -155,12 +155,26 @@ def test_requires_grad_stays() -> None:
 
 
 def test_works_under_no_grad_and_inference_mode() -> None:
-    """Neither context changes what is made."""
+    """Neither context changes what is made: the result can be trained."""
     model = ready(Net())
-    with torch.no_grad():
-        plain = reparam.collapse(model)
-    assert all(p.requires_grad for p in plain.parameters())
-    assert close(plain(images()), model(images()))
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            plain = reparam.collapse(model, example_inputs=images())
+            assert not torch.is_grad_enabled()
+        assert all(p.requires_grad and not p.is_inference() for p in plain.parameters())
+        plain(images()).sum().backward()
+        assert close(plain(images()), model(images()))
+
+
+def test_wrapped_models_fold_inside() -> None:
+    """Containers that torch brings, at the outside and inside; a compiled model stays one."""
+    for wrap in (nn.DataParallel, lambda net: nn.Sequential(nn.DataParallel(net)), lambda net: nn.ModuleList([net])):
+        assert Counts.of(reparam.collapse(wrap(ready(Net())))).norms == 0
+    compiled: Any = torch.compile(ready(Net()), backend="eager")
+    plain = reparam.collapse(compiled)
+    assert type(plain) is type(compiled)
+    assert Counts.of(plain).norms == 0
+    assert close(plain(images()), compiled(images()))
 
 
 @pytest.mark.parametrize("make", [Net, Branches, Caching, Drawing, lambda: nn.Sequential(Caching(), Parallel())])
@@ -279,6 +293,19 @@ def test_state_dict_names_of_the_untouched_stay() -> None:
     reparam.collapse(model).load_state_dict(reparam.collapse(model).state_dict(), strict=True)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+def test_weights_that_hooks_compute(norm: Any, inplace: bool) -> None:
+    """The hooks of torch's own weight_norm are part of the layer, and what they cached does not stop a copy."""
+    model = ready(nn.Sequential(norm(nn.Conv2d(WIDTH, WIDTH, 3)), nn.BatchNorm2d(WIDTH), nn.ReLU()))
+    wanted = model(maps())
+    plain = reparam.collapse(model, inplace=inplace)
+    assert Counts.of(plain).norms == 0
+    assert not plain[0]._forward_pre_hooks
+    assert close(plain(maps()), wanted)
+
+
 def test_nothing_to_fold_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     before = snapshot(model)
@@ -317,6 +344,7 @@ def test_hook_on_an_inner_module_is_refused(at: str) -> None:
     plain, report = reparam.collapse_with_report(model)
     assert Reason.HOOK in {r.reason for r in [*report.refusals, *report.untraced] if r.layer == at}
     assert Counts.of(plain).norms == 1
+    assert seen == []  # not run while compiling either
     plain(images())
     model(images())
     assert torch.equal(seen[0], seen[1])
@@ -356,7 +384,7 @@ def test_save_and_load(kind: str) -> None:
     assert torch.equal(fresh(x), plain(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*is deprecated. Please switch:FutureWarning")
 @pytest.mark.parametrize("how", ["script", "trace"])
 @pytest.mark.parametrize("kind", SURGERIES)
 def test_jit(kind: str, how: str) -> None:
@@ -424,7 +452,7 @@ def test_methods_beside_forward_still_work(resnet: Any) -> None:
 def test_tracing_leaves_no_mark_on_attention_caches(name: str) -> None:
     """These keep an attention bias of their last forward; a Proxy left there would break the caller's model."""
     timm = pytest.importorskip("timm")
-    model = timm.create_model(name).eval()
+    model = ready(timm.create_model(name))
     before, state = snapshot(model), torch.get_rng_state()
     plain = reparam.collapse(model)
     assert is_unchanged(model, before)
@@ -544,7 +572,7 @@ def test_like_keeps_the_dtype_it_was_given() -> None:
     model = ready(Stock()).double()
     result = reparam.collapse(model, like=Stock().double())
     x = images(dtype=torch.float64)
-    assert float((result(x) - model(x)).abs().max()) < 1e-12
+    assert float((result(x) - model(x)).detach().abs().max()) < 1e-12
 
 
 # ------------------------------------------------------------------ import
@@ -557,9 +585,9 @@ def imported() -> dict[str, Any]:
 import json, sys, time
 import torch
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import reparam
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before), "all": sorted(sys.modules)}))
 """
     runs = []
@@ -569,15 +597,15 @@ print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - befor
     return min(runs, key=lambda run: run["seconds"])
 
 
-@pytest.mark.parametrize("name", ["timm", "torchvision", "typer", "rich", "matplotlib", "zoo", "torch._dynamo"])
+@pytest.mark.parametrize("name", ["timm", "torchvision", "typer", "rich", "networkx", "zoo", "torch._dynamo"])
 def test_import_is_lean(name: str, imported: dict[str, Any]) -> None:
-    found = imported["modules"] if name == "torch._dynamo" else imported["all"]
+    found = imported["modules"] if name in ("torch._dynamo", "networkx") else imported["all"]
     assert name not in found
 
 
 def test_import_is_quick(imported: dict[str, Any]) -> None:
-    """Under 50 ms beyond torch's own import; a slow machine is given four times that before the test complains."""
-    assert imported["seconds"] < 0.2
+    """Under 50 ms of its own beyond torch's import; measured in processor time, with room for a slow machine."""
+    assert imported["seconds"] < 0.15
 
 
 def test_all_names_exist() -> None:

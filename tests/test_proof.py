@@ -163,7 +163,7 @@ def test_undamaged_fold_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_precision_hides_nothing(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wide layer has a wide rounding error; a wrong one must still not fit into it."""
     plant(monkeypatch, DAMAGES[name])
-    with pytest.raises(EquivalenceError, match="0.conv"):
+    with pytest.raises(EquivalenceError, match=r"0\.conv"):
         reparam.collapse(ready(nn.Sequential(ConvBN(256, 32))).to(dtype))
 
 
@@ -174,7 +174,7 @@ def test_half_precision_weight(monkeypatch: pytest.MonkeyPatch) -> None:
         layer.weight.data[3, 17, 1, 1] *= 1.05
 
     plant(monkeypatch, damage)
-    with pytest.raises(EquivalenceError, match="0.conv"):
+    with pytest.raises(EquivalenceError, match=r"0\.conv"):
         reparam.collapse(ready(nn.Sequential(ConvBN(256, 32))).to(torch.bfloat16))
 
 
@@ -193,7 +193,7 @@ def test_linear_and_other_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(reparam.collapse_with_report(model)[1].folds) == 1
         with monkeypatch.context() as context:
             plant(context, weight_off(7))
-            with pytest.raises(EquivalenceError, match="^0, 1: "):
+            with pytest.raises(EquivalenceError, match=r"^0, 1: "):
                 reparam.collapse(model)
 
 
