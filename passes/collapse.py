@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from passes.copies import deep_copy
+from passes.copies import independent, shadow
 from passes.differ import first_difference, outputs
 from passes.emit import all_finite, emit, target_of
 from passes.equivalence import Expected, compare_outputs, expect, prove
@@ -59,6 +59,8 @@ def collapse_model(
     try:
         result.eval()
         _compile(result, example_inputs, explanation, surgeons, verify)
+        if not inplace:
+            result = independent(result, model)
         if wanted is not None and example_inputs is not None:
             with _clock(explanation, "proof"):
                 _compare(None if inplace else model, wanted, result, example_inputs)
@@ -123,7 +125,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return deep_copy(model)
+        return shadow(model)
     # deepcopy runs user code, which may fail in any way.
     except Exception as error:
         raise ReparamError(f"the model cannot be copied ({error}); pass inplace=True") from error
@@ -225,7 +227,7 @@ def _fold(
         banned.append(refused.refusal.at(layers))
         planner.banned.add(region.key)
         return None
-    region.form = form
+    region.form = form.to("meta")  # the numbers are in the layer now
     return region, layer, error
 
 

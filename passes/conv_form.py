@@ -221,6 +221,11 @@ class ConvForm:
         """How many numbers weight and bias hold."""
         return self.weight.numel() + (0 if self.bias is None else self.out_channels)
 
+    def to(self, device: torch.device | str) -> ConvForm:
+        """The same form with its numbers elsewhere; on the meta device only the shapes are left."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
     # ---------------------------------------------------------------- laws
 
     def affine(self, scale: Tensor | None, shift: Tensor | None) -> ConvForm:

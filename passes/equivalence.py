@@ -130,14 +130,18 @@ def _names(region: Region) -> str:
 def _shapes(region: Region, form: ConvForm) -> list[tuple[int, ...]]:
     if region.view.last:
         return [((2, 3, 5, 7)[: (region.view.rank or 2) - 1]) + (form.in_channels,)]
-    span = [form.dilation[i] * (form.kernel[i] - 1) + 2 * form.stride[i] + 1 for i in range(form.n)]
-    span = [s + 8 if isinstance(form, CarriedForm) else s for s in span]
-    least = [max(s, 1 + max(abs(a), abs(b))) for s, a, b in zip(span, form.lead, form.trail, strict=True)]
-    batch = 2 if form.weight.numel() < 1 << 16 else 1
-    return [
-        (batch, form.in_channels, *(s + i for i, s in enumerate(least))),
-        (1, form.in_channels, *(s + form.n - i for i, s in enumerate(least))),
-    ]
+    # Just large enough that every tap reads inside for some pixel and, with padding, outside for another.
+    least = []
+    for i in range(form.n):
+        reach = form.dilation[i] * (form.kernel[i] - 1) + 1
+        pads = form.lead[i], form.trail[i]
+        least.append(max(*pads, *(-p for p in pads), *(reach - p for p in pads)) + 2 * form.stride[i])
+        least[i] += 8 if isinstance(form, CarriedForm) else 0
+    small = form.weight.numel() < 1 << 16
+    shapes = [(2 if small else 1, form.in_channels, *(s + i for i, s in enumerate(least)))]
+    if small or any(s > 1 for s in form.stride):  # what a stride leaves over depends on the size
+        shapes.append((1, form.in_channels, *(s + form.n - i for i, s in enumerate(least))))
+    return shapes
 
 
 def _original(region: Region, x: Tensor) -> tuple[Tensor, float]:

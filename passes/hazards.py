@@ -23,9 +23,10 @@ __all__ = ["Memory"]
 
 _VIEWS = {
     "view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "chunk", "split",
-    "tensor_split", "narrow", "select", "getitem", "contiguous", "movedim", "moveaxis", "swapaxes", "swapdims", "expand",
-    "unbind", "detach", "view_as", "reshape_as", "expand_as", "to", "float", "double", "type_as", "t", "unfold", "dropout",
-    "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "stochastic_depth",
+    "tensor_split", "narrow", "select", "getitem", "contiguous", "movedim", "moveaxis", "swapaxes", "swapdims",
+    "expand", "unbind", "detach", "view_as", "reshape_as", "expand_as", "to", "float", "double", "type_as", "t",
+    "unfold", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+    "stochastic_depth",
 }  # fmt: skip
 """What may give its input back, or a part of it, without a copy."""
 

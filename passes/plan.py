@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -119,8 +118,7 @@ def _too_dense(region: Region) -> Refusal | None:
             form = region.numeric()
     except RefusalError as error:
         return error.refusal
-    bias = None if form.bias is None else form.bias.to("meta")
-    region.form = replace(form, weight=form.weight.to("meta"), bias=bias)
+    region.form = form.to("meta")
     return None
 
 

@@ -76,7 +76,7 @@ class ProbedForms:
             raise RefusalError(found.reason, found.message)
         if not isinstance(x, Signal) or settle(x).view != View(found.n):
             raise RefusalError(Reason.LAYOUT)
-        form = _on(found, x.form.weight.device)
+        form = found.to(x.form.weight.device)
         if isinstance(form, CarriedForm):
             if not x.untouched:
                 form.then(form)
@@ -249,11 +249,6 @@ def _carried(module: _ConvNd, runner: _Runner) -> ConvForm:
     return CarriedForm(
         weight, bias, tuple(module.stride), ones, zeros, tuple(-1 for _ in ones), ones, module.groups, carrier=module
     )
-
-
-def _on(form: ConvForm, device: torch.device) -> ConvForm:
-    bias = None if form.bias is None else form.bias.to(device)
-    return replace(form, weight=form.weight.to(device), bias=bias)
 
 
 def _close(got: Tensor, wanted: Tensor) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from passes.conv_form import ConvForm
@@ -17,6 +18,7 @@ from passes.flow import Constants, Flow
 from passes.probe import ProbedForms
 from passes.refusal import Reason, Refusal, RefusalError
 from passes.signal import Dim, Signal, View
+from passes.trace import call_of
 from passes.transfer import METHODS, function_law, module_law
 
 __all__ = ["Region", "Sweep", "cost_message", "origin"]
@@ -78,9 +80,17 @@ class Region:
 
     def layers(self) -> tuple[str, ...]:
         """Paths of the layers that vanish, in order of execution."""
-        order = sorted([*self.constants, *self.dying], key=lambda n: self.flow.order[n])
-        names = (self.flow.unit.name(n) for n in order if not self.flow.shape_only(n))
-        return tuple(dict.fromkeys(names))
+        flow = self.flow
+        owners = {call_of(n) for n in self.constants}  # modules that hold weights: their names say enough
+        order = sorted([*self.constants, *self.dying], key=lambda n: flow.order[n])
+        named = [
+            n
+            for n in order
+            if not flow.shape_only(n)
+            and not isinstance(flow.modules.get(n), nn.Identity)
+            and (n.op not in ("call_function", "call_method") or call_of(n) not in owners)
+        ]
+        return tuple(dict.fromkeys(flow.unit.name(n) for n in named or order))
 
 
 def origin(node: fx.Node) -> fx.Node:
@@ -100,13 +110,9 @@ class Sweep:
         self.channels = channels
         self.numeric = numeric
         self.constants = Constants(flow, numeric)
-        identity = ConvForm.identity(channels, view.n)
-        if not numeric:
-            identity = ConvForm.conv(identity.weight.to("meta"), groups=channels)
-        else:
-            device = next((t.device for t in flow.unit.root.parameters()), None)
-            if device is not None and device.type != "mps":
-                identity = ConvForm.conv(identity.weight.to(device), groups=channels)
+        device = next((t.device for t in flow.unit.root.parameters()), torch.device("cpu"))
+        on = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+        identity = ConvForm.identity(channels, view.n).to(on if numeric else "meta")
         self._values: dict[fx.Node, Any] = {entry: Signal(identity, view, untouched=True)}
 
     def value(self, node: fx.Node) -> Any:
