@@ -76,17 +76,14 @@ def collapse_model(
 
 
 def explain_model(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Explanation:
-    """Plan without folding; the model is not changed."""
+    """Decide as :func:`collapse_model` does, numbers included, and stop before surgery; the model is not changed."""
     check_model(model)
-    explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan"), 0.0))
+    explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan", "fold"), 0.0))
     training = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
         for unit in _traced(model, explanation):
-            planner = _Planner(model, unit, _ranks(unit, example_inputs))
-            with _clock(explanation, "plan"):
-                regions = planner.plan(explanation)
-            explanation.folds += [_fold_of(r, _describe(r), "", None) for r in regions]
+            _compile_unit(model, unit, _ranks(unit, example_inputs), explanation, None, verify=False)
     finally:
         for module, mode in training:
             module.training = mode
@@ -176,10 +173,13 @@ def _compile_unit(
     unit: Unit,
     ranks: list[int | None],
     explanation: Explanation,
-    surgeon: Surgeon,
+    surgeon: Surgeon | None,
     verify: bool,
 ) -> None:
-    """Plan, fold and operate on one unit. What fails with real numbers is banned, and the unit is planned again."""
+    """Plan, fold and operate on one unit. What fails with real numbers is banned, and the unit is planned again.
+
+    Without a surgeon, everything is decided and nothing done.
+    """
     banned: list[Refusal] = []
     planner = _Planner(model, unit, ranks)
     said = len(explanation.refusals)
@@ -193,6 +193,9 @@ def _compile_unit(
             if (outcome := _fold(region, planner, explanation, verify, banned)) is not None
         ]
         if len(folded) == len(regions):
+            if surgeon is None:
+                paths: dict[Region, str] = {}
+                break
             with _clock(explanation, "fold"):
                 try:
                     paths = surgeon.operate(planner.layout, [(region, layer) for region, layer, _ in folded])
@@ -203,8 +206,8 @@ def _compile_unit(
                     planner.banned |= {r.key for r in regions if r.placement.rewrites}
         planner = _Planner(model, retrace(planner.flow.unit), ranks, planner.banned)
     explanation.refusals += [r for r in dict.fromkeys(banned) if r not in explanation.refusals]
-    for region, layer, gap in folded:
-        explanation.folds.append(_fold_of(region, _text(layer), paths.get(region, ""), gap))
+    for region, _, gap in folded:
+        explanation.folds.append(_fold_of(region, _describe(region), paths.get(region, ""), gap))
 
 
 def _fold(
@@ -305,10 +308,6 @@ def _describe(region: Region) -> str:
     grouped = f", groups {form.groups}" if form.groups > 1 else ""
     stride = f", stride {'x'.join(map(str, form.stride))}" if any(s > 1 for s in form.stride) else ""
     return f"{kind}{form.n}d({form.in_channels} -> {form.out_channels}, {kernel}{stride}{grouped})"
-
-
-def _text(layer: nn.Module) -> str:
-    return " + ".join(str(m) for m in layer) if isinstance(layer, nn.Sequential) else str(layer)
 
 
 def _worth_saying(flow: Flow, regions: list[Region], refusals: list[Refusal]) -> list[Refusal]:

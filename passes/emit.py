@@ -19,7 +19,7 @@ from passes.conv_form import ConvForm, _swap_in_out
 from passes.probe import CarriedForm
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["Target", "all_finite", "emit", "read_back", "target_of"]
+__all__ = ["Target", "all_finite", "emit", "target_of"]
 
 _CONV: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -68,27 +68,6 @@ def emit(form: ConvForm, target: Target) -> nn.Module:
     else:
         return _conv(form, weight, bias, target)
     return _fill(layer, weight, bias, target)
-
-
-def read_back(module: nn.Module, form: ConvForm) -> ConvForm:
-    """The form of an emitted layer, read from its own numbers: what the proof checks is what ships."""
-    layer = module[1] if isinstance(module, nn.Sequential) else module
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
-    weight = weight.detach().double()
-    if any(u != 1 for u in form.up):
-        weight = _swap_in_out(weight, form.groups).flip(tuple(range(2, 2 + form.n)))
-    return ConvForm(
-        weight,
-        None if bias is None else bias.detach().double(),  # type: ignore[operator]
-        form.stride,
-        form.dilation,
-        form.offset,
-        form.extent,
-        form.up,
-        form.groups,
-        form.mode,
-    )
 
 
 def _conv(form: ConvForm, weight: Tensor, bias: Tensor | None, target: Target) -> nn.Module:

@@ -167,9 +167,24 @@ def _original(region: Region, x: Tensor) -> tuple[Tensor, float]:
             return node.target(*args, **kwargs)
         raise RefusalError(Reason.OTHER_INPUT, f"{node.name} is not part of the region")
 
+    for node in sorted(
+        _needed(entry, result), key=lambda n: flow.order[n]
+    ):  # in the original order: some work in place
+        value(node)
     got = value(result)
     computed = [t for t in values.values() if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
     return got, max(float(t.abs().max()) for t in computed)
+
+
+def _needed(entry: fx.Node, result: fx.Node) -> set[fx.Node]:
+    """The traced nodes that ``result`` depends on, back to ``entry``."""
+    seen, todo = {result}, [result]
+    while todo:
+        for node in map(origin, todo.pop().all_input_nodes):
+            if node is not entry and node not in seen:
+                seen.add(node)
+                todo.append(node)
+    return seen
 
 
 # ------------------------------------------------------------------ whole models

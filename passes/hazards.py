@@ -69,6 +69,11 @@ class Memory:
                 for change in self._changes_of(value):
                     if order[value] < order[change] < order[user]:
                         return self._say(change, "changes a tensor before the fold reads it")
+        # The fold itself may read its entry as late as where its result was computed.
+        entry = origin(region.entry)
+        for change in self._changes_of(entry):
+            if change not in dying and order[entry] < order[change] < order[result]:
+                return self._say(change, "changes a tensor before the fold reads it")
         # Rule 2: a change that vanishes must not be seen by anyone else.
         for change in dying:
             base = self.base[change]

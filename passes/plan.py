@@ -103,6 +103,8 @@ def plan_unit(
             dead |= set(region.dying) | {r.node for r in inner if r.node is not None}
             node = _contract(flow, region)
             changed.add(node)
+            # What stays but has lost a reader may now fold with the readers it still has.
+            changed |= {n for gone in region.dying for n in gone.all_input_nodes if n not in dead and n in flow.affine}
             for neighbour in chosen:
                 if neighbour.entry is region.result:
                     neighbour.entry = node

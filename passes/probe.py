@@ -25,6 +25,7 @@ from passes.copies import deep_copy
 from passes.refusal import Reason, Refusal, RefusalError
 from passes.signal import Signal, View, settle
 from passes.trace import Unit
+from passes.transfer import module_law
 
 __all__ = ["CarriedForm", "ProbedForms", "probe"]
 
@@ -105,6 +106,9 @@ def probe(module: nn.Module) -> ConvForm:
     numbers = sum(t.numel() for t in [*module.parameters(), *module.buffers()])
     if numbers > MAX_NUMBERS or not numbers > 0:
         raise RefusalError(Reason.NOT_A_CONVOLUTION, "not probed: too large, or without weights")
+    bent = next((m for m in module.modules() if _is_nonlinear(m)), None)
+    if bent is not None:  # it may act as a convolution for now, with a gamma of zero, but it is not one
+        raise RefusalError(Reason.NOT_A_CONVOLUTION, f"not probed: it holds {type(bent).__name__}")
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         runner = _Runner(module)
@@ -117,6 +121,16 @@ def probe(module: nn.Module) -> ConvForm:
             if affine is False:
                 break
     raise RefusalError(Reason.NOT_A_CONVOLUTION)
+
+
+def _is_nonlinear(module: nn.Module) -> bool:
+    """A layer of torch that no transfer function knows."""
+    own = type(module).__module__.startswith("torch.nn.modules")
+    return own and next(module.children(), None) is None and module_law(module) is None and not _is_empty(module)
+
+
+def _is_empty(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
 class _Runner:

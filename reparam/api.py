@@ -89,7 +89,8 @@ def _ordinary_tensors() -> Iterator[None]:
 def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     """Which regions would fold, into what, and why the others do not; ``str()`` of it is a table.
 
-    Only plans, on shapes; the model is not changed. Raises as :func:`collapse` does for bad input.
+    Decides as :func:`collapse` does and stops before surgery and proof; the model is not changed. Raises as
+    :func:`collapse` does for bad input.
     """
     return explain_model(model, _as_tuple(example_inputs))
 

@@ -62,9 +62,10 @@ class Writer:
         wanted = set(re.findall(r"\bv\d+\b", self.result))
         for line in reversed(self.body):
             name, _, code = line.partition(" = ")
-            if name in wanted or "_(" in code or "inplace=True" in code:
+            read = set(re.findall(r"\bv\d+\b", code))
+            if name in wanted or (("_(" in code or "inplace=True" in code) and read & wanted):
                 kept.append(line)
-                wanted |= set(re.findall(r"\bv\d+\b", code))
+                wanted |= read
         return kept[::-1]
 
     # -------------------------------------------------------------- statements
