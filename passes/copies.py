@@ -28,15 +28,34 @@ def shadow(module: Module) -> Module:
 
 
 def independent(edited: Module, source: nn.Module) -> Module:
-    """A copy of a shadow that shares nothing with ``source``; tensors that are its own are moved, not copied."""
+    """Make a shadow share nothing with ``source``: tensors that are its own stay, the others are copied."""
     theirs = _tensors(source)
-    return copy.deepcopy(edited, {key: t for key, t in _tensors(edited).items() if key not in theirs})
+    memo: dict[int, Any] = {}  # a tensor registered twice is copied once
+    for module in edited.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in list(table.items()):
+                if id(tensor) in theirs:
+                    setattr(module, name, copy.deepcopy(tensor, memo))
+    if any(id(t) in theirs for t in _attributes(edited)):  # also held by a plain attribute: copy as a whole
+        return copy.deepcopy(edited, {key: t for key, t in _tensors(edited).items() if key not in theirs})
+    return edited
 
 
 def _tensors(module: nn.Module) -> dict[int, Any]:
     return {id(t): t for t in [*module.parameters(), *module.buffers()]}
 
 
+def _attributes(module: nn.Module) -> list[Tensor]:
+    """Tensors that modules hold outside of their tables of parameters and buffers."""
+    tables = ("_parameters", "_buffers", "_modules")
+    values = [
+        value
+        for m in module.modules()
+        for name, value in m.__dict__.items()
+        if name not in tables and (isinstance(value, Tensor) or (isinstance(value, (dict, list, tuple)) and value))
+    ]
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
 def _computed(module: nn.Module) -> dict[int, Any]:
-    held = tree_leaves([m.__dict__ for m in module.modules()])
-    return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
+    return {id(t): t.detach().clone() for t in _attributes(module) if not t.is_leaf}

@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.conv_form import ConvForm, Ints
 from passes.copies import deep_copy
+from passes.peek import watched
 from passes.refusal import Reason, Refusal, RefusalError
 from passes.signal import Signal, View, settle
 from passes.trace import Unit
@@ -144,7 +145,7 @@ class _Runner:
 
     def __call__(self, x: Tensor) -> Tensor:
         try:
-            y = self.module(x)
+            y = watched(self.module, x)
         # User code may fail in any way on an input it was not made for.
         except Exception as error:
             raise RefusalError(Reason.NOT_A_CONVOLUTION, f"probing failed: {error}".splitlines()[0]) from error
@@ -181,8 +182,10 @@ def _respond(runner: _Runner, n: int, channels: int) -> ConvForm:
     else:
         raise RefusalError(Reason.NOT_A_CONVOLUTION, "probed: its kernel is larger than 32")
     form = replace(form, widened=True).narrowed()
-    for sizes in ((size, size + 1, size + 2), (size + 3, size, size + 1), (size + 2, size + 5, size)):
-        x = torch.randn(2, channels, *sizes[:n], dtype=torch.float64)
+    shapes = ((size, size + 1, size + 2), (size + 3, size, size + 1), (size + 2, size + 5, size))
+    # A clamp shows itself only on large values.
+    for sizes, scale in zip((*shapes, shapes[0]), (1.0, 1e3, 1e-3, 1e6), strict=True):
+        x = scale * torch.randn(2, channels, *sizes[:n], dtype=torch.float64)
         wanted, got = runner(x), form.apply(x)
         if wanted.shape != got.shape or not _close(got, wanted):
             raise RefusalError(Reason.NOT_A_CONVOLUTION)

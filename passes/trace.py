@@ -348,24 +348,24 @@ def _resolve(root: nn.Module, target: str) -> Any:
 @contextmanager
 def _no_mark(model: nn.Module) -> Iterator[None]:
     """Restore every module's attributes and the random state; containers that a forward may fill included."""
-    saved = []
+    saved: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]]]] = []
     for module in model.modules():
-        inner = {k: copy.copy(v) for k, v in module.__dict__.items() if isinstance(v, (dict, list, set))}
-        saved.append((module, dict(module.__dict__), inner))
+        attributes = dict(module.__dict__)
+        tables = [v for v in attributes.values() if isinstance(v, (dict, list, set))]
+        # Most are empty tables of hooks; copying thousands of those costs more than the trace.
+        saved.append((module, attributes, [(t, copy.copy(t) if t else None) for t in tables]))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             yield
     finally:
-        for module, attributes, inner in saved:
-            if module.__dict__ != attributes if _comparable(module, attributes) else True:
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
-            for name, content in inner.items():
-                _refill(module.__dict__[name], content)
-
-
-def _comparable(module: nn.Module, attributes: dict[str, Any]) -> bool:
-    return module.__dict__.keys() == attributes.keys() and all(module.__dict__[k] is v for k, v in attributes.items())
+        for module, attributes, containers in saved:
+            now = module.__dict__
+            if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
+                now.clear()
+                now.update(attributes)
+            for container, content in containers:
+                if container or content:
+                    _refill(container, content or ())
 
 
 def _refill(container: Any, content: Any) -> None:
