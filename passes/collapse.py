@@ -6,6 +6,7 @@ every edit back.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections import Counter
@@ -58,7 +59,8 @@ def collapse_model(
     surgeons: list[Surgeon] = []
     try:
         result.eval()
-        _compile(result, example_inputs, explanation, surgeons, verify)
+        with _no_collection():
+            _compile(result, example_inputs, explanation, surgeons, verify)
         if not inplace:
             result = independent(result, model)
         if wanted is not None and example_inputs is not None:
@@ -281,6 +283,18 @@ def _ranks(unit: Unit, inputs: tuple[Any, ...] | None) -> list[int | None]:
 
 
 @contextmanager
+def _no_collection() -> Iterator[None]:
+    """Put off garbage collection: graphs are many small objects, and one full pass takes longer than the planning."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
 def _clock(explanation: Explanation, stage: str) -> Iterator[None]:
     start = time.perf_counter()
     try:
@@ -312,12 +326,15 @@ def _describe(region: Region) -> str:
 
 def _worth_saying(flow: Flow, regions: list[Region], refusals: list[Refusal]) -> list[Refusal]:
     """One refusal per layer that stays: those of the laws, and for every batch norm why it is still there."""
-    gone = {flow.unit.name(n) for r in regions for n in r.dying}
+    dead = {n for r in regions for n in r.dying}
+    # Two operations of one module may have one name: it is gone when both are.
+    gone = {flow.unit.name(n) for n in dead} - {
+        flow.unit.name(n) for n in flow.nodes if n not in dead and "region" not in n.meta
+    }
     said: dict[str, Refusal] = {}
     for refusal in refusals:
         if refusal.reason not in _QUIET and refusal.layer not in gone:
             said.setdefault(refusal.layer, refusal)
-    dead = {n for r in regions for n in r.dying}
     for node in flow.nodes:
         if node in dead or not _is_norm(flow, node):
             continue

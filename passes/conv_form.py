@@ -250,14 +250,15 @@ class ConvForm:
                 f"cannot add {self.in_channels}->{self.out_channels} "
                 f"and {other.in_channels}->{other.out_channels} channels",
             )
-        first, second = _align([self, other])
-        bias = second.bias if first.bias is None else first.bias if second.bias is None else first.bias + second.bias
-        return replace(
-            first,
-            weight=first.weight + second.weight,
-            bias=bias,
-            widened=first.widened or second.widened,
-        )
+        grid = _common_grid([self, other])
+        inner, outer = (self, other) if other.kernel == grid.kernel else (other, self)
+        bias = other.bias if self.bias is None else self.bias if other.bias is None else self.bias + other.bias
+        whole = grid.embed(outer)
+        # A branch that already fills the grid is copied once, and the other added in place.
+        weight = whole.weight.clone() if whole.weight is outer.weight else whole.weight
+        small = inner._widen(grid.groups)
+        weight[grid.place(small)] += small.weight
+        return replace(whole, weight=weight, bias=bias, widened=self.widened or other.widened)
 
     def then(self, outer: ConvForm) -> ConvForm:
         """``outer`` applied to the result of this form."""
@@ -324,7 +325,9 @@ class ConvForm:
         """Output channels of several forms over the same input, one after another."""
         if len({f.in_channels for f in forms}) != 1:
             raise RefusalError(Reason.CHANNELS, "concatenated maps read different numbers of channels")
-        aligned = _align([f._widen(1) for f in forms])
+        dense = [f._widen(1) for f in forms]
+        grid = _common_grid(dense)
+        aligned = [grid.embed(f) for f in dense]
         bias = None
         if any(f.bias is not None for f in aligned):
             zero = [f.weight.new_zeros(f.out_channels) if f.bias is None else f.bias for f in aligned]
@@ -410,8 +413,36 @@ class ConvForm:
         return replace(dense, weight=own.flatten(0, 1), groups=groups)
 
 
-def _align(forms: Sequence[ConvForm]) -> list[ConvForm]:
-    """Write all forms on one grid of taps, so that weights can be added or stacked (F2, F8)."""
+@dataclass(frozen=True)
+class _Grid:
+    """The taps on which several branches can be written, so that weights can be added or stacked (F2, F8)."""
+
+    offset: Ints
+    dilation: Ints
+    kernel: Ints
+    groups: int
+    mode: str
+
+    def place(self, form: ConvForm) -> tuple[slice, ...]:
+        """Where the form's taps lie in a weight of this grid."""
+        place = [slice(None), slice(None)]
+        for i in range(form.n):
+            start = (form.offset[i] - self.offset[i]) // self.dilation[i]
+            step = form.dilation[i] // self.dilation[i] if form.kernel[i] > 1 else 1
+            place.append(slice(start, start + step * (form.kernel[i] - 1) + 1, step))
+        return tuple(place)
+
+    def embed(self, form: ConvForm) -> ConvForm:
+        """The form written on this grid, zeros at the taps it does not have."""
+        wide = form._widen(self.groups)
+        weight = wide.weight
+        if form.kernel != self.kernel:  # a kernel of the same size has the same taps
+            weight = weight.new_zeros((*weight.shape[:2], *self.kernel))
+            weight[self.place(form)] = wide.weight
+        return replace(wide, weight=weight, offset=self.offset, dilation=self.dilation, mode=self.mode)
+
+
+def _common_grid(forms: Sequence[ConvForm]) -> _Grid:
     first = forms[0]
     for other in forms[1:]:
         if (other.stride, other.extent, other.up) != (first.stride, first.extent, first.up):
@@ -423,8 +454,6 @@ def _align(forms: Sequence[ConvForm]) -> list[ConvForm]:
     modes = {f.mode for f in forms if f.reads_outside}
     if len(modes) > 1:
         raise RefusalError(Reason.PAD_MODE, f"branches pad in the modes {', '.join(sorted(modes))}")
-    mode = modes.pop() if modes else first.mode
-    groups = math.gcd(*(f.groups for f in forms))
     offset = tuple(min(f.offset[i] for f in forms) for i in range(first.n))
     dilation, kernel = [], []
     for i in range(first.n):
@@ -433,22 +462,8 @@ def _align(forms: Sequence[ConvForm]) -> list[ConvForm]:
         far = max(f.offset[i] - offset[i] + f.dilation[i] * (f.kernel[i] - 1) for f in forms)
         dilation.append(step)
         kernel.append(far // step + 1)
-    return [_embed(f._widen(groups), offset, tuple(dilation), tuple(kernel), mode) for f in forms]
-
-
-def _embed(form: ConvForm, offset: Ints, dilation: Ints, kernel: Ints, mode: str) -> ConvForm:
-    if (form.offset, form.kernel) == (offset, kernel) and all(
-        a == b or k == 1 for a, b, k in zip(form.dilation, dilation, kernel, strict=True)
-    ):
-        return replace(form, dilation=dilation, mode=mode)
-    weight = form.weight.new_zeros((*form.weight.shape[:2], *kernel))
-    place = [slice(None), slice(None)]
-    for i in range(form.n):
-        start = (form.offset[i] - offset[i]) // dilation[i]
-        step = form.dilation[i] // dilation[i] if form.kernel[i] > 1 else 1
-        place.append(slice(start, start + step * (form.kernel[i] - 1) + 1, step))
-    weight[tuple(place)] = form.weight
-    return replace(form, weight=weight, offset=offset, dilation=dilation, mode=mode)
+    groups = math.gcd(*(f.groups for f in forms))
+    return _Grid(offset, tuple(dilation), tuple(kernel), groups, modes.pop() if modes else first.mode)
 
 
 def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:

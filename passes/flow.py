@@ -192,7 +192,11 @@ class Constants:
 
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            return self._cast(self.flow.unit.attribute(str(node.target)))
+            held = self.flow.unit.attribute(str(node.target))
+            value = self._cast(held)
+            # An expression may work in place; the model's own weight must never be what it works on.
+            own = isinstance(value, Tensor) and value.device.type != "meta" and value.data_ptr() == held.data_ptr()
+            return value.clone() if own else value
         args = fx.map_arg(node.args, self.value)
         kwargs = fx.map_arg(node.kwargs, self.value)
         try:

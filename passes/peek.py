@@ -63,7 +63,7 @@ class _Follow(TorchDispatchMode):
 
 class _Guard(TorchFunctionMode):
     def __init__(self, followed: _Followed) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.followed = followed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

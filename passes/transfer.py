@@ -560,7 +560,8 @@ def _then(signal: Signal, outer: ConvForm, conv: bool = False) -> Signal:
             Reason.CHANNELS, f"a layer for {outer.in_channels} channels reads {signal.form.out_channels}"
         )
     bias = 0 if outer.bias is None else outer.out_channels
-    return signal.with_form(signal.form.then(outer), work=outer.weight.numel(), conv=conv, bias=bias)
+    form = outer if signal.untouched else signal.form.then(outer)
+    return signal.with_form(form, work=outer.weight.numel(), conv=conv, bias=bias)
 
 
 def _constant(x: Any) -> Tensor:

@@ -6,12 +6,14 @@ rest would not, :func:`verify` compares two networks.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from passes.equivalence import Equivalence, EquivalenceError
-from passes.refusal import Reason, Refusal, ReparamError
-from passes.report import Counts, Explanation, Fold
-from reparam.api import collapse, collapse_with_report, explain, guess_inputs, verify
+if TYPE_CHECKING:
+    from passes.equivalence import Equivalence, EquivalenceError
+    from passes.refusal import Reason, Refusal, ReparamError
+    from passes.report import Counts, Explanation, Fold
+    from reparam.api import collapse, collapse_with_report, explain, guess_inputs, verify
 
 __all__ = [
     "Counts",
@@ -29,7 +31,34 @@ __all__ = [
     "verify",
 ]
 
-try:
-    __version__ = version("reparam")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
+_HOME = {
+    "passes.equivalence": ("Equivalence", "EquivalenceError"),
+    "passes.refusal": ("Reason", "Refusal", "ReparamError"),
+    "passes.report": ("Counts", "Explanation", "Fold"),
+    "reparam.api": ("collapse", "collapse_with_report", "explain", "guess_inputs", "verify"),
+}
+"""Where each public name lives. It is loaded when first asked for, so that importing this package costs nothing."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    for home, names in _HOME.items():
+        if name in names:
+            value = getattr(import_module(home), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'reparam' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("reparam")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "0+unknown"

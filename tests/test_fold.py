@@ -175,50 +175,115 @@ def frozen(dim: int) -> nn.Module:
 
 @listed(
     *(
-        Case(f"conv{n}d{suffix}", lambda n=n, o=o: nn.Sequential(CONVS[n](4, 6, 3, **o), NORMS[n](6)), INPUTS[n],
-             f"Conv{n}d 4->6 {'x'.join('3' * n)}{said}", norm=True)
+        Case(
+            f"conv{n}d{suffix}",
+            lambda n=n, o=o: nn.Sequential(CONVS[n](4, 6, 3, **o), NORMS[n](6)),
+            INPUTS[n],
+            f"Conv{n}d 4->6 {'x'.join('3' * n)}{said}",
+            norm=True,
+        )
         for n in (1, 2, 3)
         for suffix, o, said in (("", {}, ""), ("-grouped", {"groups": 2, "stride": 2, "bias": False}, " s2 g2"))
     ),
     *(
-        Case(f"transposed{n}d-{g}", lambda n=n, g=g: nn.Sequential(
-                TRANSPOSED[n](4, 6, 3, stride=2, padding=1, output_padding=1, groups=g), NORMS[n](6)), INPUTS[n],
-             f"ConvTranspose{n}d 4->6 {'x'.join('3' * n)} s2" + (" g2" if g > 1 else ""), norm=True)
-        for n in (1, 2, 3) for g in (1, 2)
+        Case(
+            f"transposed{n}d-{g}",
+            lambda n=n, g=g: nn.Sequential(
+                TRANSPOSED[n](4, 6, 3, stride=2, padding=1, output_padding=1, groups=g), NORMS[n](6)
+            ),
+            INPUTS[n],
+            f"ConvTranspose{n}d 4->6 {'x'.join('3' * n)} s2" + (" g2" if g > 1 else ""),
+            norm=True,
+        )
+        for n in (1, 2, 3)
+        for g in (1, 2)
     ),
-    Case("transposed-dilated", lambda: nn.Sequential(
-        nn.ConvTranspose2d(4, 6, 3, stride=2, dilation=3, output_padding=2, bias=False), nn.BatchNorm2d(6)), IMAGE,
-         "ConvTranspose2d 4->6 3x3 s2 d3", norm=True),
+    Case(
+        "transposed-dilated",
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(4, 6, 3, stride=2, dilation=3, output_padding=2, bias=False), nn.BatchNorm2d(6)
+        ),
+        IMAGE,
+        "ConvTranspose2d 4->6 3x3 s2 d3",
+        norm=True,
+    ),
     Case("linear", lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), (5, 4), "Linear 4->6", norm=True),
     Case("linear-tokens", lambda: LinearNorm(4, 6), (2, 5, 4), "Linear 4->6", norm=True),
     Case("norm-linear", lambda: NormLinear(4, 6), (5, 4), "Linear 4->6", norm=True),
-    Case("norm-conv", lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3)), IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("sync-norm", lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.SyncBatchNorm(6)), IMAGE, "Conv2d 4->6 3x3", norm=True),
+    Case(
+        "norm-conv", lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3)), IMAGE, "Conv2d 4->6 3x3", norm=True
+    ),
+    Case(
+        "sync-norm", lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.SyncBatchNorm(6)), IMAGE, "Conv2d 4->6 3x3", norm=True
+    ),
     Case("frozen-norm", lambda: nn.Sequential(nn.Conv2d(4, 6, 3), frozen(6)), IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("norm-without-affine", lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True),
-    Case("norm-odd-eps", lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=0.37)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True),
-    Case("two-norms", lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6, eps=0.1)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True),
-    Case("depthwise-multiplier", lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8)), IMAGE,
-         "Conv2d 4->8 3x3 g4", norm=True),
-    Case("rectangular", lambda: nn.Sequential(nn.Conv2d(4, 6, (2, 5), (1, 2), (1, 0), (3, 1)), nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 2x5 s1x2 d3x1", norm=True),
-    Case("same-even", lambda: nn.Sequential(nn.Conv2d(4, 6, (4, 2), padding="same"), nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 4x2", norm=True),
-    Case("valid", lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding="valid"), nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True),
+    Case(
+        "norm-without-affine",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "norm-odd-eps",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=0.37)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "two-norms",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6, eps=0.1)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "depthwise-multiplier",
+        lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8)),
+        IMAGE,
+        "Conv2d 4->8 3x3 g4",
+        norm=True,
+    ),
+    Case(
+        "rectangular",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, (2, 5), (1, 2), (1, 0), (3, 1)), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 2x5 s1x2 d3x1",
+        norm=True,
+    ),
+    Case(
+        "same-even",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, (4, 2), padding="same"), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 4x2",
+        norm=True,
+    ),
+    Case(
+        "valid",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding="valid"), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
     *(
-        Case(f"mode-{mode}", lambda mode=mode: nn.Sequential(
-            nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode=mode), nn.BatchNorm2d(6)), IMAGE,
-             f"Conv2d 4->6 3x3 {mode}", norm=True)
+        Case(
+            f"mode-{mode}",
+            lambda mode=mode: nn.Sequential(nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode=mode), nn.BatchNorm2d(6)),
+            IMAGE,
+            f"Conv2d 4->6 3x3 {mode}",
+            norm=True,
+        )
         for mode in ("reflect", "replicate", "circular")
     ),
-    Case("mode-same-even", lambda: nn.Sequential(
-        nn.Conv2d(4, 6, 4, padding="same", padding_mode="circular"), nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 4x4 circular", norm=True),
-)  # fmt: skip
+    Case(
+        "mode-same-even",
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 4, padding="same", padding_mode="circular"), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 4x4 circular",
+        norm=True,
+    ),
+)
 def test_layer_and_norm(case: Case) -> None:
     check(case)
 
@@ -246,42 +311,115 @@ def old_weight_norm(layer: nn.Module) -> nn.Module:
 
 
 @listed(
-    Case("functional-batch-norm", lambda: Net(
-        lambda m, x: F.batch_norm(F.conv2d(x, m.w, m.b, padding=1), m.running_mean, m.running_var, m.weight, m.bias),
-        w=param(6, 4, 3, 3), b=param(6), running_mean=torch.zeros(6), running_var=torch.ones(6), weight=param(6),
-        bias=param(6)), IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("functional-1d", lambda: Net(lambda m, x: F.conv1d(x, 2 * m.w, m.b, stride=2) + 1, w=param(6, 4, 3), b=param(6)), LINE,
-         "Conv1d 4->6 3 s2"),
-    Case("functional-3d", lambda: Net(lambda m, x: F.conv3d(x, -m.w, groups=2) * 2, w=param(6, 2, 2, 2, 2)), BOX,
-         "Conv3d 4->6 2x2x2 g2"),
-    Case("functional-transposed", lambda: Net(lambda m, x: -F.conv_transpose2d(x, m.w + m.w, m.b, stride=3),
-         w=param(4, 6, 3, 3), b=param(6)), IMAGE, "ConvTranspose2d 4->6 3x3 s3"),
-    Case("functional-linear", lambda: Net(lambda m, x: F.linear(x, m.w - m.v, m.b), w=param(6, 4), v=param(6, 4),
-         b=param(6)), (3, 5, 4), "Linear 4->6"),
-    Case("matmul", lambda: Net(lambda m, x: F.linear(x, m.w) + x @ m.v, w=param(6, 4), v=param(4, 6)), (3, 4),
-         "Linear 4->6"),
+    Case(
+        "functional-batch-norm",
+        lambda: Net(
+            lambda m, x: F.batch_norm(
+                F.conv2d(x, m.w, m.b, padding=1), m.running_mean, m.running_var, m.weight, m.bias
+            ),
+            w=param(6, 4, 3, 3),
+            b=param(6),
+            running_mean=torch.zeros(6),
+            running_var=torch.ones(6),
+            weight=param(6),
+            bias=param(6),
+        ),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "functional-1d",
+        lambda: Net(lambda m, x: F.conv1d(x, 2 * m.w, m.b, stride=2) + 1, w=param(6, 4, 3), b=param(6)),
+        LINE,
+        "Conv1d 4->6 3 s2",
+    ),
+    Case(
+        "functional-3d",
+        lambda: Net(lambda m, x: F.conv3d(x, -m.w, groups=2) * 2, w=param(6, 2, 2, 2, 2)),
+        BOX,
+        "Conv3d 4->6 2x2x2 g2",
+    ),
+    Case(
+        "functional-transposed",
+        lambda: Net(lambda m, x: -F.conv_transpose2d(x, m.w + m.w, m.b, stride=3), w=param(4, 6, 3, 3), b=param(6)),
+        IMAGE,
+        "ConvTranspose2d 4->6 3x3 s3",
+    ),
+    Case(
+        "functional-linear",
+        lambda: Net(lambda m, x: F.linear(x, m.w - m.v, m.b), w=param(6, 4), v=param(6, 4), b=param(6)),
+        (3, 5, 4),
+        "Linear 4->6",
+    ),
+    Case(
+        "matmul",
+        lambda: Net(lambda m, x: F.linear(x, m.w) + x @ m.v, w=param(6, 4), v=param(4, 6)),
+        (3, 4),
+        "Linear 4->6",
+    ),
     Case("do-conv", lambda: DOConv(4, 6, padding=1), IMAGE, "Conv2d 4->6 3x3"),
     Case("do-conv-grouped", lambda: DOConv(4, 6, groups=2, stride=2), IMAGE, "Conv2d 4->6 3x3 s2 g2"),
     Case("orepa", lambda: OREPA(4), IMAGE, "Conv2d 4->4 3x3", norm=True),
     Case("identity-plus-weight", lambda: IdentityBased1x1(4), IMAGE, "Conv2d 4->4 1x1"),
     Case("identity-plus-weight-grouped", lambda: IdentityBased1x1(4, groups=2), IMAGE, "Conv2d 4->4 1x1 g2"),
-    Case("standardised", lambda: nn.Sequential(WSConv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True),
-    Case("parametrized", lambda: nn.Sequential(parametrized(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True),
-    Case("parametrized-linear", lambda: nn.Sequential(parametrized(nn.Linear(4, 6)), nn.BatchNorm1d(6)), (5, 4),
-         "Linear 4->6", norm=True),
-    Case("weight-norm", lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)),
-         IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("weight-norm-alone", lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv1d(4, 6, 3))), LINE,
-         "Conv1d 4->6 3", norm=True),
-    Case("spectral-norm", lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)),
-         IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("old-weight-norm", lambda: nn.Sequential(old_weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True),
-    Case("old-spectral-norm", lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)),
-         IMAGE, "Conv2d 4->6 3x3", norm=True),
-)  # fmt: skip
+    Case(
+        "standardised",
+        lambda: nn.Sequential(WSConv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "parametrized",
+        lambda: nn.Sequential(parametrized(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "parametrized-linear",
+        lambda: nn.Sequential(parametrized(nn.Linear(4, 6)), nn.BatchNorm1d(6)),
+        (5, 4),
+        "Linear 4->6",
+        norm=True,
+    ),
+    Case(
+        "weight-norm",
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "weight-norm-alone",
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv1d(4, 6, 3))),
+        LINE,
+        "Conv1d 4->6 3",
+        norm=True,
+    ),
+    Case(
+        "spectral-norm",
+        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "old-weight-norm",
+        lambda: nn.Sequential(old_weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "old-spectral-norm",
+        lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 def test_weight_expression(case: Case) -> None:
     check(case)
@@ -295,56 +433,158 @@ def conv(inp: int = 4, out: int = 6, kernel: Any = 3, **options: Any) -> nn.Conv
 
 
 @listed(
-    Case("pool-branch", lambda: add(conv(kernel=4, padding=1, stride=2), nn.Sequential(conv(kernel=1),
-         nn.AvgPool2d(2, 2))), IMAGE, "Conv2d 4->6 4x4 s2"),
+    Case(
+        "pool-branch",
+        lambda: add(conv(kernel=4, padding=1, stride=2), nn.Sequential(conv(kernel=1), nn.AvgPool2d(2, 2))),
+        IMAGE,
+        "Conv2d 4->6 4x4 s2",
+    ),
     Case("padded-pool", lambda: add(conv(4, 4, padding=1), nn.AvgPool2d(3, 1, 1)), IMAGE, "Conv2d 4->4 3x3", norm=True),
     Case("pool1d", lambda: add(nn.Conv1d(4, 4, 4), nn.AvgPool1d(4, 1)), LINE, "Conv1d 4->4 4"),
     Case("pool3d", lambda: add(nn.Conv3d(4, 4, 2), nn.AvgPool3d(2, 1)), BOX, "Conv3d 4->4 2x2x2"),
     Case("pool-divisor", lambda: add(conv(4, 4), nn.AvgPool2d(3, 1, divisor_override=2)), IMAGE, "Conv2d 4->4 3x3"),
-    Case("pool-function", lambda: Net(lambda m, x: m.conv(x) - F.avg_pool2d(x, (2, 4), stride=1), conv=conv(4, 4, (2, 4))),
-         IMAGE, "Conv2d 4->4 2x4"),
+    Case(
+        "pool-function",
+        lambda: Net(lambda m, x: m.conv(x) - F.avg_pool2d(x, (2, 4), stride=1), conv=conv(4, 4, (2, 4))),
+        IMAGE,
+        "Conv2d 4->4 2x4",
+    ),
     Case("zero-pad", lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), conv()), IMAGE, "Conv2d 4->6 3x3", pads=True),
-    Case("zero-pad-and-own", lambda: nn.Sequential(nn.ZeroPad2d(1), conv(padding=(0, 1)), nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True, pads=True),
-    Case("constant-pad-zero", lambda: nn.Sequential(nn.ConstantPad1d((2, 1), 0.0), nn.Conv1d(4, 6, 3),
-         nn.BatchNorm1d(6)), LINE, "Conv1d 4->6 3", norm=True, pads=True),
-    Case("pad3d", lambda: nn.Sequential(nn.ZeroPad3d(1), nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6)), BOX,
-         "Conv3d 4->6 3x3x3", norm=True, pads=True),
+    Case(
+        "zero-pad-and-own",
+        lambda: nn.Sequential(nn.ZeroPad2d(1), conv(padding=(0, 1)), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+        pads=True,
+    ),
+    Case(
+        "constant-pad-zero",
+        lambda: nn.Sequential(nn.ConstantPad1d((2, 1), 0.0), nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)),
+        LINE,
+        "Conv1d 4->6 3",
+        norm=True,
+        pads=True,
+    ),
+    Case(
+        "pad3d",
+        lambda: nn.Sequential(nn.ZeroPad3d(1), nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6)),
+        BOX,
+        "Conv3d 4->6 3x3x3",
+        norm=True,
+        pads=True,
+    ),
     *(
-        Case(f"pad-{mode}", lambda mode=mode: Net(
-            lambda m, x: m.bn(m.conv(F.pad(x, (1, 2, 1, 1), mode=mode))), conv=conv(), bn=nn.BatchNorm2d(6)), IMAGE,
-             "Conv2d 4->6 3x3", norm=True, pads=True)
+        Case(
+            f"pad-{mode}",
+            lambda mode=mode: Net(
+                lambda m, x: m.bn(m.conv(F.pad(x, (1, 2, 1, 1), mode=mode))), conv=conv(), bn=nn.BatchNorm2d(6)
+            ),
+            IMAGE,
+            "Conv2d 4->6 3x3",
+            norm=True,
+            pads=True,
+        )
         for mode in ("constant", "reflect", "replicate", "circular")
     ),
-    Case("reflection-pad", lambda: nn.Sequential(nn.ReflectionPad2d(1), conv(), nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True, pads=True),
-    Case("replication-pad", lambda: nn.Sequential(nn.ReplicationPad1d(1), nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)), LINE,
-         "Conv1d 4->6 3", norm=True, pads=True),
-    Case("circular-pad", lambda: nn.Sequential(nn.CircularPad3d(1), nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6)), BOX,
-         "Conv3d 4->6 3x3x3", norm=True, pads=True),
-    Case("same-mode-branches", lambda: add(conv(padding=1, padding_mode="reflect"), conv(kernel=1),
-         conv(kernel=(1, 3), padding=(0, 1), padding_mode="reflect")), IMAGE, "Conv2d 4->6 3x3 reflect"),
-    Case("1x1-then-reflect", lambda: nn.Sequential(conv(4, 4, 1), conv(4, 4, padding=1, padding_mode="reflect")), IMAGE,
-         "Conv2d 4->4 3x3 reflect"),
-    Case("1x1-without-bias-then-padded", lambda: nn.Sequential(conv(4, 4, 1, bias=False), conv(4, 4, padding=1)), IMAGE,
-         "Conv2d 4->4 3x3"),
-    Case("norm-then-own-value", lambda: nn.Sequential(conv(4, 4, 1, bias=False), BNAndPad(1, 4), conv(4, 4)), IMAGE,
-         "Conv2d 4->4 3x3", norm=True),
-    Case("pad-input-then-valid", lambda: nn.Sequential(nn.ZeroPad2d(1), conv(4, 4, 1), nn.BatchNorm2d(4), conv(4, 6)),
-         IMAGE, "Conv2d 4->6 3x3", norm=True, pads=True),
-    Case("crop-by-pad", lambda: Net(lambda m, x: m.a(x) + m.b(F.pad(x, (-1, -1, 0, 0))), a=conv(), b=conv(kernel=(3, 1))),
-         IMAGE, "Conv2d 4->6 3x3"),
-    Case("crop-by-slice", lambda: Net(lambda m, x: m.a(x) + m.b(x[:, :, 1:-1, 1:-1]), a=conv(), b=conv(kernel=1)), IMAGE,
-         "Conv2d 4->6 3x3"),
-    Case("crop-by-ellipsis", lambda: Net(lambda m, x: m.a(x) + m.b(x)[..., 1:-1], a=conv(padding=(1, 0)),
-         b=conv(kernel=1)), IMAGE, "Conv2d 4->6 3x3"),
-    Case("crop-behind-padding", lambda: Net(lambda m, x: m.conv(x)[:, :, 1:, :-1] * 3, conv=conv(padding=1)), IMAGE,
-         "Conv2d 4->6 3x3"),
-    Case("strided-slice", lambda: Net(lambda m, x: m.a(x) + m.b(x[:, :, ::2, ::2]), a=conv(stride=2, padding=1),
-         b=conv(kernel=1)), IMAGE, "Conv2d 4->6 3x3 s2"),
-    Case("crop1d", lambda: Net(lambda m, x: m.a(x) + m.b(x[:, :, 2:-2]), a=nn.Conv1d(4, 6, 5), b=nn.Conv1d(4, 6, 1)),
-         LINE, "Conv1d 4->6 5"),
-)  # fmt: skip
+    Case(
+        "reflection-pad",
+        lambda: nn.Sequential(nn.ReflectionPad2d(1), conv(), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+        pads=True,
+    ),
+    Case(
+        "replication-pad",
+        lambda: nn.Sequential(nn.ReplicationPad1d(1), nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)),
+        LINE,
+        "Conv1d 4->6 3",
+        norm=True,
+        pads=True,
+    ),
+    Case(
+        "circular-pad",
+        lambda: nn.Sequential(nn.CircularPad3d(1), nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6)),
+        BOX,
+        "Conv3d 4->6 3x3x3",
+        norm=True,
+        pads=True,
+    ),
+    Case(
+        "same-mode-branches",
+        lambda: add(
+            conv(padding=1, padding_mode="reflect"),
+            conv(kernel=1),
+            conv(kernel=(1, 3), padding=(0, 1), padding_mode="reflect"),
+        ),
+        IMAGE,
+        "Conv2d 4->6 3x3 reflect",
+    ),
+    Case(
+        "1x1-then-reflect",
+        lambda: nn.Sequential(conv(4, 4, 1), conv(4, 4, padding=1, padding_mode="reflect")),
+        IMAGE,
+        "Conv2d 4->4 3x3 reflect",
+    ),
+    Case(
+        "1x1-without-bias-then-padded",
+        lambda: nn.Sequential(conv(4, 4, 1, bias=False), conv(4, 4, padding=1)),
+        IMAGE,
+        "Conv2d 4->4 3x3",
+    ),
+    Case(
+        "norm-then-own-value",
+        lambda: nn.Sequential(conv(4, 4, 1, bias=False), BNAndPad(1, 4), conv(4, 4)),
+        IMAGE,
+        "Conv2d 4->4 3x3",
+        norm=True,
+    ),
+    Case(
+        "pad-input-then-valid",
+        lambda: nn.Sequential(nn.ZeroPad2d(1), conv(4, 4, 1), nn.BatchNorm2d(4), conv(4, 6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+        pads=True,
+    ),
+    Case(
+        "crop-by-pad",
+        lambda: Net(lambda m, x: m.a(x) + m.b(F.pad(x, (-1, -1, 0, 0))), a=conv(), b=conv(kernel=(3, 1))),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
+    Case(
+        "crop-by-slice",
+        lambda: Net(lambda m, x: m.a(x) + m.b(x[:, :, 1:-1, 1:-1]), a=conv(), b=conv(kernel=1)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
+    Case(
+        "crop-by-ellipsis",
+        lambda: Net(lambda m, x: m.a(x) + m.b(x)[..., 1:-1], a=conv(padding=(1, 0)), b=conv(kernel=1)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
+    Case(
+        "crop-behind-padding",
+        lambda: Net(lambda m, x: m.conv(x)[:, :, 1:, :-1] * 3, conv=conv(padding=1)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
+    Case(
+        "strided-slice",
+        lambda: Net(lambda m, x: m.a(x) + m.b(x[:, :, ::2, ::2]), a=conv(stride=2, padding=1), b=conv(kernel=1)),
+        IMAGE,
+        "Conv2d 4->6 3x3 s2",
+    ),
+    Case(
+        "crop1d",
+        lambda: Net(lambda m, x: m.a(x) + m.b(x[:, :, 2:-2]), a=nn.Conv1d(4, 6, 5), b=nn.Conv1d(4, 6, 1)),
+        LINE,
+        "Conv1d 4->6 5",
+    ),
+)
 def test_pool_pad_crop(case: Case) -> None:
     check(case)
 
@@ -364,52 +604,149 @@ def two(first: nn.Module | None = None, second: nn.Module | None = None) -> dict
 
 
 @listed(
-    Case("cat", lambda: Net(lambda m, x: torch.cat([m.a(x), m.b(x)], 1), **two(conv(kernel=1))), IMAGE,
-         "Conv2d 4->12 1x1"),
-    Case("cat-then-conv", lambda: Net(lambda m, x: m.c(torch.cat((m.a(x), m.b(x)), dim=1)), c=conv(12, 4, 1),
-         **two()), IMAGE, "Conv2d 4->4 3x3"),
-    Case("cat-negative-axis", lambda: Net(lambda m, x: torch.cat([m.a(x), m.b(x)], -3), **two(conv(kernel=1))), IMAGE,
-         "Conv2d 4->12 1x1"),
-    Case("cat-tokens", lambda: Net(lambda m, x: torch.cat([m.a(x), m.b(x)], -1), a=nn.Linear(4, 6), b=nn.Linear(4, 2)),
-         (3, 5, 4), "Linear 4->8"),
-    Case("chunk-and-sum", lambda: Net(lambda m, x: (lambda p: p[0] + p[1])(m.a(x).chunk(2, 1)), a=conv()), IMAGE, "Conv2d 4->3 3x3"),
-    Case("chunk-and-difference", lambda: Net(lambda m, x: (lambda p: p[0] - 2 * p[1])(m.a(x).chunk(2, dim=1)), a=conv()),
-         IMAGE, "Conv2d 4->3 3x3"),
-    Case("split", lambda: Net(lambda m, x: (lambda p: p[0] - p[1])(torch.split(m.a(x), 3, 1)), a=conv()), IMAGE,
-         "Conv2d 4->3 3x3"),
-    Case("split-sizes", lambda: Net(lambda m, x: (lambda p: m.b(p[0]) + p[1])(m.a(x).split([2, 4], dim=1)), a=conv(),
-         b=conv(2, 4, 1)), IMAGE, "Conv2d 4->4 3x3"),
-    Case("split-after-conv", lambda: Net(lambda m, x: (lambda y: torch.cat([m.a(y[:, :2]), m.b(y[:, 2:])], 1))(m.c(x)),
-         a=conv(2, 3, 1), b=conv(2, 3, 1), c=conv(4, 4, 1)), IMAGE, "Conv2d 4->6 1x1"),
-    Case("partial-conv", lambda: Net(lambda m, x: (lambda y: m.d(torch.cat([m.a(y[:, :2]), y[:, 2:]], 1)))(m.c(x)),
-         a=conv(2, 2, 1), c=conv(4, 4), d=conv(4, 4, 1)), IMAGE, "Conv2d 4->4 3x3"),
+    Case(
+        "cat",
+        lambda: Net(lambda m, x: torch.cat([m.a(x), m.b(x)], 1), **two(conv(kernel=1))),
+        IMAGE,
+        "Conv2d 4->12 1x1",
+    ),
+    Case(
+        "cat-then-conv",
+        lambda: Net(lambda m, x: m.c(torch.cat((m.a(x), m.b(x)), dim=1)), c=conv(12, 4, 1), **two()),
+        IMAGE,
+        "Conv2d 4->4 3x3",
+    ),
+    Case(
+        "cat-negative-axis",
+        lambda: Net(lambda m, x: torch.cat([m.a(x), m.b(x)], -3), **two(conv(kernel=1))),
+        IMAGE,
+        "Conv2d 4->12 1x1",
+    ),
+    Case(
+        "cat-tokens",
+        lambda: Net(lambda m, x: torch.cat([m.a(x), m.b(x)], -1), a=nn.Linear(4, 6), b=nn.Linear(4, 2)),
+        (3, 5, 4),
+        "Linear 4->8",
+    ),
+    Case(
+        "chunk-and-sum",
+        lambda: Net(lambda m, x: (lambda p: p[0] + p[1])(m.a(x).chunk(2, 1)), a=conv()),
+        IMAGE,
+        "Conv2d 4->3 3x3",
+    ),
+    Case(
+        "chunk-and-difference",
+        lambda: Net(lambda m, x: (lambda p: p[0] - 2 * p[1])(m.a(x).chunk(2, dim=1)), a=conv()),
+        IMAGE,
+        "Conv2d 4->3 3x3",
+    ),
+    Case(
+        "split",
+        lambda: Net(lambda m, x: (lambda p: p[0] - p[1])(torch.split(m.a(x), 3, 1)), a=conv()),
+        IMAGE,
+        "Conv2d 4->3 3x3",
+    ),
+    Case(
+        "split-sizes",
+        lambda: Net(lambda m, x: (lambda p: m.b(p[0]) + p[1])(m.a(x).split([2, 4], dim=1)), a=conv(), b=conv(2, 4, 1)),
+        IMAGE,
+        "Conv2d 4->4 3x3",
+    ),
+    Case(
+        "split-after-conv",
+        lambda: Net(
+            lambda m, x: (lambda y: torch.cat([m.a(y[:, :2]), m.b(y[:, 2:])], 1))(m.c(x)),
+            a=conv(2, 3, 1),
+            b=conv(2, 3, 1),
+            c=conv(4, 4, 1),
+        ),
+        IMAGE,
+        "Conv2d 4->6 1x1",
+    ),
+    Case(
+        "partial-conv",
+        lambda: Net(
+            lambda m, x: (lambda y: m.d(torch.cat([m.a(y[:, :2]), y[:, 2:]], 1)))(m.c(x)),
+            a=conv(2, 2, 1),
+            c=conv(4, 4),
+            d=conv(4, 4, 1),
+        ),
+        IMAGE,
+        "Conv2d 4->4 3x3",
+    ),
     Case("narrow", lambda: Net(lambda m, x: m.a(x).narrow(1, 2, 3) * 2, a=conv()), IMAGE, "Conv2d 4->3 3x3"),
     Case("index-slice", lambda: Net(lambda m, x: m.a(x)[:, 1:5:2], a=conv()), IMAGE, "Conv2d 4->2 3x3"),
     Case("index-list", lambda: Net(lambda m, x: m.a(x)[:, [5, 0, 3]], a=conv()), IMAGE, "Conv2d 4->3 3x3"),
-    Case("index-twice", lambda: Net(lambda m, x: (lambda y: y[:, :3] + y[:, 3:])(m.a(x)), a=conv()), IMAGE,
-         "Conv2d 4->3 3x3"),
-    Case("shuffle-module", lambda: nn.Sequential(conv(), nn.ChannelShuffle(3), nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True),
-    Case("shuffle-function", lambda: Net(lambda m, x: F.channel_shuffle(m.a(x), 2) * 2, a=conv()), IMAGE,
-         "Conv2d 4->6 3x3"),
-    Case("shuffle-by-views", lambda: Net(lambda m, x: m.bn(shuffle(m.a(x), 3)), a=conv(), bn=nn.BatchNorm2d(6)),
-         IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("shuffle-between-groups", lambda: Net(lambda m, x: m.b(shuffle(m.a(x), 2)), a=conv(4, 4, 1, groups=2),
-         b=conv(4, 4, 1, groups=2)), IMAGE, "Conv2d 4->4 1x1"),
-    Case("flip-channels", lambda: Net(lambda m, x: m.bn(m.a(x).flip(1)), a=conv(), bn=nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True),
+    Case(
+        "index-twice",
+        lambda: Net(lambda m, x: (lambda y: y[:, :3] + y[:, 3:])(m.a(x)), a=conv()),
+        IMAGE,
+        "Conv2d 4->3 3x3",
+    ),
+    Case(
+        "shuffle-module",
+        lambda: nn.Sequential(conv(), nn.ChannelShuffle(3), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "shuffle-function",
+        lambda: Net(lambda m, x: F.channel_shuffle(m.a(x), 2) * 2, a=conv()),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
+    Case(
+        "shuffle-by-views",
+        lambda: Net(lambda m, x: m.bn(shuffle(m.a(x), 3)), a=conv(), bn=nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "shuffle-between-groups",
+        lambda: Net(lambda m, x: m.b(shuffle(m.a(x), 2)), a=conv(4, 4, 1, groups=2), b=conv(4, 4, 1, groups=2)),
+        IMAGE,
+        "Conv2d 4->4 1x1",
+    ),
+    Case(
+        "flip-channels",
+        lambda: Net(lambda m, x: m.bn(m.a(x).flip(1)), a=conv(), bn=nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
     Case("roll-channels", lambda: Net(lambda m, x: torch.roll(m.a(x), 2, 1) * 2, a=conv()), IMAGE, "Conv2d 4->6 3x3"),
-    Case("to-tokens-and-back", lambda: Net(
-        lambda m, x: (lambda y: m.bn(y.flatten(2).transpose(1, 2).transpose(1, 2).reshape(y.shape)))(m.a(x)), a=conv(),
-        bn=nn.BatchNorm2d(6)), IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("last-and-back", lambda: Net(lambda m, x: (m.a(x).permute(0, 2, 3, 1) * m.scale).permute(0, 3, 1, 2), a=conv(),
-         scale=param(6)), IMAGE, "Conv2d 4->6 3x3"),
-    Case("unflatten-and-sum", lambda: Net(lambda m, x: (lambda y: y[:, 0] + y[:, 1])(m.a(x).unflatten(1, (2, 3))),
-         a=conv()), IMAGE, "Conv2d 4->3 3x3"),
-    Case("stack-and-index", lambda: Net(lambda m, x: (lambda y: y[:, 1] - y[:, 0])(torch.stack([m.a(x), m.b(x)], 1)),
-         **two()), IMAGE,
-         "Conv2d 4->6 3x3"),
-)  # fmt: skip
+    Case(
+        "to-tokens-and-back",
+        lambda: Net(
+            lambda m, x: (lambda y: m.bn(y.flatten(2).transpose(1, 2).transpose(1, 2).reshape(y.shape)))(m.a(x)),
+            a=conv(),
+            bn=nn.BatchNorm2d(6),
+        ),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "last-and-back",
+        lambda: Net(lambda m, x: (m.a(x).permute(0, 2, 3, 1) * m.scale).permute(0, 3, 1, 2), a=conv(), scale=param(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
+    Case(
+        "unflatten-and-sum",
+        lambda: Net(lambda m, x: (lambda y: y[:, 0] + y[:, 1])(m.a(x).unflatten(1, (2, 3))), a=conv()),
+        IMAGE,
+        "Conv2d 4->3 3x3",
+    ),
+    Case(
+        "stack-and-index",
+        lambda: Net(lambda m, x: (lambda y: y[:, 1] - y[:, 0])(torch.stack([m.a(x), m.b(x)], 1)), **two()),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
+)
 def test_channels(case: Case) -> None:
     check(case)
 
@@ -422,58 +759,153 @@ def drop_path(**options: Any) -> nn.Module:
 
 
 @listed(
-    Case("scale-and-shift", lambda: Net(lambda m, x: m.a(x) * m.scale + m.shift, a=conv(), scale=param(1, 6, 1, 1),
-         shift=param(6, 1, 1)), IMAGE, "Conv2d 4->6 3x3"),
-    Case("scale-before", lambda: Net(lambda m, x: m.a(m.scale * x), a=conv(padding=1), scale=param(4, 1, 1)), IMAGE,
-         "Conv2d 4->6 3x3"),
-    Case("shift-before", lambda: Net(lambda m, x: m.a(x - m.shift), a=conv(), shift=param(4, 1, 1)), IMAGE,
-         "Conv2d 4->6 3x3"),
-    Case("layer-scale-tokens", lambda: Net(lambda m, x: m.a(x).mul_(m.scale), a=nn.Linear(4, 6), scale=param(6)),
-         (2, 5, 4), "Linear 4->6"),
+    Case(
+        "scale-and-shift",
+        lambda: Net(lambda m, x: m.a(x) * m.scale + m.shift, a=conv(), scale=param(1, 6, 1, 1), shift=param(6, 1, 1)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
+    Case(
+        "scale-before",
+        lambda: Net(lambda m, x: m.a(m.scale * x), a=conv(padding=1), scale=param(4, 1, 1)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
+    Case(
+        "shift-before",
+        lambda: Net(lambda m, x: m.a(x - m.shift), a=conv(), shift=param(4, 1, 1)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
+    Case(
+        "layer-scale-tokens",
+        lambda: Net(lambda m, x: m.a(x).mul_(m.scale), a=nn.Linear(4, 6), scale=param(6)),
+        (2, 5, 4),
+        "Linear 4->6",
+    ),
     Case("one-number", lambda: Net(lambda m, x: m.a(x) * m.scale, a=conv(), scale=param(1)), IMAGE, "Conv2d 4->6 3x3"),
-    Case("no-dimension", lambda: Net(lambda m, x: m.a(x) + m.scale, a=conv(), scale=nn.Parameter(torch.tensor(2.0))),
-         IMAGE, "Conv2d 4->6 3x3"),
+    Case(
+        "no-dimension",
+        lambda: Net(lambda m, x: m.a(x) + m.scale, a=conv(), scale=nn.Parameter(torch.tensor(2.0))),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
     Case("scalars", lambda: Net(lambda m, x: -((3 - m.a(x)) * 2 + 1) / 4, a=conv()), IMAGE, "Conv2d 4->6 3x3"),
-    Case("functions", lambda: Net(lambda m, x: torch.sub(torch.mul(torch.neg(m.a(x)), 2), torch.add(x, 1, alpha=3),
-         alpha=2), a=conv(4, 4, padding=1)), IMAGE, "Conv2d 4->4 3x3"),
-    Case("methods", lambda: Net(lambda m, x: m.a(x).add(m.b(x), alpha=2).sub(5).mul(3).neg().div(2), **two(conv(kernel=1))),
-         IMAGE, "Conv2d 4->6 1x1"),
-    Case("reversed-difference", lambda: Net(lambda m, x: torch.rsub(m.a(x), 2) - (m.shift - m.b(x)),
-         shift=param(6, 1, 1), **two()), IMAGE, "Conv2d 4->6 3x3"),
+    Case(
+        "functions",
+        lambda: Net(
+            lambda m, x: torch.sub(torch.mul(torch.neg(m.a(x)), 2), torch.add(x, 1, alpha=3), alpha=2),
+            a=conv(4, 4, padding=1),
+        ),
+        IMAGE,
+        "Conv2d 4->4 3x3",
+    ),
+    Case(
+        "methods",
+        lambda: Net(lambda m, x: m.a(x).add(m.b(x), alpha=2).sub(5).mul(3).neg().div(2), **two(conv(kernel=1))),
+        IMAGE,
+        "Conv2d 4->6 1x1",
+    ),
+    Case(
+        "reversed-difference",
+        lambda: Net(lambda m, x: torch.rsub(m.a(x), 2) - (m.shift - m.b(x)), shift=param(6, 1, 1), **two()),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
     Case("in-place", lambda: Net(lambda m, x: m.a(x).add_(m.b(x)).mul_(2).sub_(1), **two()), IMAGE, "Conv2d 4->6 3x3"),
     Case("minus-itself", lambda: Net(lambda m, x: (lambda y: 3 * y - y)(m.a(x)), a=conv()), IMAGE, "Conv2d 4->6 3x3"),
-    Case("divided-by-weights", lambda: Net(lambda m, x: m.a(x) / (m.scale * m.scale + 1), a=conv(), scale=param(6, 1, 1)),
-         IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("addcmul", lambda: Net(lambda m, x: torch.addcmul(x, m.a(x), m.scale), a=conv(4, 4, padding=1),
-         scale=param(4, 1, 1)), IMAGE, "Conv2d 4->4 3x3"),
-    Case("identity-and-dropout", lambda: nn.Sequential(conv(), nn.Identity(), nn.Dropout2d(0.3), nn.Dropout(0.1),
-         nn.BatchNorm2d(6)), IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("functional-dropout", lambda: Net(lambda m, x: m.bn(F.dropout(m.a(x), 0.5, m.training)), a=conv(),
-         bn=nn.BatchNorm2d(6)), IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("stochastic-depth", lambda: Net(lambda m, x: x + m.drop(m.bn(m.a(x))), a=conv(4, 4, padding=1),
-         bn=nn.BatchNorm2d(4), drop=drop_path()), IMAGE, "Conv2d 4->4 3x3", norm=True),
+    Case(
+        "divided-by-weights",
+        lambda: Net(lambda m, x: m.a(x) / (m.scale * m.scale + 1), a=conv(), scale=param(6, 1, 1)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "addcmul",
+        lambda: Net(lambda m, x: torch.addcmul(x, m.a(x), m.scale), a=conv(4, 4, padding=1), scale=param(4, 1, 1)),
+        IMAGE,
+        "Conv2d 4->4 3x3",
+    ),
+    Case(
+        "identity-and-dropout",
+        lambda: nn.Sequential(conv(), nn.Identity(), nn.Dropout2d(0.3), nn.Dropout(0.1), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "functional-dropout",
+        lambda: Net(lambda m, x: m.bn(F.dropout(m.a(x), 0.5, m.training)), a=conv(), bn=nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
+    Case(
+        "stochastic-depth",
+        lambda: Net(
+            lambda m, x: x + m.drop(m.bn(m.a(x))), a=conv(4, 4, padding=1), bn=nn.BatchNorm2d(4), drop=drop_path()
+        ),
+        IMAGE,
+        "Conv2d 4->4 3x3",
+        norm=True,
+    ),
     Case("heads", lambda: TwoHeads(6, 5), (3, 6), "Linear 6->5", norm=True),
-    Case("average-of-heads", lambda: Net(lambda m, x: (m.a(x) + m.b(x)) / 2, a=nn.Linear(4, 6), b=nn.Linear(4, 6)), (3, 4),
-         "Linear 4->6"),
-    Case("nested-sums", lambda: add(add(conv(padding=1), conv(kernel=1)), add(conv(kernel=(1, 3), padding=(0, 1)))), IMAGE,
-         "Conv2d 4->6 3x3"),
-    Case("even-and-odd-kernels", lambda: add(conv(kernel=4, padding="same"), conv(kernel=3, padding=1), conv(kernel=2,
-         padding="same")), IMAGE, "Conv2d 4->6 4x4"),
-    Case("asymmetric-branches", lambda: add(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(kernel=2)), conv(kernel=1)),
-         IMAGE, "Conv2d 4->6 2x2"),
+    Case(
+        "average-of-heads",
+        lambda: Net(lambda m, x: (m.a(x) + m.b(x)) / 2, a=nn.Linear(4, 6), b=nn.Linear(4, 6)),
+        (3, 4),
+        "Linear 4->6",
+    ),
+    Case(
+        "nested-sums",
+        lambda: add(add(conv(padding=1), conv(kernel=1)), add(conv(kernel=(1, 3), padding=(0, 1)))),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+    ),
+    Case(
+        "even-and-odd-kernels",
+        lambda: add(conv(kernel=4, padding="same"), conv(kernel=3, padding=1), conv(kernel=2, padding="same")),
+        IMAGE,
+        "Conv2d 4->6 4x4",
+    ),
+    Case(
+        "asymmetric-branches",
+        lambda: add(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(kernel=2)), conv(kernel=1)),
+        IMAGE,
+        "Conv2d 4->6 2x2",
+    ),
     Case("groups-and-dense", lambda: add(conv(padding=1), conv(groups=2, kernel=1)), IMAGE, "Conv2d 4->6 3x3"),
-    Case("two-groupings", lambda: add(conv(4, 12, groups=4, padding=1), conv(4, 12, groups=2, padding=1)), IMAGE,
-         "Conv2d 4->12 3x3 g2"),
-    Case("dilated-branch", lambda: add(conv(kernel=5, padding=2), conv(padding=2, dilation=2)), IMAGE, "Conv2d 4->6 5x5"),
+    Case(
+        "two-groupings",
+        lambda: add(conv(4, 12, groups=4, padding=1), conv(4, 12, groups=2, padding=1)),
+        IMAGE,
+        "Conv2d 4->12 3x3 g2",
+    ),
+    Case(
+        "dilated-branch", lambda: add(conv(kernel=5, padding=2), conv(padding=2, dilation=2)), IMAGE, "Conv2d 4->6 5x5"
+    ),
     Case("both-dilated", lambda: add(conv(padding=2, dilation=2), conv(kernel=1)), IMAGE, "Conv2d 4->6 3x3 d2"),
-    Case("strided-branches", lambda: add(conv(stride=(2, 3), padding=1), conv(kernel=1, stride=(2, 3))), IMAGE,
-         "Conv2d 4->6 3x3 s2x3"),
-    Case("strided-sequence", lambda: nn.Sequential(conv(4, 4, 1, stride=2, bias=False), conv(4, 4, padding=1, stride=2)),
-         IMAGE, "Conv2d 4->4 3x3 s4 d2"),
-    Case("conv-then-1x1", lambda: nn.Sequential(conv(4, 4, padding=1, stride=2), conv(4, 4, 1), conv(4, 4, 1)), IMAGE,
-         "Conv2d 4->4 3x3 s2"),
+    Case(
+        "strided-branches",
+        lambda: add(conv(stride=(2, 3), padding=1), conv(kernel=1, stride=(2, 3))),
+        IMAGE,
+        "Conv2d 4->6 3x3 s2x3",
+    ),
+    Case(
+        "strided-sequence",
+        lambda: nn.Sequential(conv(4, 4, 1, stride=2, bias=False), conv(4, 4, padding=1, stride=2)),
+        IMAGE,
+        "Conv2d 4->4 3x3 s4 d2",
+    ),
+    Case(
+        "conv-then-1x1",
+        lambda: nn.Sequential(conv(4, 4, padding=1, stride=2), conv(4, 4, 1), conv(4, 4, 1)),
+        IMAGE,
+        "Conv2d 4->4 3x3 s2",
+    ),
     Case("two-linears", lambda: nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 6)), (3, 4), "Linear 4->6"),
-)  # fmt: skip
+)
 def test_arithmetic(case: Case) -> None:
     check(case)
 
@@ -484,8 +916,13 @@ def test_arithmetic(case: Case) -> None:
 @listed(
     Case("acb", lambda: ACB(4, 6, 3, padding=1), IMAGE, "Conv2d 4->6 3x3", norm=True),
     Case("acb-cropped", lambda: ACB(4, 6, 5, padding=0, stride=2), IMAGE, "Conv2d 4->6 5x5 s2", norm=True),
-    Case("acb-dilated-grouped", lambda: ACB(4, 6, 3, padding=2, dilation=2, groups=2), IMAGE, "Conv2d 4->6 3x3 d2 g2",
-         norm=True),
+    Case(
+        "acb-dilated-grouped",
+        lambda: ACB(4, 6, 3, padding=2, dilation=2, groups=2),
+        IMAGE,
+        "Conv2d 4->6 3x3 d2 g2",
+        norm=True,
+    ),
     Case("dbb", lambda: DBB(4, 6), IMAGE, "Conv2d 4->6 3x3", norm=True),
     Case("dbb-strided", lambda: DBB(4, 6, 5, stride=2), IMAGE, "Conv2d 4->6 5x5 s2", norm=True),
     Case("dbb-grouped", lambda: DBB(4, 6, groups=2), IMAGE, "Conv2d 4->6 3x3 g2", norm=True),
@@ -501,7 +938,7 @@ def test_arithmetic(case: Case) -> None:
     Case("large-kernel", lambda: DilatedReparam(4), (2, 4, 13, 12), "Conv2d 4->4 7x7 g4", norm=True),
     Case("odd-kernels", lambda: OddKernels(4), IMAGE, "Conv2d 4->4 5x5 g4", norm=True),
     Case("ecb", lambda: ECB(4), IMAGE, "Conv2d 4->4 3x3"),
-)  # fmt: skip
+)
 def test_published_block(case: Case) -> None:
     check(case)
 
@@ -510,13 +947,25 @@ def test_published_block(case: Case) -> None:
 
 
 @listed(
-    Case("item-assignment", lambda: nn.Sequential(SeqConv3x3("conv1x1-conv3x3", 4, 6), nn.BatchNorm2d(6)), IMAGE,
-         "Conv2d 4->6 3x3", norm=True),
+    Case(
+        "item-assignment",
+        lambda: nn.Sequential(SeqConv3x3("conv1x1-conv3x3", 4, 6), nn.BatchNorm2d(6)),
+        IMAGE,
+        "Conv2d 4->6 3x3",
+        norm=True,
+    ),
     Case("asks-device", lambda: nn.Sequential(AsksDevice(4, 6)), IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("numpy-kernel", lambda: nn.Sequential(NumpyKernel(4, 6), nn.BatchNorm2d(6)), IMAGE, "Conv2d 4->6 3x3", norm=True),
-    Case("probed-branch", lambda: add(NumpyKernel(4, 4), nn.BatchNorm2d(4), conv(4, 4, 1)), IMAGE, "Conv2d 4->4 3x3",
-         norm=True),
-)  # fmt: skip
+    Case(
+        "numpy-kernel", lambda: nn.Sequential(NumpyKernel(4, 6), nn.BatchNorm2d(6)), IMAGE, "Conv2d 4->6 3x3", norm=True
+    ),
+    Case(
+        "probed-branch",
+        lambda: add(NumpyKernel(4, 4), nn.BatchNorm2d(4), conv(4, 4, 1)),
+        IMAGE,
+        "Conv2d 4->4 3x3",
+        norm=True,
+    ),
+)
 def test_probed(case: Case) -> None:
     check(case)
 

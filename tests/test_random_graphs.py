@@ -75,7 +75,7 @@ class Writer:
         name = f"m{len(self.members)}"
         try:
             setattr(self.scope["self"], name, eval(code, self.scope))
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, IndexError):
             return None
         self.members.append(f"self.{name} = {code}")
         return f"self.{name}"
@@ -86,7 +86,7 @@ class Writer:
         try:
             with torch.no_grad():
                 value = eval(code, self.scope)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, IndexError):
             return None
         if not isinstance(value, Tensor) or value.dim() != self.n + 2 or 0 in value.shape or value.shape[1] > 64:
             return None
