@@ -62,6 +62,10 @@ class Flow:
         self.affine.add(node)
         self.rank[node] = self.rank.get(after)
 
+    def sharers(self, node: fx.Node) -> set[fx.Node]:
+        """Nodes that hold one of the weights that ``node`` holds."""
+        return {other for t in self.tensors.get(node, ()) for other in self.holders[id(t)]}
+
     def shape_only(self, user: fx.Node) -> bool:
         """Whether ``user`` asks only for its input's shape."""
         return is_shape_query(user.op, user.target, user.args)

@@ -105,6 +105,9 @@ def place(layout: Layout, region: Region) -> Placement:
     common = _common_call([call_of(n) for n in region.dying])
     while common.parent is not None and not _sees(common, entry):
         common = common.parent
+    hidden = _hides(common, entry, region)
+    if hidden is not None:
+        raise RefusalError(Reason.CODE, f"{hidden.path} does not return the value that the fold would read")
     placement = Placement()
     _substitute(layout, region, common, Step(origin(region.result), origin(region.entry), True), placement)
     return placement
@@ -123,6 +126,17 @@ def _common_call(calls: list[Call]) -> Call:
 def _sees(call: Call, node: fx.Node) -> bool:
     """Whether the forward of ``call`` gets at the value of ``node``: made inside, or given."""
     return call in call_of(node).chain() or node in nodes_in([call.args, call.kwargs])
+
+
+def _hides(call: Call, node: fx.Node, region: Region) -> Call | None:
+    """The call inside ``call`` that keeps ``node`` to itself; one that loses nodes is written out instead."""
+    inner = [c for c in call_of(node).chain() if call in c.chain() and c is not call]
+    for c in reversed(inner):
+        if node in nodes_in(c.output):
+            return None
+        if not any(c in call_of(n).chain() for n in region.dying):
+            return c
+    return None
 
 
 def _substitute(layout: Layout, region: Region, call: Call, step: Step, placement: Placement) -> None:

@@ -103,8 +103,9 @@ def plan_unit(
             dead |= set(region.dying) | {r.node for r in inner if r.node is not None}
             node = _contract(flow, region)
             changed.add(node)
-            # What stays but has lost a reader may now fold with the readers it still has.
-            changed |= {n for gone in region.dying for n in gone.all_input_nodes if n not in dead and n in flow.affine}
+            # What stays but has lost a reader, or another call of its module, may now fold with what is left.
+            near = {n for gone in region.dying for n in [*gone.all_input_nodes, *flow.sharers(gone)]}
+            changed |= {n for n in near if n not in dead and n in flow.affine}
             for neighbour in chosen:
                 if neighbour.entry is region.result:
                     neighbour.entry = node
@@ -180,7 +181,7 @@ def _weigh(flow: Flow, sweep: Sweep, result: fx.Node, form: ConvForm, dead: set[
     if not any(s.conv for s in signals) or all("region" in n.meta for n in dying):
         return None
     constants = _dying_constants(flow, dying, dead)
-    numbers = _numbers(flow, [*dying, *constants])
+    numbers = _numbers(flow, [*dying, *constants], dead)
     work = sum(s.work * s.form.rate for s in signals)
     best = form.numbers, form.multiply_adds
     if form.widened:  # zeros may turn out to be block structure; decided with numbers
@@ -264,10 +265,11 @@ def _dying_constants(flow: Flow, dying: list[fx.Node], dead: set[fx.Node]) -> li
     return sorted(found, key=lambda n: flow.order[n])
 
 
-def _numbers(flow: Flow, nodes: list[fx.Node]) -> int:
+def _numbers(flow: Flow, nodes: list[fx.Node], dead: set[fx.Node]) -> int:
     """Numbers held by weights that no other node and no other place of the model uses."""
     gone = set(nodes)
     unique = {id(t): t for n in nodes for t in flow.tensors.get(n, ())}
-    own = [t for key, t in unique.items() if flow.holders[key] <= gone and flow.owners.get(key, 1) == 1]
+    alone = {key for key in unique if all(n in gone or n in dead for n in flow.holders[key])}
+    own = [t for key, t in unique.items() if key in alone and flow.owners.get(key, 1) == 1]
     regions: list[Region] = [n.meta["region"] for n in nodes if "region" in n.meta]
     return sum(t.numel() for t in own) + sum(r.form.numbers for r in regions)

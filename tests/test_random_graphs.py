@@ -378,6 +378,59 @@ def test_random_network(program: Program) -> None:
     check(program)
 
 
+FOUND = {
+    "a change in place between the entry and the late slot of the fold": (
+        ("nn.Conv1d(6, 6, 3)", "nn.BatchNorm1d(6)", "nn.Conv1d(6, 3, 2, padding=1, padding_mode='circular')"),
+        ("v0 = self.m0(x)", "v1 = self.m1(v0)", "v2 = v0.mul_(2)", "return self.m2(v1), torch.sigmoid(v2)"),
+    ),
+    "the proof must run operations in their original order": (
+        ("nn.Conv1d(6, 2, 4)", "nn.BatchNorm1d(2)"),
+        ("v0 = self.m0(x)", "v1 = self.m1(v0)", "v2 = v0 + v1", "v3 = v1.mul_(2)", "return v3 * 2 + v2"),
+    ),
+    "the network changes its own input": (
+        ("nn.Conv1d(6, 1, 1, stride=2)", "nn.BatchNorm1d(1)"),
+        ("v0 = x / 4", "v1 = x.mul_(2)", "return self.m1(self.m0(v1)) + v0.mean(), x"),
+    ),
+    "a convolution that loses one of two readers folds with the other": (
+        ("nn.Conv1d(6, 6, 3)", "nn.Conv1d(6, 6, 1, groups=6)", "nn.BatchNorm1d(6)", "nn.Conv1d(6, 6, 3)"),
+        ("v0 = self.m1(self.m0(x))", "return v0 / 4, self.m3(self.m2(v0))"),
+    ),
+    "a norm that is called twice, and folded away once": (
+        ("nn.Conv1d(6, 4, 1, bias=False)", "nn.BatchNorm1d(4, affine=False)", "nn.Conv1d(4, 4, 4, groups=4)"),
+        ("v0 = self.m1(self.m0(x))", "return self.m2(self.m1(v0)), v0"),
+    ),
+    "channels of an input that a fold made known": (
+        ("nn.Conv1d(6, 2, 3)", "nn.BatchNorm1d(2)", "nn.Conv1d(2, 2, 2, stride=2)"),
+        ("v0 = self.m1(self.m0(x))", "return self.m2(v0[:, ::2][:, [0, 0]])"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_found_before(case: str) -> None:
+    """Small forms of what the random networks have found."""
+    members, body = FOUND[case]
+    made = "".join(f"        self.m{i} = {code}\n" for i, code in enumerate(members))
+    lines = "".join(f"        {line}\n" for line in body)
+    head = "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    check(Program(f"{head}{made}\n    def forward(self, x):\n{lines}", 6, 1))
+
+
+def test_found_before_value_inside_a_block() -> None:
+    """The fold would read what the block keeps to itself, and the block loses nothing."""
+    source = (
+        "class Block(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.m0 = nn.Conv1d(2, 1, 2, stride=2)\n\n"
+        "    def forward(self, x):\n        return self.m0(x)[:, :, ::2]\n\n"
+        "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.m1, self.m2 = Block(), nn.Conv1d(2, 2, 3, padding=1, padding_mode='reflect')\n"
+        "        self.m5, self.m6 = nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2)\n\n"
+        "    def forward(self, x):\n        v1 = self.m1(x)\n        v2 = torch.cat([v1, v1], 1)\n"
+        "        return self.m2(v2), self.m6(self.m5(v2)) / 4\n"
+    )
+    check(Program(source, 2, 1))
+
+
 def test_the_check_sees_a_planted_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight off by 1e-3 after folding: the comparison must not let it pass."""
     source = (
