@@ -43,7 +43,7 @@ class _Followed:
 
 class _Follow(TorchDispatchMode):
     def __init__(self, followed: _Followed) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]
         self.followed = followed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
