@@ -95,6 +95,9 @@ def plan_unit(
             if region.key in banned:  # the same layers, reached by way of an inner fold
                 continue
             refusal = _too_dense(region) or accept(region, dead)
+            if refusal is None and not _gains(region):  # moved channels whose block structure did not come back
+                refused.add(region.key)
+                continue
             if refusal is not None:
                 refusals.append(refusal.at(flow.unit.name(origin(region.result))))
                 refused.add(region.key)
@@ -123,6 +126,10 @@ def _too_dense(region: Region) -> Refusal | None:
         return error.refusal
     region.form = form.to("meta")
     return None
+
+
+def _gains(region: Region) -> bool:
+    return region.form.numbers < region.numbers_saved or region.form.multiply_adds < region.work_saved
 
 
 def _contract(flow: Flow, region: Region) -> fx.Node:

@@ -63,16 +63,20 @@ class Surgeon:
         unit = layout.flow.unit
         dead = {n for rewrite, region in changes for n in _dead_inside(region, rewrite)}
         names: dict[Region, str] = {}
+        owners: dict[Region, nn.Module] = {}
         for rewrite, region in changes:
             if rewrite.layer:
-                local = _layer_name(layout, rewrite.call, region, dead, set(names.values()))
-                names[region] = join(rewrite.call.path, local)
+                # A child that is written out stays as a holder only while something in it is still in use.
+                inner = (n for n in layout.inside(rewrite.call) if n.op in ("call_module", "get_attr"))
+                holder = rewrite.call if any(n not in dead for n in inner) else call
+                local = _layer_name(layout, holder, region, dead, set(names.values()))
+                names[region], owners[region] = join(holder.path, local), holder.module
         graph = new_forward(layout, call, changes, names, dead)
         self._clean(layout, call, dead)
         paths = {}
         for rewrite, region in changes:
             if rewrite.layer:
-                self._add(rewrite.call.module, names[region].rsplit(".", 1)[-1], layers[region])
+                self._add(owners[region], names[region].rsplit(".", 1)[-1], layers[region])
                 paths[region] = join(unit.path, names[region])
         if isinstance(call.module, (_BatchNorm, _ConvNd)) and not any(r.layer for r, _ in changes):
             self._set(join(unit.path, call.path), _remainder(call.module, graph))

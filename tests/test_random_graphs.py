@@ -416,6 +416,20 @@ def test_found_before(case: str) -> None:
     check(Program(f"{head}{made}\n    def forward(self, x):\n{lines}", 6, 1))
 
 
+def test_found_before_two_folds_in_a_block_that_vanishes() -> None:
+    """The block is written out in the outer forward, and one of its two folded layers needs a module of its own."""
+    source = (
+        "class Block(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.m1, self.m4 = nn.Parameter(torch.randn(2, 1)), nn.Conv1d(2, 4, 3, padding=1)\n"
+        "        self.m4.padding_mode, self.m5 = 'zeros', nn.BatchNorm1d(4)\n"
+        "        self.m9 = nn.Conv1d(4, 4, 2, padding='same', padding_mode='circular', bias=False)\n\n"
+        "    def forward(self, x):\n        return self.m9(self.m5(self.m4(x) * self.m1.sum()))\n\n"
+        "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.m1 = Block()\n\n"
+        "    def forward(self, x):\n        return self.m1(x)[:, :, ::2]\n"
+    )
+    check(Program(source, 2, 1))
+
+
 def test_found_before_value_inside_a_block() -> None:
     """The fold would read what the block keeps to itself, and the block loses nothing."""
     source = (
