@@ -162,12 +162,19 @@ def _compile(
     surgeons: list[Surgeon],
     verify: bool,
 ) -> None:
-    for unit in _traced(model, explanation):
-        if all(unit.root is not m for m in model.modules()):
-            continue  # inside a module that was probed and folded
-        surgeon = Surgeon(model)
-        surgeons.append(surgeon)
-        _compile_unit(model, unit, _ranks(unit, example_inputs), explanation, surgeon, verify)
+    while True:
+        before, shared = len(explanation.folds), False
+        explanation.refusals.clear()
+        for unit in _traced(model, explanation):
+            if all(unit.root is not m for m in model.modules()):
+                continue  # inside a module that was probed and folded
+            shared |= any(refusal.reason is Reason.SHARED for refusal in unit.opaque.values())
+            surgeon = Surgeon(model)
+            surgeons.append(surgeon)
+            _compile_unit(model, unit, _ranks(unit, example_inputs), explanation, surgeon, verify)
+        # A container that is called twice may be one layer by now, and its surroundings can be read through it.
+        if not shared or len(explanation.folds) == before:
+            return
 
 
 def _compile_unit(

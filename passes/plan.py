@@ -128,8 +128,16 @@ def _too_dense(region: Region) -> Refusal | None:
     return None
 
 
+def _is_planned(dying: list[fx.Node], entry: fx.Node) -> bool:
+    """Whether this is a fold that is planned already; from further up it may be another one."""
+    region = dying[0].meta.get("region") if len(dying) == 1 else None
+    return isinstance(region, Region) and region.entry is entry
+
+
 def _gains(region: Region) -> bool:
-    return region.form.numbers < region.numbers_saved or region.form.multiply_adds < region.work_saved
+    """Whether anything is saved: numbers, multiply-adds or a layer."""
+    fewer = region.form.numbers < region.numbers_saved or region.form.multiply_adds < region.work_saved
+    return fewer or len(region.convs) > 1
 
 
 def _contract(flow: Flow, region: Region) -> fx.Node:
@@ -185,7 +193,7 @@ def _weigh(flow: Flow, sweep: Sweep, result: fx.Node, form: ConvForm, dead: set[
     between = _between(flow, sweep.entry, result)
     dying = _dying(flow, between, result, form, sweep, dead)
     signals = [s for n in dying if isinstance(s := sweep.value(n), Signal)]
-    if not any(s.conv for s in signals) or all("region" in n.meta for n in dying):
+    if not any(s.conv for s in signals) or _is_planned(dying, sweep.entry):
         return None
     constants = _dying_constants(flow, dying, dead)
     numbers = _numbers(flow, [*dying, *constants], dead)

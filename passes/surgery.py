@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -20,6 +20,9 @@ from passes.rewritten import rewrite_forward
 from passes.trace import Call, call_of, join
 
 __all__ = ["Surgeon"]
+
+
+Uses = list[tuple[str, fx.Node]]
 
 
 class Surgeon:
@@ -64,15 +67,15 @@ class Surgeon:
         dead = {n for rewrite, region in changes for n in _dead_inside(region, rewrite)}
         names: dict[Region, str] = {}
         owners: dict[Region, nn.Module] = {}
+        uses = list(_uses(layout, call, dead))
         for rewrite, region in changes:
             if rewrite.layer:
                 # A child that is written out stays as a holder only while something in it is still in use.
-                inner = (n for n in layout.inside(rewrite.call) if n.op in ("call_module", "get_attr"))
-                holder = rewrite.call if any(n not in dead for n in inner) else call
-                local = _layer_name(layout, holder, region, dead, set(names.values()))
+                holder = rewrite.call if any(_below(u, rewrite.call.path) and n not in dead for u, n in uses) else call
+                local = _layer_name(layout, holder, region, dead, set(names.values()), uses)
                 names[region], owners[region] = join(holder.path, local), holder.module
         graph = new_forward(layout, call, changes, names, dead)
-        self._clean(layout, call, dead)
+        self._clean(call, dead, uses)
         paths = {}
         for rewrite, region in changes:
             if rewrite.layer:
@@ -86,13 +89,12 @@ class Surgeon:
             self._undo.append(lambda: setattr(call.module, "__class__", before))
         return paths
 
-    def _clean(self, layout: Layout, call: Call, dead: set[fx.Node]) -> None:
+    def _clean(self, call: Call, dead: set[fx.Node], uses: Uses) -> None:
         """Remove the modules and weights below ``call`` that only dead nodes used."""
         prefix = call.path
         use: dict[str, bool] = {}
-        for node in layout.inside(call):
-            if node.op in ("call_module", "get_attr"):
-                use[str(node.target)] = use.get(str(node.target), False) or node not in dead
+        for path, node in uses:
+            use[path] = use.get(path, False) or node not in dead
         self._prune(call.module, prefix, use)
 
     def _prune(self, module: nn.Module, path: str, use: dict[str, bool]) -> None:
@@ -175,7 +177,24 @@ def _merged(
     return merged
 
 
-def _layer_name(layout: Layout, call: Call, region: Region, dead: set[fx.Node], taken: set[str]) -> str:
+def _uses(layout: Layout, call: Call, dead: set[fx.Node]) -> Iterator[tuple[str, fx.Node]]:
+    """Paths of the modules and weights that ``call`` uses, leaves and whole child calls, each with a node that does."""
+    opened = {c for n in dead for c in call_of(n).chain()}
+    for node in layout.inside(call):
+        if node.op in ("call_module", "get_attr"):
+            yield str(node.target), node
+        for inner in call_of(node).chain():
+            if inner is call:
+                break
+            if inner not in opened:  # called as before, whatever it does
+                yield inner.path, node
+
+
+def _below(path: str, other: str) -> bool:
+    return path.startswith(other + ".") or not other
+
+
+def _layer_name(layout: Layout, call: Call, region: Region, dead: set[fx.Node], taken: set[str], uses: Uses) -> str:
     """The name of the child that held the largest convolution, if all of it dies; else a new one."""
     flow = layout.flow
     convs = [n for n in region.dying if n.op == "call_module" and isinstance(flow.modules[n], (_ConvNd, nn.Linear))]
@@ -187,11 +206,7 @@ def _layer_name(layout: Layout, call: Call, region: Region, dead: set[fx.Node], 
             continue
         name = path[len(call.path) + 1 if call.path else 0 :].split(".")[0]
         at = join(call.path, name)
-        users = [
-            n
-            for n in layout.inside(call)
-            if n.op in ("call_module", "get_attr") and (n.target == at or str(n.target).startswith(at + "."))
-        ]
+        users = [n for used, n in uses if used == at or _below(used, at)]
         if name in call.module._modules and at not in taken and all(n in dead for n in users):
             return name
     base, number = "folded", 0

@@ -41,6 +41,7 @@ class Writer:
         self.members: list[str] = []
         self.body: list[str] = []
         self.inner: list[Writer] = []
+        self.reads: dict[str, int] = {}
         self.scope: dict[str, Any] = {"nn": nn, "F": F, "torch": torch, "self": nn.Module()}
         self.scope["x"] = torch.randn(2, channels, *(13, 12, 9)[:n])
         self.values = ["x"]
@@ -96,7 +97,10 @@ class Writer:
         return name
 
     def apply(self, member: str | None, value: str | None) -> str | None:
-        return None if member is None or value is None else self.let(f"{member}({value})")
+        if member is None or value is None:
+            return None
+        self.reads.setdefault(member, self.channels(value))
+        return self.let(f"{member}({value})")
 
     def value(self) -> str:
         return self.pick([*self.values[-3:], self.values[-1], *self.values])
@@ -270,9 +274,10 @@ class Writer:
 
     def again(self) -> None:
         """A layer that is called a second time."""
-        layers = [name for name, _ in self.scope["self"].named_children()]
+        value = self.value()
+        layers = [m for m, channels in self.reads.items() if channels == self.channels(value)]
         if layers:
-            self.apply(f"self.{self.pick(layers)}", self.value())
+            self.apply(self.pick(layers), value)
 
 
 KINDS = (
@@ -424,6 +429,32 @@ def test_found_before_two_folds_in_a_block_that_vanishes() -> None:
         "        self.m4.padding_mode, self.m5 = 'zeros', nn.BatchNorm1d(4)\n"
         "        self.m9 = nn.Conv1d(4, 4, 2, padding='same', padding_mode='circular', bias=False)\n\n"
         "    def forward(self, x):\n        return self.m9(self.m5(self.m4(x) * self.m1.sum()))\n\n"
+        "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.m1 = Block()\n\n"
+        "    def forward(self, x):\n        return self.m1(x)[:, :, ::2]\n"
+    )
+    check(Program(source, 2, 1))
+
+
+def test_found_before_block_that_becomes_a_layer_and_is_called_twice() -> None:
+    """Once the block is one convolution, its two calls are one convolution too."""
+    source = (
+        "class Block(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.m0, self.m1 = nn.Conv1d(4, 4, 1, bias=False), nn.BatchNorm1d(4)\n\n"
+        "    def forward(self, x):\n        v0 = self.m0(x)\n        return self.m1(v0) - v0\n\n"
+        "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.m5 = Block()\n\n"
+        "    def forward(self, x):\n        return F.relu(self.m5(self.m5(F.relu(x))))\n"
+    )
+    check(Program(source, 4, 1))
+
+
+def test_found_before_block_that_vanishes_around_a_child() -> None:
+    """All weights of the block go elsewhere, and a child without weights is still called."""
+    source = (
+        "class Gate(nn.Module):\n    def forward(self, x):\n        return x * torch.sigmoid(x)\n\n"
+        "class Block(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.m0, self.m1 = Gate(), nn.ConvTranspose1d(2, 1, 2, stride=2)\n"
+        "        self.m2, self.m3 = nn.Conv1d(1, 4, 3, padding=1), nn.BatchNorm1d(4)\n\n"
+        "    def forward(self, x):\n        v0 = self.m1(self.m0(x)).sub(1)\n        return self.m3(self.m2(v0))\n\n"
         "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.m1 = Block()\n\n"
         "    def forward(self, x):\n        return self.m1(x)[:, :, ::2]\n"
     )
