@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.copies import deep_copy
 from passes.refusal import Reason, RefusalError
@@ -121,7 +122,7 @@ class Flow:
     def _channels_of(self, node: fx.Node) -> int | None:
         """Size of dimension 1 of a feature map, where a convolution or batch norm in front of it says so."""
         module = self.modules.get(node)
-        if module is not None and _spatial(module) is not None:
+        if module is not None and (_spatial(module) is not None or isinstance(module, _BatchNorm)):
             return int(getattr(module, "out_channels", None) or module.num_features)  # type: ignore[arg-type]
         held = node.args[1] if len(node.args) > 1 and node.op == "call_function" else None
         if (

@@ -28,7 +28,11 @@ def new_forward(
     ``names`` are the paths of the folded layers, ``dead`` the traced nodes that vanish. Refuses with ``CODE`` if the
     forward uses a module or weight that stands elsewhere.
     """
-    return _Local(layout, call, changes, names, dead).build()
+    try:
+        return _Local(layout, call, changes, names, dead).build()
+    except KeyError as missing:
+        where = call.path or type(call.module).__name__
+        raise RefusalError(Reason.CODE, f"{missing} is not at hand in the forward of {where}") from missing
 
 
 def unchanged(got: Any, wanted: Any, name: str) -> None:
