@@ -89,6 +89,7 @@ def create(spec: str, *, pretrained: bool = False) -> nn.Module:
         raise
     except ImportError as error:
         raise _not_installed(source, error) from error
+    # A source runs a model library and its downloads, which may fail in any way; the name is what the user can act on.
     except Exception as error:
         what = " with pretrained weights" if pretrained else ""
         raise ReparamError(f"{source} could not build {name!r}{what}: {type(error).__name__}: {error}") from error

@@ -82,6 +82,7 @@ def measure(network: Network, seed: int = 0) -> Row:
         row = _ours(row, model)
         double = _Double(network, model.double(), tuple(x.double() for x in inputs))
         row = _compared(row, double, theirs)
+    # One network that fails, however it does, is a row that says so; the table goes on.
     except Exception as error:
         log.debug("%s failed", network.spec, exc_info=True)
         return replace(row, failure=row.failure or _one_line(error))
@@ -162,6 +163,7 @@ def _theirs(row: Row, model: nn.Module) -> tuple[Row, nn.Module | None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             folded = shipped_fold(row.network.baseline)(copy.deepcopy(model)).eval()
+    # The fold that ships is somebody else's code; how it fails is what the table reports.
     except Exception as failure:
         return replace(row, remark=_one_line(failure)), None
     return replace(row, theirs=size(folded)), folded
@@ -191,6 +193,7 @@ def _compared(row: Row, double: _Double, theirs: nn.Module | None) -> Row:
         return row
     try:
         error = relative_error(reference, double.run(theirs.double()))
+    # Their result may not run at all; that is reported, not raised.
     except Exception as failure:
         return replace(row, remark=_one_line(failure))
     return replace(row, remark=f"wrong by {error:.0e}" if error > THEIR_TOLERANCE else "")
