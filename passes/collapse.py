@@ -29,8 +29,8 @@ from passes.hazards import Memory
 from passes.placement import Layout, place
 from passes.plan import plan_unit
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
-from passes.region import Region, origin
-from passes.report import Counts, Explanation, Fold
+from passes.region import Region, fold_of, origin
+from passes.report import Counts, Explanation
 from passes.surgery import Surgeon
 from passes.trace import Unit, retrace, trace_units
 
@@ -216,7 +216,7 @@ def _compile_unit(
         planner = _Planner(model, retrace(planner.flow.unit), ranks, planner.banned)
     explanation.refusals += [r for r in dict.fromkeys(banned) if r not in explanation.refusals]
     for region, _, gap in folded:
-        explanation.folds.append(_fold_of(region, _describe(region), paths.get(region, ""), gap))
+        explanation.folds.append(fold_of(region, paths.get(region, ""), gap))
 
 
 def _fold(
@@ -311,24 +311,6 @@ def _clock(explanation: Explanation, stage: str) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------ saying what was done
-
-
-def _fold_of(region: Region, into: str, where: str, error: float | None) -> Fold:
-    form = region.form
-    return Fold(
-        region.layers(), into, where, region.numbers_saved, form.numbers, region.work_saved, form.multiply_adds, error
-    )
-
-
-def _describe(region: Region) -> str:
-    form = region.form
-    kernel = "x".join(map(str, form.kernel))
-    if form.n == 0:
-        return f"Linear({form.in_channels} -> {form.out_channels})"
-    kind = "ConvTranspose" if any(u != 1 for u in form.up) else "Conv"
-    grouped = f", groups {form.groups}" if form.groups > 1 else ""
-    stride = f", stride {'x'.join(map(str, form.stride))}" if any(s > 1 for s in form.stride) else ""
-    return f"{kind}{form.n}d({form.in_channels} -> {form.out_channels}, {kernel}{stride}{grouped})"
 
 
 def _worth_saying(flow: Flow, regions: list[Region], refusals: list[Refusal]) -> list[Refusal]:

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from passes.refusal import Reason, RefusalError
@@ -130,8 +131,7 @@ class ConvForm:
     @staticmethod
     def identity(channels: int, n: int, *, like: Tensor | None = None) -> ConvForm:
         """The map that returns its input: one tap of 1 per channel, ``groups = channels``."""
-        device = None if like is None else like.device
-        return ConvForm.conv(torch.ones((channels, 1, *(1,) * n), dtype=torch.float64, device=device), groups=channels)
+        return ConvForm.conv(torch.ones((channels, 1, *(1,) * n), **_placed(like)), groups=channels)
 
     @staticmethod
     def average(
@@ -145,8 +145,7 @@ class ConvForm:
     ) -> ConvForm:
         """Average pooling that counts its padding: a depthwise kernel of ``1 / prod(kernel)`` (F4)."""
         value = 1.0 / (divisor or math.prod(kernel))
-        device = None if like is None else like.device
-        weight = torch.full((channels, 1, *kernel), value, dtype=torch.float64, device=device)
+        weight = torch.full((channels, 1, *kernel), value, **_placed(like))
         return ConvForm.conv(weight, stride=stride, padding=padding, groups=channels)
 
     # ---------------------------------------------------------------- facts
@@ -253,11 +252,12 @@ class ConvForm:
         grid = _common_grid([self, other])
         inner, outer = (self, other) if other.kernel == grid.kernel else (other, self)
         bias = other.bias if self.bias is None else self.bias if other.bias is None else self.bias + other.bias
-        whole = grid.embed(outer)
-        # A branch that already fills the grid is copied once, and the other added in place.
-        weight = whole.weight.clone() if whole.weight is outer.weight else whole.weight
-        small = inner._widen(grid.groups)
-        weight[grid.place(small)] += small.weight
+        whole, small = grid.embed(outer), inner._widen(grid.groups)
+        if small.kernel == grid.kernel:
+            weight = whole.weight + small.weight
+        else:  # a branch that already fills the grid is copied once, and the other added in place
+            weight = whole.weight.clone() if whole.weight is outer.weight else whole.weight
+            weight[grid.place(small)].add_(small.weight)
         return replace(whole, weight=weight, bias=bias, widened=self.widened or other.widened)
 
     def then(self, outer: ConvForm) -> ConvForm:
@@ -389,8 +389,8 @@ class ConvForm:
         bias = self.weight.new_zeros(self.out_channels) if self.bias is None else self.bias
         if self.bias is None and isinstance(value, (int, float)) and value == 0:
             return
-        if bias.device.type == "meta":
-            return  # planning: decided again with numbers
+        if bias.device.type == "meta" or isinstance(bias, FakeTensor):
+            return  # only shapes are at hand: decided again with numbers
         wanted = torch.as_tensor(value, dtype=bias.dtype, device=bias.device)
         gap = float((bias - wanted).abs().max().detach())
         if not gap <= PAD_VALUE_TOLERANCE * max(1.0, float(bias.abs().max().detach())):  # NaN is a difference too
@@ -593,6 +593,11 @@ def _grid(shape: Sequence[int]) -> list[Ints]:
 
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _placed(like: Tensor | None) -> dict[str, Any]:
+    """Dtype and device of a tensor; float64 on the CPU without one."""
+    return {"dtype": torch.float64} if like is None else {"dtype": like.dtype, "device": like.device}
 
 
 def _per_dim(value: Sequence[Any] | int, n: int) -> list[Any]:

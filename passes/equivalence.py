@@ -147,7 +147,7 @@ def _shapes(region: Region, form: ConvForm) -> list[tuple[int, ...]]:
 def _original(region: Region, x: Tensor) -> tuple[Tensor, float]:
     """Run the region's own layers on ``x`` in float64, module by module; also the largest magnitude on the way."""
     flow = region.flow
-    constants = Constants(flow, numeric=True)
+    constants = Constants(flow, torch.float64)
     entry, result = origin(region.entry), origin(region.result)
     values: dict[fx.Node, Any] = {entry: x.clone()}  # it may be changed in place
 

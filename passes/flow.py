@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -173,21 +174,21 @@ class Flow:
 
 
 class Constants:
-    """Values that depend on parameters only: meta tensors for planning, float64 for folding."""
+    """Values that depend on parameters only: in ``dtype`` for folding, meta tensors (``None``) for planning."""
 
-    def __init__(self, flow: Flow, numeric: bool) -> None:
+    def __init__(self, flow: Flow, dtype: torch.dtype | None) -> None:
         self.flow = flow
-        self.numeric = numeric
+        self.dtype = dtype
         self._values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
-        """Value of a constant node, floats in float64."""
+        """Value of a constant node."""
         if node not in self._values:
             self._values[node] = self._compute(node)
         return self._values[node]
 
     def read(self, module: nn.Module, name: str) -> Tensor | None:
-        """A layer's weight; one that is computed on each access is computed in float64."""
+        """A layer's weight; one that is computed on each access is computed in float64, or differentiably."""
         plain = module._parameters.get(name, module._buffers.get(name))
         if plain is not None or name in module._parameters or name in module._buffers:
             return None if plain is None else self._cast(plain)
@@ -200,14 +201,13 @@ class Constants:
             held = self.flow.unit.attribute(str(node.target))
             value = self._cast(held)
             # An expression may work in place; the model's own weight must never be what it works on.
-            own = isinstance(value, Tensor) and value.device.type != "meta" and value.data_ptr() == held.data_ptr()
-            return value.clone() if own else value
+            return value.clone() if isinstance(value, Tensor) and _share_memory(value, held) else value
         args = fx.map_arg(node.args, self.value)
         kwargs = fx.map_arg(node.kwargs, self.value)
         try:
             if node.op == "call_module":
                 module = self.flow.modules[node]
-                real = Constants(self.flow, numeric=True)
+                real = Constants(self.flow, self.dtype or torch.float64)
                 args = fx.map_arg(node.args, real.value)
                 module = module if torch.is_grad_enabled() else deep_copy(module).double()
                 return self._cast(module(*args, **fx.map_arg(node.kwargs, real.value)))
@@ -226,11 +226,11 @@ class Constants:
             value = value.detach()
         if not value.is_floating_point():
             return value
-        if not self.numeric:
+        if self.dtype is None:
             return torch.empty(value.shape, dtype=torch.float64, device="meta")
         if value.device.type == "mps":  # no float64 there
             value = value.cpu()
-        return value.double()
+        return value.to(self.dtype)
 
 
 def holder_tensors(unit: Unit, node: fx.Node) -> list[Tensor]:
@@ -241,6 +241,13 @@ def holder_tensors(unit: Unit, node: fx.Node) -> list[Tensor]:
     else:
         tensors = [unit.attribute(str(node.target))]
     return [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; those that hold none do not."""
+    if a.device.type == "meta" or isinstance(a, FakeTensor):
+        return False
+    return a.data_ptr() == b.data_ptr()
 
 
 def _computed(module: nn.Module, name: str) -> Tensor | None:

@@ -42,6 +42,13 @@ class Reason(Enum):
     NOT_A_CONVOLUTION = "probed: does not act as a convolution"
     UNTRACEABLE = "cannot be traced"
     NO_CONVOLUTION = "no convolution or linear layer directly before it"
+    BLOCK = "the block does not apply to this convolution"
+    NOT_SELECTED = "not selected"
+    KERNEL_OF_ONE = "a kernel of one tap"
+    COMPUTED = "its weight is computed by a parametrization"
+    OWN_FORWARD = "its class does more than convolve"
+    MODES = "training and evaluation use it differently"
+    NEVER_CALLED = "nothing calls it"
     NOT_FINITE = "the result is not finite"
 
 

@@ -17,11 +17,12 @@ from passes.conv_form import ConvForm
 from passes.flow import Constants, Flow
 from passes.probe import ProbedForms
 from passes.refusal import Reason, Refusal, RefusalError
+from passes.report import Fold
 from passes.signal import Dim, Signal, View
 from passes.trace import call_of
 from passes.transfer import METHODS, function_law, module_law
 
-__all__ = ["Region", "Sweep", "cost_message", "origin"]
+__all__ = ["Region", "Sweep", "cost_message", "fold_of", "origin"]
 
 
 @dataclass(eq=False)
@@ -69,7 +70,7 @@ class Region:
 
     def numeric(self) -> ConvForm:
         """The form in float64, its block structure found again."""
-        sweep = Sweep(self.flow, self.entry, self.view, self.channels, numeric=True)
+        sweep = Sweep(self.flow, self.entry, self.view, self.channels, torch.float64)
         value = sweep.value(self.result)
         if isinstance(value, Refusal):
             raise RefusalError(value.reason, value.message, value.layer)
@@ -103,16 +104,17 @@ def origin(node: fx.Node) -> fx.Node:
 class Sweep:
     """Values of the nodes behind one entry, each an affine function of it or a refusal."""
 
-    def __init__(self, flow: Flow, entry: fx.Node, view: View, channels: int, *, numeric: bool = False) -> None:
+    def __init__(self, flow: Flow, entry: fx.Node, view: View, channels: int, dtype: torch.dtype | None = None) -> None:
         self.flow = flow
         self.entry = entry
         self.view = view
         self.channels = channels
-        self.numeric = numeric
-        self.constants = Constants(flow, numeric)
+        self.dtype = dtype
+        self.constants = Constants(flow, dtype)
         device = next((t.device for t in flow.unit.root.parameters()), torch.device("cpu"))
         on = torch.device("cpu") if device.type == "mps" else device  # no float64 there
-        identity = ConvForm.identity(channels, view.n).to(on if numeric else "meta")
+        like = torch.empty(0, dtype=dtype or torch.float64, device="meta" if dtype is None else on)
+        identity = ConvForm.identity(channels, view.n, like=like)
         self._values: dict[fx.Node, Any] = {entry: Signal(identity, view, untouched=True)}
 
     def value(self, node: fx.Node) -> Any:
@@ -147,7 +149,7 @@ class Sweep:
     def _law(self, node: fx.Node) -> Callable[..., Any] | None:
         region = node.meta.get("region")
         if isinstance(region, Region):
-            form = region.numeric() if self.numeric else region.form
+            form = region.numeric() if self.dtype is not None else region.form
             return lambda x: _then_region(x, region, form)
         if node.op == "call_module":
             module = self.flow.modules[node]
@@ -205,3 +207,29 @@ def cost_message(form: ConvForm, numbers: int, work: float) -> str:
         f"{Reason.LARGER.value}: {form.numbers} numbers and {form.multiply_adds:.0f} multiply-adds per position "
         f"instead of {numbers} and {work:.0f}"
     )
+
+
+def fold_of(region: Region, where: str, error: float | None) -> Fold:
+    """What is reported of a region whose layer now stands at ``where``."""
+    form = region.form
+    return Fold(
+        region.layers(),
+        _describe(region),
+        where,
+        region.numbers_saved,
+        form.numbers,
+        region.work_saved,
+        form.multiply_adds,
+        error,
+    )
+
+
+def _describe(region: Region) -> str:
+    form = region.form
+    kernel = "x".join(map(str, form.kernel))
+    if form.n == 0:
+        return f"Linear({form.in_channels} -> {form.out_channels})"
+    kind = "ConvTranspose" if any(u != 1 for u in form.up) else "Conv"
+    grouped = f", groups {form.groups}" if form.groups > 1 else ""
+    stride = f", stride {'x'.join(map(str, form.stride))}" if any(s > 1 for s in form.stride) else ""
+    return f"{kind}{form.n}d({form.in_channels} -> {form.out_channels}, {kernel}{stride}{grouped})"

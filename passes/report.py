@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -11,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from passes.refusal import Refusal
+from passes.table import section
 
 __all__ = ["Counts", "Explanation", "Fold"]
 
@@ -103,22 +103,12 @@ class Explanation:
             )
             for fold in self.folds
         ]
-        lines += _section("", ("layers", "becomes", "numbers", "error"), folds)
-        lines += _section("left as they are:", ("layer", "reason"), [(r.layer, r.message) for r in self.refusals])
+        lines += section("", ("layers", "becomes", "numbers", "error"), folds)
+        lines += section("left as they are:", ("layer", "reason"), [(r.layer, r.message) for r in self.refusals])
         untraced = [(r.layer or "(model)", r.message) for r in self.untraced]
-        lines += _section("compiled inside only:", ("module", "reason"), untraced)
+        lines += section("compiled inside only:", ("module", "reason"), untraced)
         return "\n".join(lines + [f"note: {n}" for n in self.notes])
 
 
 def _short(layers: tuple[str, ...]) -> str:
     return ", ".join(layers) if len(layers) <= 3 else f"{layers[0]}, {layers[1]}, ... {layers[-1]} ({len(layers)})"
-
-
-def _section(title: str, header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
-    """A titled table, or nothing where there are no rows."""
-    if not body:
-        return []
-    rows = [header, *body]
-    widths = [min(max(len(row[i]) for row in rows), 70) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return ["", *([title] if title else []), lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -42,7 +42,7 @@ class Surgeon:
             placement: Placement = region.placement
             for path, is_layer in placement.slots.items():
                 full = join(unit.path, path)
-                self._set(full, layer if is_layer else nn.Identity().eval())
+                self.replace(full, layer if is_layer else nn.Identity().eval())
                 if is_layer:
                     paths[region] = full
             for rewrite in placement.rewrites:
@@ -82,7 +82,7 @@ class Surgeon:
                 self._add(owners[region], names[region].rsplit(".", 1)[-1], layers[region])
                 paths[region] = join(unit.path, names[region])
         if isinstance(call.module, (_BatchNorm, _ConvNd)) and not any(r.layer for r, _ in changes):
-            self._set(join(unit.path, call.path), _remainder(call.module, graph))
+            self.replace(join(unit.path, call.path), _remainder(call.module, graph))
         else:
             before = call.module.__class__
             rewrite_forward(call.module, graph)
@@ -112,7 +112,8 @@ class Surgeon:
                 if use.get(join(path, name)) is False:
                     self._clear(table, name)
 
-    def _set(self, path: str, new: nn.Module) -> None:
+    def replace(self, path: str, new: nn.Module) -> None:
+        """Put ``new`` in the place of the module at ``path``."""
         *parent, name = path.split(".")
         owner = self.model.get_submodule(".".join(parent))
         old = owner._modules[name]

@@ -25,7 +25,7 @@ from torch.fx.proxy import ParameterProxy
 
 from passes.refusal import Reason, Refusal
 
-__all__ = ["Call", "Unit", "call_of", "has_hooks", "join", "retrace", "trace_units"]
+__all__ = ["Call", "Unit", "call_of", "has_hooks", "inherits_forward", "join", "retrace", "trace_units"]
 
 
 @dataclass(eq=False)
@@ -59,6 +59,8 @@ class Unit:
     opaque: dict[str, Refusal]
     pinned: set[int]
     """ids of modules that opaque code reaches as well: they must stay as they are."""
+    read: set[str]
+    """Tensors that the traced code reads itself, used or not; the modules that hold them must stay as they are."""
 
     def attribute(self, target: str) -> Any:
         """What a ``get_attr`` node reads."""
@@ -155,7 +157,7 @@ def _trace_unit(path: str, root: nn.Module) -> Unit:
     constants = {target: _resolve(root, target) for target in read - own}
     leaves = [root.get_submodule(at) for at in tracer.opaque]
     pinned = {id(inner) for leaf in leaves for inner in leaf.modules() if inner is not leaf}
-    return Unit(path, root, graph, tracer.calls, constants, tracer.opaque, pinned)
+    return Unit(path, root, graph, tracer.calls, constants, tracer.opaque, pinned, tracer.read)
 
 
 class _Tracer(fx.Tracer):
@@ -172,6 +174,7 @@ class _Tracer(fx.Tracer):
         self.current = Call("", root, None)
         self.calls: list[Call] = [self.current]
         self.opaque: dict[str, Refusal] = {}
+        self.read: set[str] = set()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         graph = super().trace(root, concrete_args)
@@ -203,6 +206,7 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if isinstance(attr_val, Tensor) and id(attr_val) in self.names:
+            self.read.add(self.names[id(attr_val)])
             node = self.create_node("get_attr", self.names[id(attr_val)], (), {})
             if isinstance(attr_val, nn.Parameter):
                 return ParameterProxy(self, node, self.names[id(attr_val)], attr_val)
@@ -214,12 +218,12 @@ class _Tracer(fx.Tracer):
             return True
         if isinstance(m, self.leaf_types) and not isinstance(m, _BASES):
             return True  # a norm that activates or a conv that standardises its weight is read through
-        return super().is_leaf_module(m, module_qualified_name) or _inherits_forward(m)
+        return super().is_leaf_module(m, module_qualified_name) or inherits_forward(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
-            plain = super().is_leaf_module(m, path) or _inherits_forward(m)
+            plain = super().is_leaf_module(m, path) or inherits_forward(m)
             if not plain or has_hooks(m):
                 reason = Reason.HOOK if has_hooks(m) else Reason.SHARED if id(m) in self.leaves else Reason.UNTRACEABLE
                 message = reason.value if plain else "compiled on its own: " + _LEAF[reason]
@@ -274,7 +278,7 @@ _BASES = (
 )
 
 
-def _inherits_forward(module: nn.Module) -> bool:
+def inherits_forward(module: nn.Module) -> bool:
     """Whether a subclass of a torch layer computes just what that layer computes."""
     for base in _BASES:
         if isinstance(module, base) and "forward" not in module.__dict__:
@@ -331,7 +335,7 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
                 todo.extend(_children(join(unit.path, at), child))
             elif at in called or at in above:
                 visit(at, child)
-            else:
+            elif not any(name.startswith(at + ".") for name in unit.read):  # its weights may be used without it
                 todo.append((join(unit.path, at), child))
 
     visit("", root)

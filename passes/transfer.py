@@ -199,8 +199,10 @@ def _avg_pool(n: int) -> Law:
         if any(pads) and not count_include_pad and divisor_override is None:
             raise RefusalError(Reason.PAD_NOT_COUNTED)
         steps = kernel if stride is None or stride == [] else _ints(stride, n)
-        form = ConvForm.average(signal.form.out_channels, kernel, steps, pads, divisor_override)
-        return _then(signal, replace(form, weight=form.weight.to(signal.form.weight.device)))
+        form = ConvForm.average(
+            signal.form.out_channels, kernel, steps, pads, divisor_override, like=signal.form.weight
+        )
+        return _then(signal, form)
 
     return avg_pool
 

@@ -102,7 +102,7 @@ def _demand(flow: Flow, node: fx.Node, entry: fx.Node) -> tuple[View, int] | Non
     if n is None or not isinstance(weight, fx.Node) or weight not in flow.constant:
         return None
     try:
-        shape = Constants(flow, numeric=False).value(weight).shape
+        shape = Constants(flow, None).value(weight).shape
     except RefusalError:
         return None
     if n == 0:

@@ -1,5 +1,6 @@
-"""Structural re-parameterisation: any PyTorch model to plain convolutions, proven equal.
+"""Structural re-parameterisation: any PyTorch model to better training-time blocks and back, proven equal.
 
+:func:`expand` replaces convolutions by blocks without changing the function, :func:`plan` says what it would do.
 :func:`collapse` folds every multi-branch block and every batch norm, :func:`explain` says what would fold and why the
 rest would not, :func:`verify` compares two networks.
 """
@@ -10,31 +11,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from passes.blocks.registry import Block, BlockInfo, block, blocks
+    from passes.blocks.site import Site
     from passes.equivalence import Equivalence, EquivalenceError
+    from passes.expand import Plan
     from passes.refusal import Reason, Refusal, ReparamError
     from passes.report import Counts, Explanation, Fold
     from reparam.api import collapse, collapse_with_report, explain, guess_inputs, verify
+    from reparam.training import equivalent_conv, expand, param_groups, plan
 
 __all__ = [
+    "Block",
+    "BlockInfo",
     "Counts",
     "Equivalence",
     "EquivalenceError",
     "Explanation",
     "Fold",
+    "Plan",
     "Reason",
     "Refusal",
     "ReparamError",
+    "Site",
+    "block",
+    "blocks",
     "collapse",
     "collapse_with_report",
+    "equivalent_conv",
+    "expand",
     "explain",
     "guess_inputs",
+    "param_groups",
+    "plan",
     "verify",
 ]
 
 _HOME = {
+    "passes.blocks": ("Block", "BlockInfo", "Site", "block", "blocks"),
     "passes.equivalence": ("Equivalence", "EquivalenceError"),
     "passes.refusal": ("Reason", "Refusal", "ReparamError"),
     "passes.report": ("Counts", "Explanation", "Fold"),
+    "passes.expand": ("Plan",),
+    "reparam.training": ("equivalent_conv", "expand", "param_groups", "plan"),
     "reparam.api": ("collapse", "collapse_with_report", "explain", "guess_inputs", "verify"),
 }
 """Where each public name lives. It is loaded when first asked for, so that importing this package costs nothing."""

@@ -15,7 +15,7 @@ from passes.copies import deep_copy
 from passes.equivalence import Equivalence, compare
 from passes.refusal import ReparamError
 from passes.report import Explanation
-from passes.restore import restore
+from passes.restore import restore, restore_blocks
 
 __all__ = ["collapse", "collapse_with_report", "explain", "guess_inputs", "verify"]
 
@@ -63,23 +63,26 @@ def collapse_with_report(
     inplace: bool = False,
 ) -> tuple[nn.Module, Explanation]:
     """As :func:`collapse`, with what was folded, what was refused and why, counts, errors and seconds."""
-    inputs = _as_tuple(example_inputs)
+    inputs = as_tuple(example_inputs)
     if like is not None and not isinstance(like, nn.Module):
         raise ReparamError(f"like= takes the architecture as a torch.nn.Module, got {type(like).__name__}")
     if like is not None and inplace:
         raise ReparamError("like= returns a copy of that architecture, so inplace=True has nothing to edit; drop one")
-    with _ordinary_tensors():
-        result, explanation = collapse_model(model, example_inputs=inputs, verify=verify, inplace=inplace)
+    with ordinary_tensors():
         if like is None:
-            return result, explanation
-        restored = restore(result, like)
+            return collapse_model(model, example_inputs=inputs, verify=verify, inplace=inplace)
+        check_model(model)
+        outcome = restore_blocks(model, like, verify)
+        if outcome is None:
+            folded, explanation = collapse_model(model, example_inputs=inputs, verify=verify, inplace=False)
+            outcome = restore(folded, like), explanation
         if verify and inputs is not None:
-            compare(model, restored, inputs).raise_if_different()
-        return restored, explanation
+            compare(model, outcome[0], inputs).raise_if_different()
+        return outcome
 
 
 @contextmanager
-def _ordinary_tensors() -> Iterator[None]:
+def ordinary_tensors() -> Iterator[None]:
     """Parameters made in the caller's inference mode could never be trained."""
     grad = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
@@ -92,7 +95,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     Decides as :func:`collapse` does and stops before surgery and proof; the model is not changed. Raises as
     :func:`collapse` does for bad input.
     """
-    return explain_model(model, _as_tuple(example_inputs))
+    return explain_model(model, as_tuple(example_inputs))
 
 
 def verify(reference: nn.Module, candidate: nn.Module, example_inputs: Any = None) -> Equivalence:
@@ -104,7 +107,7 @@ def verify(reference: nn.Module, candidate: nn.Module, example_inputs: Any = Non
     """
     check_model(reference)
     check_model_shape(candidate)
-    inputs = _as_tuple(example_inputs)
+    inputs = as_tuple(example_inputs)
     if inputs is None:
         inputs = guess_inputs(reference)
     try:
@@ -158,7 +161,7 @@ def _likely_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return [(2, linear.in_features), (2, 4, linear.in_features)] if linear is not None else [(2, 3, 64, 64)]
 
 
-def _as_tuple(inputs: Any) -> tuple[Any, ...] | None:
+def as_tuple(inputs: Any) -> tuple[Any, ...] | None:
     if inputs is None:
         return None
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)

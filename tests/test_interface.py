@@ -241,7 +241,7 @@ def test_failure_midway_leaves_the_model_untouched(stage: str, inplace: bool, mo
         "plan": (passes.collapse, "plan_unit", 0),
         "emit": (passes.collapse, "emit", 3),
         "prove": (passes.collapse, "prove", 3),
-        "operate": (Surgeon, "_set", 3),
+        "operate": (Surgeon, "replace", 3),
         "rewrite": (passes.surgery, "rewrite_forward", 0),
         "second unit": (Surgeon, "operate", 1),
         "compare": (passes.collapse, "compare_outputs", 0),

@@ -1,0 +1,49 @@
+"""Online convolutional re-parameterisation (Hu et al., "OREPA", CVPR 2022, sec. 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from passes.blocks.parts import IdentityConv
+from passes.blocks.registry import block
+from passes.blocks.site import Site
+
+__all__ = ["frequency_prior", "orepa"]
+
+
+@block("orepa", online=True)
+def orepa(conv: Site, *, expansion: int = 8) -> Iterator[tuple[str, nn.Module]]:
+    """OREPA: six linear branches, each times a vector, one batch norm behind; trained as one convolution.
+
+    kxk, 1x1 -> average, 1x1 -> frequency prior, 1x1 -> kxk, 1x1, depthwise (x ``expansion``) -> 1x1.
+    """
+    if conv.taps == 1:
+        conv.refuse("a kernel of one tap: the branches of orepa would all be the same")
+    out = conv.out_channels
+    yield "square", conv.row(conv=conv.main(norm=False), scale=conv.scale(1.0 if conv.preserve else 0.25))
+    yield "average", conv.row(point=conv.pointwise(out), pool=conv.average(out), scale=conv.scale(0.25))
+    if conv.n == 2:
+        prior = conv.filters(frequency_prior(out, conv.kernel))
+        yield "prior", conv.row(point=conv.pointwise(out), filters=prior, scale=conv.scale(0.0))
+    middle = IdentityConv(conv.pointwise())
+    yield "sequence", conv.row(point=middle, square=conv.windowed(conv.in_channels), scale=conv.scale(0.5))
+    yield "point", conv.row(conv=conv.parallel(1, norm=False), scale=conv.scale(1.0))
+    wide = expansion * conv.in_channels
+    yield "separable", conv.row(depth=conv.expanded(wide), point=conv.mixed(wide), scale=conv.scale(0.5))
+
+
+def frequency_prior(channels: int, kernel: tuple[int, ...]) -> Tensor:
+    """Cosines of growing frequency, along the height for one half of the channels and the width for the other.
+
+    Shape ``(channels, height, width)``; the prior of frequency channel attention that OREPA takes over.
+    """
+    half = channels // 2
+    number = torch.arange(channels)
+    down, across = (torch.arange(k) + 0.5 for k in kernel)
+    rows = torch.cos(math.pi / kernel[0] * (number[:half, None] + 1) * down)
+    columns = torch.cos(math.pi / kernel[1] * (number[half:, None] + 1 - half) * across)
+    return torch.cat([rows[:, :, None].expand(-1, *kernel), columns[:, None, :].expand(-1, *kernel)])

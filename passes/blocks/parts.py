@@ -1,0 +1,129 @@
+"""The modules that blocks are made of where torch has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from passes.geometry import Geometry
+from passes.refusal import ReparamError
+
+__all__ = ["BranchSum", "ChannelScale", "IdentityConv", "KernelConv", "silence"]
+
+
+class ChannelScale(nn.Module):
+    """A trained factor per channel: ``y = weight * x`` on dimension 1."""
+
+    def __init__(self, channels: int, value: float, n: int, **placed: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels, *(1,) * n), value, **placed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+    def silence(self) -> None:
+        """Return zero, and take a gradient."""
+        nn.init.zeros_(self.weight)
+
+
+class KernelConv(nn.Module):
+    """A convolution whose kernel is an expression of its parameters, see :meth:`kernel`."""
+
+    bias: Tensor | None
+
+    def __init__(self, geometry: Geometry, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.register_parameter("bias", bias)  # type: ignore[arg-type]  # a Parameter: torch annotates it as a Tensor
+
+    def kernel(self) -> Tensor:
+        """The kernel ``(out, in / groups, *kernel)``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.geometry.convolve(x, self.kernel(), self.bias)
+
+    def extra_repr(self) -> str:
+        return str(self.geometry)
+
+
+class IdentityConv(KernelConv):
+    """A 1x1 convolution stored as identity + ``weight``, weight 0: decay pulls it to the identity (DBB, sec. 3.3)."""
+
+    identity: Tensor
+
+    def __init__(self, conv: _ConvNd) -> None:
+        super().__init__(Geometry.of(conv), conv.bias)
+        self.weight = conv.weight
+        self.register_buffer("identity", torch.empty_like(conv.weight, requires_grad=False))
+        nn.init.zeros_(self.weight)
+        with torch.no_grad():
+            size = conv.weight.shape[1]
+            one = torch.eye(size, dtype=conv.weight.dtype, device=conv.weight.device).repeat(conv.groups, 1)
+            self.identity.copy_(one.reshape(conv.weight.shape))
+
+    def kernel(self) -> Tensor:
+        return self.weight + self.identity
+
+
+class BranchSum(nn.Module):
+    """The sum of all branches over the same input: a block in training.
+
+    It has the attributes of the convolution that it stands for (``in_channels``, ``stride``, ...), which surrounding
+    code may read.
+
+    Args:
+        block: the block with its options, for ``print(model)``.
+        branches: modules by name, the main branch first.
+        conv: the convolution that it stands for.
+    """
+
+    def __init__(self, block: str, branches: dict[str, nn.Module], conv: _ConvNd) -> None:
+        super().__init__()
+        self.block = block
+        for name in _GEOMETRY:
+            setattr(self, name, getattr(conv, name))
+        for name, branch in branches.items():
+            if hasattr(self, name):
+                raise ReparamError(f"a branch of {block} cannot be named {name!r}: torch uses that name")
+            self.add_module(name, branch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        main, *others = self.children()
+        y: Tensor = main(x)
+        for branch in others:
+            y = y + branch(x)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"block={self.block}"
+
+
+_GEOMETRY = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+)  # fmt: skip
+
+
+def silence(branch: nn.Module) -> None:
+    """Let a branch return zero while its last layer takes a gradient; a branch without parameters is left as it is.
+
+    Raises :class:`ReparamError` if its last layer is of a kind that is not known.
+    """
+    trained = [m for m in branch.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    if not trained:
+        return
+    last: Any = trained[-1]
+    if hasattr(last, "silence"):
+        last.silence()
+        return
+    if not isinstance(last, (_ConvNd, _BatchNorm)):
+        raise ReparamError(
+            f"a branch ends in {type(last).__name__}, and init='preserve' does not know how to start that at zero: "
+            "end it in a convolution or batch norm, or give it a method silence()"
+        )
+    for parameter in last.parameters(recurse=False):
+        nn.init.zeros_(parameter)

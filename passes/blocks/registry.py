@@ -1,0 +1,136 @@
+"""The registry of blocks, and :class:`Block`: a block's name with its options."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from passes.blocks.site import Site
+from passes.refusal import ReparamError
+
+__all__ = ["Block", "BlockInfo", "block", "blocks"]
+
+Branches = Iterator[tuple[str, nn.Module]]
+Declaration = Callable[..., Branches]
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """A registered block.
+
+    Args:
+        name: what :func:`reparam.expand` calls it.
+        declare: generator function ``(conv, **options)`` that yields ``(branch name, module)``; the main branch first.
+        summary: first line of the declaration's docstring.
+        options: options and their defaults.
+        online: whether it is meant to be trained with one convolution per layer.
+    """
+
+    name: str
+    declare: Declaration
+    summary: str
+    options: Mapping[str, Any]
+    online: bool = False
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
+        return f"{self.name}({options}): {self.summary}"
+
+
+_BLOCKS: dict[str, BlockInfo] = {}
+
+
+def block(name: str, *, online: bool = False) -> Callable[[Declaration], Declaration]:
+    """Register a block under ``name``.
+
+    The decorated generator is given a :class:`Site`, which makes its layers, and yields ``(branch name, module)``, the
+    main branch first; the branches are summed. Keyword-only arguments with defaults are its options. No folding code:
+    :func:`reparam.collapse` reads the block from the traced graph.
+
+    Args:
+        name: a new name; one that is taken raises :class:`ReparamError`.
+        online: train with one convolution per layer unless :func:`reparam.expand` is told otherwise.
+    """
+
+    def register(declare: Declaration) -> Declaration:
+        known = _BLOCKS.get(name)
+        if known is not None and _origin(known.declare) != _origin(declare):
+            raise ReparamError(f"there is a block named {name!r} already; choose another name")
+        options = {}
+        for parameter in list(inspect.signature(declare).parameters.values())[1:]:
+            if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
+                raise ReparamError(f"block {name!r}: option {parameter.name!r} must be keyword-only, with a default")
+            options[parameter.name] = parameter.default
+        summary = (inspect.getdoc(declare) or "").partition("\n")[0]
+        _BLOCKS[name] = BlockInfo(name, declare, summary, options, online)
+        return declare
+
+    return register
+
+
+def blocks() -> dict[str, BlockInfo]:
+    """All registered blocks by name, in the order of registration; ``str`` of one shows its options."""
+    return dict(_BLOCKS)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block with options, ``Block("acb", gamma=1 / 3, bn="after")``; its name alone means all defaults.
+
+    Raises :class:`ReparamError` for a name or an option that does not exist, and says which do.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __init__(self, name: str, **options: Any) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "options", options)
+        known = self.info.options
+        for option in options:
+            if option not in known:
+                have = ", ".join(known) or "none"
+                raise ReparamError(f"block {name!r} has no option {option!r}; it has: {have}")
+
+    @staticmethod
+    def of(block: str | Block) -> Block:
+        """A name as a block with default options; a :class:`Block` as it is."""
+        return Block(block) if isinstance(block, str) else block
+
+    @property
+    def info(self) -> BlockInfo:
+        """The registered declaration."""
+        if self.name not in _BLOCKS:
+            near = difflib.get_close_matches(str(self.name), _BLOCKS, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ReparamError(f"there is no block named {self.name!r}{hint}; known: {', '.join(_BLOCKS)}")
+        return _BLOCKS[self.name]
+
+    def branches(self, site: Site) -> dict[str, nn.Module]:
+        """The modules of all branches at ``site``, the main branch first.
+
+        Raises :class:`RefusalError` if the block does not apply there.
+        """
+        found: dict[str, nn.Module] = {}
+        for name, module in self.info.declare(site, **self.options):
+            if name in found:
+                raise ReparamError(f"block {self.name!r} has two branches named {name!r}")
+            found[name] = module
+        return found
+
+    def __hash__(self) -> int:
+        return hash((self.name, repr(sorted(self.options.items()))))
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
+        return f"{self.name}({options})" if options else self.name
+
+
+def _origin(declare: Declaration) -> tuple[str, str]:
+    """Where a declaration was written; running a notebook cell twice is no conflict."""
+    return declare.__module__, declare.__qualname__

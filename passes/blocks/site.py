@@ -1,0 +1,284 @@
+"""A convolution as a block sees it: its geometry, and a workshop for layers that run beside it.
+
+A branch with another kernel is centred on the main kernel's middle tap t0 = (k - 1) // 2 (F2): its leading padding is
+``p - d t0 + d' t0'``, its trailing one ``p - d (k - 1 - t0) + d' (k' - 1 - t0')``. A negative one crops. That covers
+every stride, dilation, padding, even and rectangular kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from passes.blocks.parts import ChannelScale
+from passes.conv_form import Ints
+from passes.geometry import Geometry, flat_pads
+from passes.refusal import Reason, RefusalError
+
+__all__ = ["Site"]
+
+_CONV: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORM: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_POOL: tuple[Any, ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_PAD: dict[str, tuple[Any, ...]] = {
+    "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
+class Site:
+    """One convolution that a block replaces, and the batch norm behind it.
+
+    The methods make layers that read what the convolution reads, on its device and in its dtype.
+
+    Args:
+        conv: the convolution; it becomes the main branch, or gives it its kernel.
+        norm: the batch norm that alone reads it, or None.
+        preserve: whether the block starts as the function that it replaces; else with its published initialisation.
+        online: whether it is trained as one convolution: then the norm stays where it is, behind the sum, and those of
+            the branches become factors per channel.
+
+    Attributes:
+        shift: whether there is a place for a bias when the block is folded: the convolution's own, or the norm's.
+            Without one, added layers carry neither bias nor batch norm, since each would leave a bias behind.
+        norm_taken: whether the block has taken the norm in.
+    """
+
+    def __init__(
+        self, conv: _ConvNd, norm: _BatchNorm | None = None, *, preserve: bool = True, online: bool = False
+    ) -> None:
+        self.conv = conv
+        self.norm = norm
+        self.preserve = preserve
+        self.geometry = Geometry.of(conv)
+        self.shift = conv.bias is not None or norm is not None
+        self.norm_taken = False
+        self.online = online
+
+    # ---------------------------------------------------------------- facts
+
+    @property
+    def n(self) -> int:
+        """Number of spatial dimensions."""
+        return self.geometry.n
+
+    @property
+    def in_channels(self) -> int:
+        return self.geometry.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.geometry.out_channels
+
+    @property
+    def kernel(self) -> Ints:
+        return self.geometry.kernel
+
+    @property
+    def stride(self) -> Ints:
+        return self.geometry.stride
+
+    @property
+    def groups(self) -> int:
+        return self.geometry.groups
+
+    @property
+    def taps(self) -> int:
+        """Pixels that the kernel reads."""
+        return math.prod(self.kernel)
+
+    @property
+    def depthwise(self) -> bool:
+        """One input channel per group, and as many outputs as inputs."""
+        return self.groups == self.in_channels == self.out_channels
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether an identity branch could be added: as many channels out as in, and stride 1."""
+        return self.in_channels == self.out_channels and self.stride == (1,) * self.n
+
+    def refuse(self, why: str) -> NoReturn:
+        """Leave this convolution alone; ``why`` is what the plan prints."""
+        raise RefusalError(Reason.BLOCK, why)
+
+    # ---------------------------------------------------------------- branches
+
+    def main(self, *, norm: bool = True, gamma: float = 1.0) -> nn.Module:
+        """The original convolution, with the batch norm behind it; with ``norm=False`` that stays where it is.
+
+        Published initialisation multiplies the norm's weight by ``gamma``.
+        """
+        if not norm or self.norm is None or self.online:
+            return self.conv
+        self.norm_taken = True
+        if not self.preserve and self.norm.affine and gamma != 1.0:
+            with torch.no_grad():
+                self.norm.weight.mul_(gamma)
+        return self.row(conv=self.conv, norm=self.norm)
+
+    def parallel(
+        self,
+        kernel: Sequence[int] | int,
+        *,
+        dilation: Sequence[int] | int = 0,
+        bias: bool = False,
+        norm: bool = True,
+        gamma: float = 1.0,
+    ) -> nn.Module:
+        """A convolution beside the main one, centred on it, with the same channels, groups and stride.
+
+        ``dilation`` defaults to the main one's. A batch norm of weight ``gamma`` follows, if ``norm`` and if its shift
+        has a place.
+        """
+        k = _per_dim(kernel, self.n)
+        d = _per_dim(dilation, self.n) if dilation else self.geometry.dilation
+        lead, trail = self._pads(k, d)
+        g = self.geometry
+        symmetric = lead == trail and all(p >= 0 for p in lead)
+        conv = self._conv(
+            g.in_channels, g.out_channels, k, g.groups, stride=g.stride, dilation=d, bias=bias,
+            padding=lead if symmetric else 0, padding_mode=g.mode if symmetric and any(lead) else "zeros",
+        )  # fmt: skip
+        pads = {} if symmetric else self._aligning(lead, trail)
+        return self.row(**pads, conv=conv, norm=self.new_norm(g.out_channels, gamma) if norm else None)
+
+    def identity(self, *, norm: bool = True) -> nn.Module:
+        """The input itself, aligned with the main branch's output, and a batch norm if ``norm``."""
+        ones = (1,) * self.n
+        norm_layer = self.new_norm(self.out_channels) if norm else None
+        return self.row(**self._aligning(*self._pads(ones, ones)), norm=norm_layer)
+
+    def pointwise(self, channels: int | None = None, *, bias: bool = False) -> _ConvNd:
+        """The 1x1 convolution that begins a sequence; ``None`` channels means as many as go in.
+
+        It has all of the main convolution's padding, so that what follows it needs none: then the sequence is one
+        convolution, exactly, borders included (F3), and its batch norm sees the border.
+        """
+        g = self.geometry
+        self._check_symmetric()
+        return self._conv(
+            g.in_channels, channels or g.in_channels, (1,) * self.n, g.groups, padding=g.lead, bias=bias,
+            padding_mode=g.mode if any(g.lead) else "zeros",
+        )  # fmt: skip
+
+    def windowed(self, channels: int, *, bias: bool = False, groups: int | None = None) -> _ConvNd:
+        """The convolution that ends such a sequence: the main one's kernel, stride and dilation, no padding."""
+        g = self.geometry
+        return self._conv(
+            channels, g.out_channels, g.kernel, groups or g.groups, stride=g.stride, dilation=g.dilation, bias=bias
+        )
+
+    def expanded(self, channels: int) -> _ConvNd:
+        """A depthwise convolution of the main one's kernel, stride and padding that gives ``channels``."""
+        g = self.geometry
+        self._check_symmetric()
+        return self._conv(
+            g.in_channels, channels, g.kernel, g.in_channels, stride=g.stride, dilation=g.dilation, padding=g.lead,
+            padding_mode=g.mode if any(g.lead) else "zeros",
+        )  # fmt: skip
+
+    def mixed(self, channels: int) -> _ConvNd:
+        """The 1x1 convolution that brings ``channels`` to as many as the main one gives."""
+        return self._conv(channels, self.out_channels, (1,) * self.n, self.groups)
+
+    def average(self, channels: int, *, padded: bool = False) -> nn.Module:
+        """Mean over the main kernel's window (F4); ``padded`` when nothing in front of it has done the padding."""
+        g = self.geometry
+        if padded and (g.lead != g.trail or g.mode != "zeros"):
+            return self.row(**self._aligning(g.lead, g.trail), pool=self.average(channels))
+        padding = g.lead if padded else (0,) * self.n
+        if all(d == 1 for d in g.dilation) and all(2 * p <= k for p, k in zip(padding, g.kernel, strict=True)):
+            return _POOL[self.n - 1](g.kernel, g.stride, padding)  # type: ignore[no-any-return]
+        # Pooling has no dilation, and pads at most half a window: a depthwise convolution that is not trained.
+        pool = self._conv(channels, channels, g.kernel, channels, stride=g.stride, dilation=g.dilation, padding=padding)
+        with torch.no_grad():
+            pool.weight.fill_(1.0 / self.taps)
+        return pool.requires_grad_(False)
+
+    def new_norm(self, channels: int, gamma: float = 1.0) -> _BatchNorm | None:
+        """A batch norm of the kind, eps and momentum of the one behind the convolution; None if its shift has no place.
+
+        :meth:`row` leaves a None out.
+        """
+        if not self.shift:
+            return None
+        like = self.norm
+        synced = isinstance(like, nn.SyncBatchNorm)
+        made: Any = nn.SyncBatchNorm if synced else _NORM[self.n - 1]
+        options = {} if like is None else {"eps": like.eps, "momentum": like.momentum}
+        norm: _BatchNorm = made(channels, **options, **self._placed())
+        nn.init.constant_(norm.weight, gamma)
+        return norm
+
+    def scale(self, value: float) -> ChannelScale:
+        """A trained factor per output channel that starts at ``value``."""
+        return ChannelScale(self.out_channels, value, self.n, **self._placed())
+
+    def filters(self, weight: Tensor, *, bias: bool = False) -> _ConvNd:
+        """A fixed depthwise convolution without padding, for after :meth:`pointwise`; ``weight`` is ``(out, *kernel)``.
+
+        Its kernel is not trained.
+        """
+        g = self.geometry
+        conv = self._conv(
+            g.out_channels, g.out_channels, g.kernel, g.out_channels, stride=g.stride, dilation=g.dilation, bias=bias
+        )
+        conv.weight.requires_grad_(False).copy_(weight.unsqueeze(1))
+        return conv
+
+    @staticmethod
+    def row(**layers: nn.Module | None) -> nn.Module:
+        """The layers that are there, one after another; a single one as itself, none as the identity."""
+        present = OrderedDict((name, layer) for name, layer in layers.items() if layer is not None)
+        if not present:
+            return nn.Identity()
+        return next(iter(present.values())) if len(present) == 1 else nn.Sequential(present)
+
+    # ---------------------------------------------------------------- helpers
+
+    def _check_symmetric(self) -> None:
+        if self.geometry.lead != self.geometry.trail:
+            self.refuse("its padding differs between the two sides, which no single layer of a sequence can take over")
+
+    def _pads(self, kernel: Ints, dilation: Ints) -> tuple[Ints, Ints]:
+        """Leading and trailing padding of a branch centred on the main kernel (F2)."""
+        g = self.geometry
+        lead, trail = [], []
+        for i in range(self.n):
+            own = (kernel[i] - 1) // 2
+            lead.append(g.lead[i] - g.dilation[i] * g.center[i] + dilation[i] * own)
+            behind = g.dilation[i] * (g.kernel[i] - 1 - g.center[i])
+            trail.append(g.trail[i] - behind + dilation[i] * (kernel[i] - 1 - own))
+        return tuple(lead), tuple(trail)
+
+    def _aligning(self, lead: Ints, trail: Ints) -> dict[str, nn.Module]:
+        """Modules that pad and crop the input; none where nothing is to be done."""
+        found: dict[str, nn.Module] = {}
+        if any(p > 0 for p in (*lead, *trail)):
+            grow = flat_pads(tuple(max(p, 0) for p in lead), tuple(max(p, 0) for p in trail))
+            found["pad"] = _PAD[self.geometry.mode][self.n - 1](grow)
+        if any(p < 0 for p in (*lead, *trail)):
+            crop = flat_pads(tuple(min(p, 0) for p in lead), tuple(min(p, 0) for p in trail))
+            found["crop"] = _PAD["zeros"][self.n - 1](crop)
+        return found
+
+    def _conv(self, inputs: int, outputs: int, kernel: Ints, groups: int, **options: Any) -> _ConvNd:
+        options["bias"] = options.get("bias", False) and self.shift
+        conv: _ConvNd = _CONV[self.n - 1](inputs, outputs, kernel, groups=groups, **options, **self._placed())
+        return conv
+
+    def _placed(self) -> dict[str, Any]:
+        return {"device": self.conv.weight.device, "dtype": self.conv.weight.dtype}
+
+
+def _per_dim(value: Sequence[int] | int, n: int) -> Ints:
+    return (value,) * n if isinstance(value, int) else tuple(value)

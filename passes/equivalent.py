@@ -1,0 +1,138 @@
+"""The one convolution that a module is: its form on meta tensors, in numbers, or as a program that runs in training.
+
+All three come from the same laws that :mod:`passes.collapse` folds with. Nothing here knows a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.stateless import _reparametrize_module
+
+from passes.conv_form import ConvForm
+from passes.flow import Flow
+from passes.refusal import Reason, Refusal, RefusalError
+from passes.region import Region, Sweep
+from passes.signal import Signal
+from passes.trace import trace_units
+from passes.views import views
+
+__all__ = ["KernelProgram", "Reading"]
+
+
+class Reading:
+    """A module read as one map from its input to its output.
+
+    Raises :class:`RefusalError` if the module is not one convolution or linear layer.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        training = [(m, m.training) for m in module.modules()]
+        try:
+            module.eval()
+            units, untraced = trace_units(_Holder(module))
+        finally:
+            for inner, mode in training:
+                inner.training = mode
+        if not units or units[0].path:
+            reason = untraced[0] if untraced else Refusal(Reason.UNTRACEABLE, Reason.UNTRACEABLE.value)
+            raise RefusalError(reason.reason, reason.message, reason.layer)
+        self.flow = Flow(units[0], {})
+        self.entry = next(n for n in self.flow.nodes if n.op == "placeholder")
+        returned = self.flow.nodes[-1].args[0]
+        if not isinstance(returned, fx.Node):
+            raise RefusalError(Reason.NOT_AFFINE, "it does not return one tensor")
+        self.result = returned
+        found = views(self.flow, self.entry)
+        if not found:
+            raise RefusalError(Reason.NO_CONVOLUTION)
+        self.view, self.channels = found[0]
+
+    def form(self, dtype: torch.dtype | None = torch.float64) -> ConvForm:
+        """The map with its numbers in ``dtype``; shapes only with None. Differentiable where gradients are on."""
+        return self._signal(dtype)[0].form
+
+    def multiply_adds(self) -> float:
+        """Multiply-adds of all layers inside, per output position."""
+        signal, sweep = self._signal(None)
+        behind = (sweep.value(n) for n in self.flow.nodes if n not in self.flow.constant)
+        work = sum(s.work * s.form.rate for s in behind if isinstance(s, Signal) and s is not sweep.value(self.entry))
+        return work / signal.form.rate
+
+    def region(self) -> Region:
+        """The whole module as a region, for the proof; its form is in float64."""
+        flow, (signal, sweep) = self.flow, self._signal(torch.float64)
+        inner = [n for n in flow.nodes if n.op not in ("placeholder", "output")]
+        constants = [n for n in inner if n in flow.constant]
+        dying = [n for n in inner if n not in flow.constant]
+        signals = [s for n in dying if isinstance(s := sweep.value(n), Signal)]
+        tensors = {id(t): t for n in inner for t in flow.tensors.get(n, ())}
+        return Region(
+            flow, self.entry, self.result, self.view, self.channels, signal.form, dying, dying, constants,
+            numbers_saved=sum(t.numel() for t in tensors.values()),
+            work_saved=sum(s.work * s.form.rate for s in signals),
+            biases=sum(s.bias for s in signals),
+            conv_first=True, after_conv=False, convs=set(),
+        )  # fmt: skip
+
+    def _signal(self, dtype: torch.dtype | None) -> tuple[Signal, Sweep]:
+        sweep = Sweep(self.flow, self.entry, self.view, self.channels, dtype)
+        value = sweep.value(self.result)
+        if isinstance(value, Refusal):
+            raise RefusalError(value.reason, value.message, value.layer)
+        if not isinstance(value, Signal) or value.ids is not None:
+            raise RefusalError(Reason.LAYOUT)
+        return value, sweep
+
+
+class _Holder(nn.Module):
+    """Gives a module a parent, so that a single layer is read like any other."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        return self.module(x)
+
+
+class KernelProgram:
+    """Weight and bias of a module's equivalent convolution as straight-line code over its parameters and buffers.
+
+    The laws run once, on fake tensors; what they did is recorded and runs again in every call, with autograd.
+
+    Raises :class:`RefusalError` if the module is not one convolution.
+
+    Args:
+        module: the module, with its parameters in ``dtype``.
+        dtype: of the kernel.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.names = tuple(name for name, tensor in state.items() if tensor.is_floating_point())
+        reading = Reading(module)
+
+        def kernel(*values: Tensor) -> tuple[Tensor, Tensor | None]:
+            named = {f"module.{name}": value for name, value in zip(self.names, values, strict=True)}
+            # With gradients on, weights are read as they are, not through a copy in float64.
+            with _reparametrize_module(reading.flow.unit.root, named), torch.enable_grad():
+                form = reading.form(dtype)
+            return form.weight, form.bias
+
+        example = [state[name].detach() for name in self.names]
+        # Without in-place operations, so that every value is a function of others wherever the code is read again.
+        functional = torch.func.functionalize(kernel, remove="mutations")
+        recorded = make_fx(functional, tracing_mode="fake")(*example)
+        recorded.graph.eliminate_dead_code()
+        recorded.recompile()
+        self._run: Any = recorded.forward  # plain code: not a module of its own, for whoever traces the caller
+
+    def __call__(self, values: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        return self._run(*values)  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: Any) -> KernelProgram:
+        return self  # it holds code, no weights

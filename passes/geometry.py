@@ -1,0 +1,93 @@
+"""The geometry of a convolution: everything about it but its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from passes.conv_form import ConvForm, Ints
+
+__all__ = ["Geometry", "flat_pads"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything about a convolution but its numbers: one integer per spatial dimension."""
+
+    in_channels: int
+    out_channels: int
+    kernel: Ints
+    stride: Ints
+    lead: Ints
+    trail: Ints
+    dilation: Ints
+    groups: int
+    mode: str
+
+    @staticmethod
+    def of(conv: _ConvNd) -> Geometry:
+        """The geometry of a convolution, ``padding="same"`` included."""
+        n = len(conv.kernel_size)
+        pads = conv._reversed_padding_repeated_twice
+        return Geometry(
+            conv.in_channels,
+            conv.out_channels,
+            tuple(conv.kernel_size),
+            tuple(conv.stride),
+            tuple(pads[2 * (n - 1 - i)] for i in range(n)),
+            tuple(pads[2 * (n - 1 - i) + 1] for i in range(n)),
+            tuple(conv.dilation),
+            conv.groups,
+            conv.padding_mode,
+        )
+
+    @property
+    def n(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.kernel)
+
+    @property
+    def center(self) -> Ints:
+        """The tap on which branches are centred."""
+        return tuple((k - 1) // 2 for k in self.kernel)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run a convolution of this geometry with another kernel and bias."""
+        padding: Sequence[int] = self.lead
+        if self.lead != self.trail or self.mode != "zeros":
+            mode = "constant" if self.mode == "zeros" else self.mode
+            x, padding = F.pad(x, flat_pads(self.lead, self.trail), mode=mode), (0,) * self.n
+        conv = (F.conv1d, F.conv2d, F.conv3d)[self.n - 1]
+        y: Tensor = conv(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return y
+
+    def matches(self, form: ConvForm) -> bool:
+        """Whether ``form`` is a convolution of just this geometry."""
+        own = (self.in_channels, self.out_channels, self.kernel, self.stride, self.lead, self.trail, self.groups)
+        theirs = (form.in_channels, form.out_channels, form.kernel, form.stride, form.lead, form.trail, form.groups)
+        steps = all(a == b or k == 1 for a, b, k in zip(self.dilation, form.dilation, self.kernel, strict=True))
+        mode = self.mode == form.mode or not any((*self.lead, *self.trail))
+        return own == theirs and steps and mode and all(u == 1 for u in form.up)
+
+    def __str__(self) -> str:
+        parts = [f"{self.in_channels}->{self.out_channels}", "x".join(map(str, self.kernel))]
+        if any(s > 1 for s in self.stride):
+            parts.append("stride " + _short(self.stride))
+        if any(d > 1 for d in self.dilation):
+            parts.append("dilation " + _short(self.dilation))
+        if self.groups > 1:
+            parts.append("depthwise" if self.groups == self.in_channels else f"groups {self.groups}")
+        return " ".join(parts) + ("" if self.mode == "zeros" else f" {self.mode}")
+
+
+def flat_pads(lead: Ints, trail: Ints) -> list[int]:
+    """In the order of ``torch.nn.functional.pad``: the last dimension first."""
+    return [p for pair in zip(reversed(lead), reversed(trail), strict=True) for p in pair]
+
+
+def _short(values: Ints) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
