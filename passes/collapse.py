@@ -26,6 +26,7 @@ from passes.emit import all_finite, emit, target_of
 from passes.equivalence import Expected, compare_outputs, expect, prove
 from passes.flow import Flow
 from passes.hazards import Memory
+from passes.modes import kept_modes
 from passes.placement import Layout, place
 from passes.plan import plan_unit
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
@@ -81,14 +82,9 @@ def explain_model(model: nn.Module, example_inputs: tuple[Any, ...] | None = Non
     """Decide as :func:`collapse_model` does, numbers included, and stop before surgery; the model is not changed."""
     check_model(model)
     explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan", "fold"), 0.0))
-    training = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
+    with kept_modes(model):
         for unit in _traced(model, explanation):
             _compile_unit(model, unit, _ranks(unit, example_inputs), explanation, None, verify=False)
-    finally:
-        for module, mode in training:
-            module.training = mode
     return explanation
 
 

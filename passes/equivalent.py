@@ -14,6 +14,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from passes.conv_form import ConvForm
 from passes.flow import Flow
+from passes.modes import kept_modes
 from passes.refusal import Reason, Refusal, RefusalError
 from passes.region import Region, Sweep
 from passes.signal import Signal
@@ -30,13 +31,8 @@ class Reading:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        training = [(m, m.training) for m in module.modules()]
-        try:
-            module.eval()
-            units, untraced = trace_units(_Holder(module))
-        finally:
-            for inner, mode in training:
-                inner.training = mode
+        with kept_modes(module):
+            units, untraced = trace_units(_Holder(module).eval())
         if not units or units[0].path:
             reason = untraced[0] if untraced else Refusal(Reason.UNTRACEABLE, Reason.UNTRACEABLE.value)
             raise RefusalError(reason.reason, reason.message, reason.layer)
@@ -121,7 +117,7 @@ class KernelProgram:
             # With gradients on, weights are read as they are, not through a copy in float64.
             with _reparametrize_module(reading.flow.unit.root, named), torch.enable_grad():
                 form = reading.form(dtype)
-            return form.weight, form.bias
+            return form.weight.contiguous(), form.bias
 
         example = [state[name].detach() for name in self.names]
         # Without in-place operations, so that every value is a function of others wherever the code is read again.

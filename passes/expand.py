@@ -25,6 +25,7 @@ from passes.copies import deep_copy
 from passes.emit import target_of
 from passes.equivalent import Reading
 from passes.geometry import Geometry
+from passes.modes import kept_modes
 from passes.online import OnlineSum, scales_for_norms
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.select import Blocks, Where, block_chooser, selector
@@ -299,18 +300,11 @@ def _check_preserved(layer: str, site: Site, module: BranchSum) -> None:
     reach = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
     sizes = [max(r, 2 * max(g.lead[i], g.trail[i])) + g.stride[i] for i, r in enumerate(reach)]
     x = torch.randn((2, g.in_channels, *sizes), generator=torch.Generator().manual_seed(0)).to(weight)
-    modes = [(m, m.training) for m in [site.conv, *module.modules()]]
-    try:
-        for m, _ in modes:
-            m.training = False
-        with torch.no_grad():
-            wanted = site.conv(x)
-            if site.norm_taken and site.norm is not None:
-                wanted = site.norm(wanted)
-            got = module(x)
-    finally:
-        for m, mode in modes:
-            m.training = mode
+    with kept_modes(site.conv, module), torch.no_grad():
+        wanted = site.conv(x)
+        if site.norm_taken and site.norm is not None:
+            wanted = site.norm(wanted)
+        got = module(x)
     allowed = torch.finfo(weight.dtype).eps ** 0.5 * max(float(wanted.abs().max()), 1.0)
     gap = float((got - wanted).abs().max())
     if not gap <= allowed:
@@ -333,18 +327,15 @@ def _positions(model: nn.Module, convs: list[Found], inputs: tuple[Any, ...]) ->
             found[path] = found.get(path, 0) + output[0, 0].numel()
 
         hooks.append(each.conv.register_forward_hook(note))
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        with torch.no_grad():
-            model.eval()(*inputs)
+        with kept_modes(model), torch.no_grad():
+            model(*inputs)
     # The model is user code: whatever it raises means that it does not take these inputs.
     except Exception as error:
         raise ReparamError(f"the model rejects example_inputs: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return found
 
 

@@ -1,7 +1,7 @@
 """From a trained or collapsed network back to the plain architecture it stands for, batch norms included.
 
-A block that stands in a convolution's place is folded into that convolution alone; everything else is taken over as it
-is. A network that was built of blocks from the start is collapsed as a whole and matched by names.
+A block that stands in a convolution's place is folded, with the norm behind it, into that convolution alone; what is no
+convolution is taken over as it is. A network that was built of blocks from the start is collapsed as a whole and matched by names.
 
 Where the architecture has a batch norm behind a convolution, the folded bias becomes the norm's shift and the norm
 becomes the identity otherwise: mean 0, ``var + eps`` exactly 1, gamma 1. The state dict then loads with
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from passes.copies import deep_copy
@@ -23,10 +23,11 @@ from passes.equivalence import prove
 from passes.equivalent import Reading
 from passes.flow import Flow
 from passes.geometry import Geometry
+from passes.modes import kept_modes
 from passes.refusal import RefusalError, ReparamError
 from passes.region import fold_of
 from passes.report import Counts, Explanation
-from passes.sites import find_convs
+from passes.sites import find_convs, plain_norm
 from passes.trace import join, trace_units
 
 __all__ = ["restore", "restore_blocks"]
@@ -38,37 +39,35 @@ def restore_blocks(model: nn.Module, like: nn.Module, verify: bool) -> tuple[nn.
     None if ``model`` is not ``like`` with blocks in the places of convolutions.
     """
     result = deep_copy(like).eval()
-    have = dict(model.state_dict(keep_vars=True))
-    wanted = result.state_dict(keep_vars=True)
+    have, wanted = dict(model.state_dict(keep_vars=True)), result.state_dict(keep_vars=True)
     convs = {found.path: found for found in find_convs(result)}
     inside = dict(model.named_modules())
-    blocks = [path for path in convs if path in inside and _own(have, path) != _own(wanted, path)]
-    taken = {key for path in blocks for key in [*_own(have, path), *_own(wanted, path)]}
-    freed = {norm.path for path in blocks if (norm := convs[path].norm) is not None and not _own(have, norm.path)}
-    taken |= {key for path in freed for key in _own(wanted, path)}
-    rest = {key for key in wanted if key not in taken}
-    if rest != {key for key in have if key not in taken} or any(have[k].shape != wanted[k].shape for k in rest):
+    changed = {path for path in convs if path in inside and _own(have, path) != _own(wanted, path)}
+    folding = {path for path in convs if path in changed or (path in inside and convs[path].norm is not None)}
+    norms = {norm.path for path in folding if (norm := convs[path].norm) is not None}
+    taken = {key for path in folding | norms for state in (have, wanted) for key in _own(state, path)}
+    rest = wanted.keys() - taken
+    if rest != have.keys() - taken or any(have[key].shape != wanted[key].shape for key in rest):
         return None
     explanation = Explanation(before=Counts.of(model), seconds={})
-    with torch.no_grad():
+    with kept_modes(model), torch.no_grad():
         for key in rest:
             wanted[key].copy_(have[key])
-        for path in blocks:
+        for path in [path for path in convs if path in folding]:
             conv, norm = convs[path].conv, convs[path].norm
+            layers = [inside[path]]
+            if norm is not None and isinstance(behind := inside.get(norm.path), _BatchNorm):
+                layers.append(plain_norm(behind, len(conv.kernel_size)))
             try:
-                region = Reading(inside[path]).region()
-                folded: Any = emit(region.form, target_of(inside[path].parameters()))
+                region = Reading(nn.Sequential(*layers)).region()
+                folded: Any = emit(region.form, target_of(t for layer in layers for t in layer.parameters()))
                 error = prove(region, region.form, folded) if verify else None
             except RefusalError:
                 return None
             if not isinstance(folded, _ConvNd) or Geometry.of(folded) != Geometry.of(conv):
                 return None
             conv.weight.copy_(folded.weight)
-            behind = None if norm is None else result.get_submodule(norm.path)
-            if norm is not None and norm.path in freed:
-                assert behind is not None
-                make_identity(behind)
-            _put_bias(path, conv, folded.bias, behind)
+            _put_bias(path, conv, folded.bias, None if norm is None else result.get_submodule(norm.path))
             explanation.folds.append(fold_of(region, path, error))
     explanation.after = Counts.of(result)
     return result, explanation
@@ -79,15 +78,17 @@ def _own(state: dict[str, Tensor], path: str) -> frozenset[str]:
 
 
 def _put_bias(path: str, conv: _ConvNd, bias: Tensor | None, norm: Any) -> None:
-    """Give the folded bias to whoever can take it: the convolution, or the statistics of the norm behind it."""
+    """Give the folded bias to whoever can take it: the convolution, or the norm behind it, else the identity."""
+    if norm is not None:
+        make_identity(norm)
     if conv.bias is not None:
         conv.bias.copy_(torch.zeros_like(conv.bias) if bias is None else bias)
     elif bias is not None and norm is None:
         raise ReparamError(f"{path} has a bias after folding, and like= has no layer to take it")
     elif bias is not None and norm.bias is not None:
-        norm.bias.add_(bias * norm.weight * torch.rsqrt(norm.running_var + norm.eps))
+        norm.bias.copy_(bias)
     elif bias is not None:
-        norm.running_mean.sub_(bias)
+        norm.running_mean.copy_(-bias)
 
 
 def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from passes.modes import kept_modes
 from passes.refusal import Reason, Refusal
 from passes.trace import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
 from passes.transfer import is_shape_query
@@ -41,15 +42,10 @@ class Found:
 
 def find_convs(model: nn.Module) -> list[Found]:
     """Every convolution module of ``model``, in order of registration; the model is not changed."""
-    modes = [(m, m.training) for m in model.modules()]
     seen: list[_Uses] = []
-    try:
-        for training in (False, True):
-            model.train(training)
+    for training in (False, True):
+        with kept_modes(model, training=training):
             seen.append(_Uses(model))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     places = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found = []
