@@ -1,0 +1,39 @@
+"""The README is true: its Python runs, and its table of blocks is complete."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reparam
+from passes.blocks import registry
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_BLOCKS", reparam.blocks())  # the example's block is gone after
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(examples) >= 2
+    names: dict[str, Any] = {"__name__": "readme"}
+    for code in examples:
+        exec(compile(code, "README.md", "exec"), names)
+    assert "lowrank" in reparam.blocks()
+
+
+def test_a_new_block_takes_at_most_twenty_lines() -> None:
+    code = re.search(r"(@reparam.block.*?)\n\n\n", README, re.DOTALL)
+    assert code is not None
+    assert len(code[1].splitlines()) <= 20
+
+
+def test_every_block_is_in_the_table() -> None:
+    rows = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    assert rows == {name for name, info in reparam.blocks().items() if info.declare.__module__.startswith("passes.")}
+
+
+def test_it_stays_short() -> None:
+    assert len(README.splitlines()) < 200
