@@ -93,17 +93,17 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ReparamError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if next(model.parameters(), None) is None:
-        raise ReparamError(f"{type(model).__name__} has no parameters: there is nothing to fold")
+        raise ReparamError(f"{type(model).__name__} has no parameters")
     for name, module in model.named_modules():
         if "quantized" in type(module).__module__:
-            raise ReparamError(f"{name} is quantised: collapse first, quantise the result")
+            raise ReparamError(f"{name} is quantised: rewrite the model first, quantise the result")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ReparamError(f"{name} is not initialised yet: run the model once first")
         if tensor.device.type == "meta":
             raise ReparamError(f"{name} is on the meta device and has no numbers: load the weights first")
         if tensor.is_quantized:
-            raise ReparamError(f"{name} is quantised: collapse first, quantise the result")
+            raise ReparamError(f"{name} is quantised: rewrite the model first, quantise the result")
     for name, tensor in _weights(model):
         if tensor.is_floating_point() and not all_finite(tensor):
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "an infinite value"

@@ -6,6 +6,7 @@ All three come from the same laws that :mod:`passes.collapse` folds with. Nothin
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +15,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from passes.conv_form import ConvForm
 from passes.flow import Flow
+from passes.geometry import Geometry
 from passes.modes import kept_modes
 from passes.refusal import Reason, Refusal, RefusalError
 from passes.region import Region, Sweep
@@ -123,12 +125,66 @@ class KernelProgram:
         # Without in-place operations, so that every value is a function of others wherever the code is read again.
         functional = torch.func.functionalize(kernel, remove="mutations")
         recorded = make_fx(functional, tracing_mode="fake")(*example)
+        for node in recorded.graph.nodes:
+            if node.target is torch.ops.aten.clone.default and not node.kwargs:
+                node.replace_all_uses_with(node.args[0])  # nothing is changed in place: no copy is needed
+            # A view is recorded for the layout that the weights have now; channels_last may come or go later.
+            if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                node.target = torch.ops.aten.reshape.default
         recorded.graph.eliminate_dead_code()
         recorded.recompile()
         self._run: Any = recorded.forward  # plain code: not a module of its own, for whoever traces the caller
+
+    @staticmethod
+    def of(module: nn.Module, dtype: torch.dtype) -> KernelProgram:
+        """The program of a module; modules that differ in their numbers only have one between them."""
+        key = _structure(module)
+        program = None if key is None else _PROGRAMS.get((dtype, key))
+        if program is None:
+            program = KernelProgram(module, dtype)
+            if key is not None:
+                _PROGRAMS[dtype, key] = program
+        return program
 
     def __call__(self, values: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         return self._run(*values)  # type: ignore[no-any-return]
 
     def __deepcopy__(self, memo: Any) -> KernelProgram:
         return self  # it holds code, no weights
+
+
+_PROGRAMS: WeakValueDictionary[Any, KernelProgram] = WeakValueDictionary()
+"""By the structure of the module, for as long as some block runs it: a network has few kinds of layers."""
+
+_INTERNAL = nn.Module().__dict__.keys()
+
+
+def _structure(module: nn.Module) -> Any:
+    """Everything that a module's graph can depend on but its numbers; None where that cannot be told."""
+    found: list[Any] = []
+    for path, part in module.named_modules():
+        own = part.__dict__
+        if any(own[name] for name in _INTERNAL if name.endswith("_hooks")):
+            return None
+        # The graph is that of eval mode, whatever mode the module is in.
+        facts = {name: value for name, value in own.items() if name not in _INTERNAL}
+        tensors = [(name, t) for table in (own["_parameters"], own["_buffers"]) for name, t in table.items()]
+        layouts = [(name, None if t is None else (t.shape, t.stride(), t.dtype, t.device)) for name, t in tensors]
+        frozen = _frozen(facts)
+        if frozen is None:
+            return None
+        found.append((path, type(part), frozen, tuple(layouts)))
+    return tuple(found)
+
+
+def _frozen(facts: dict[str, Any]) -> Any:
+    """Plain attributes by name, in a form that can be compared; None if one of them is anything else."""
+    plain = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, Geometry)
+    found = []
+    for name, value in facts.items():
+        items = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        if not all(isinstance(item, plain) for item in items):
+            return None
+        # 1, 1.0 and True are equal, and may mean different things.
+        found.append((name, type(value), tuple((type(item), item) for item in items)))
+    return tuple(found)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import textwrap
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,12 +39,16 @@ __all__ = ["Cost", "Plan", "PlanRow", "make_plan"]
 
 log = logging.getLogger("reparam")
 
+_UNASKED = (Reason.NOT_SELECTED, Reason.KERNEL_OF_ONE)
+"""Refusals of convolutions that the caller did not ask for."""
+
 
 @dataclass(frozen=True)
 class Cost:
     """What a layer holds and does: before, while training, and after collapse.
 
-    ``multiply_adds`` are per sample if the plan was given example inputs, else per output position.
+    ``multiply_adds`` are per sample if the plan was given example inputs, else per output position; batch norms and
+    sums of branches count one for each value.
     """
 
     parameters: tuple[int, int, int]
@@ -85,8 +91,7 @@ class Plan:
     @property
     def refused(self) -> tuple[PlanRow, ...]:
         """Rows of convolutions that were asked for and are left alone."""
-        quiet = (Reason.NOT_SELECTED, Reason.KERNEL_OF_ONE)
-        return tuple(row for row in self.rows if row.refusal is not None and row.refusal.reason not in quiet)
+        return tuple(row for row in self.rows if row.refusal is not None and row.refusal.reason not in _UNASKED)
 
     def reasons(self) -> Counter[str]:
         """How many convolutions are left alone for each reason, unselected ones included."""
@@ -98,52 +103,67 @@ class Plan:
         Raises :class:`ReparamError` if a block does not keep the function although it should; the model is then as it
         was.
         """
-        model = self._model if self._inplace else deep_copy(self._model)
+        self._check_unchanged()
+        model = self._model if self._inplace else _copy(self._model)
         surgeon = Surgeon(model)
         checked: set[Any] = set()
+        scaled = (
+            [] if self._preserve or not self._inplace else _norm_weights((row.found for row in self.expanded), model)
+        )
         try:
             for row in self.expanded:
-                assert row.block is not None
-                site = _site(model, row.found, self._preserve, self._online[row.layer])
-                module = _build(site, row.block, self._online[row.layer])
-                signature = _signature(site, row.block, self._online[row.layer])
-                if self._preserve and signature not in checked:
-                    checked.add(signature)
-                    _check_preserved(row.layer, site, module)
-                surgeon.replace(row.layer, module)
-                if site.norm_taken and row.found.norm is not None:
-                    norm = model.get_submodule(row.found.norm.path)
-                    surgeon.replace(row.found.norm.path, remainder(norm, row.found.norm.rest))
+                self._expand(row, model, surgeon, checked)
         # Whatever went wrong, a model edited in place must come back as it was; the error itself goes on.
         except BaseException:
             surgeon.undo()
+            with torch.no_grad():
+                for weight, before in scaled:
+                    weight.copy_(before)
             raise
-        log.info("expand: %d of %d convolutions", len(self.expanded), len(self.rows))
+        level = logging.INFO if self.expanded else logging.WARNING
+        log.log(level, "expand: %d of %d convolutions get a block", len(self.expanded), len(self.rows))
         return model
 
+    def _expand(self, row: PlanRow, model: nn.Module, surgeon: Surgeon, checked: set[Any]) -> None:
+        """Put one block in its place; ``checked`` holds the signatures of those that were seen to keep the function."""
+        assert row.block is not None
+        online = self._online[row.layer]
+        site = _site(model, row.found, self._preserve, online)
+        module = _build(row.layer, site, row.block, online)
+        signature = _signature(site, row.block, online)
+        if self._preserve and signature not in checked:
+            checked.add(signature)
+            _check_preserved(row.layer, site, module)
+        surgeon.replace(row.layer, module)
+        if site.norm_taken and row.found.norm is not None:
+            norm = model.get_submodule(row.found.norm.path)
+            surgeon.replace(row.found.norm.path, remainder(norm, row.found.norm.rest))
+
+    def _check_unchanged(self) -> None:
+        modules = dict(self._model.named_modules())
+        for row in self.expanded:
+            norm = row.found.norm
+            if modules.get(row.layer) is not row.found.conv or (norm is not None and norm.path not in modules):
+                raise ReparamError(f"{row.layer} is no longer the layer that was planned for: plan again")
+
     def __str__(self) -> str:
-        body = []
-        for row in self.rows:
-            if row.cost is not None:
-                parameters = " -> ".join(f"{p:,}" for p in row.cost.parameters)
-                work = " -> ".join(_count(m) for m in row.cost.multiply_adds)
-                body.append((row.layer, str(row.geometry), str(row.block), parameters, work))
-        for row in self.refused:
-            assert row.refusal is not None
-            body.append((row.layer, str(row.geometry), f"left: {row.refusal.message}", "", ""))
-        unit = "multiply-adds a sample" if self.per_sample else "multiply-adds a position"
-        header = ("layer", "geometry", "block", "parameters: before, training, after", unit)
-        lines = [f"{len(self.expanded)} of {len(self.rows)} convolutions get a block, {len(self.refused)} are left"]
-        lines += section("", header, body)
-        costs = [row.cost for row in self.rows if row.cost is not None]
+        lines = [f"{len(self.expanded)} of {len(self.rows)} convolutions get a block"]
+        costs = [row.cost for row in self.expanded if row.cost is not None]
         if costs:
-            total = [sum(c.parameters[i] for c in costs) for i in range(3)]
-            work_sum = [sum(c.multiply_adds[i] for c in costs) for i in range(3)]
-            lines += ["", f"parameters of these layers: {' -> '.join(f'{t:,}' for t in total)}"]
-            if self.per_sample:
-                lines.append(f"multiply-adds of these layers: {' -> '.join(_count(m) for m in work_sum)}")
-        quiet = Counter(row.refusal.message for row in self.rows if row.refusal is not None and row not in self.refused)
-        return "\n".join(lines + [f"{count} not considered: {reason}" for reason, count in quiet.items()])
+            cells = [_aligned([c.parameters for c in costs]), _aligned([c.multiply_adds for c in costs])]
+            names = [(row.layer, str(row.geometry), str(row.block)) for row in self.expanded]
+            names.append(("total", "", ""))
+            work = "multiply-adds" if self.per_sample else "multiply-adds a position"
+            body = [(*name, *row) for name, *row in zip(names, *cells, strict=True)]
+            lines += ["parameters and multiply-adds are those before -> in training -> after collapse"]
+            lines += section("", ("layer", "geometry", "block", "parameters", work), body)
+        lines += _grouped("left alone", self.refused, layers=True)
+        lines += _grouped("not considered", self._unasked, layers=False)
+        return "\n".join(lines)
+
+    @property
+    def _unasked(self) -> tuple[PlanRow, ...]:
+        return tuple(row for row in self.rows if row.refusal is not None and row.refusal.reason in _UNASKED)
 
 
 def make_plan(
@@ -157,7 +177,21 @@ def make_plan(
     inplace: bool = False,
 ) -> Plan:
     """Decide for every convolution of ``model``; see :func:`reparam.plan`. The model is not changed."""
-    _check(model, init)
+    _check(model, init, online, inplace)
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        return _decided(model, block, where, init == "preserve", online, example_inputs, inplace)
+
+
+def _decided(
+    model: nn.Module,
+    block: Blocks,
+    where: Where,
+    preserve: bool,
+    online: bool | None,
+    example_inputs: tuple[Any, ...] | None,
+    inplace: bool,
+) -> Plan:
     convs = find_convs(model)
     paths = [found.path for found in convs]
     selected, chosen = selector(where, paths), block_chooser(block, paths)
@@ -166,30 +200,34 @@ def make_plan(
     rows, onlines = [], {}
     for found in convs:
         mine = chosen(found.path)
-        outcome: Cost | Refusal | None = selected(found.path, found.conv) or found.refusal
+        outcome: Cost | Refusal | None = selected(found.path, found.conv)
         if outcome is None and mine is None:
             outcome = Refusal(Reason.NOT_SELECTED, Reason.NOT_SELECTED.value)
-        if outcome is None and _inside_block(model, found.path):
+        asked = not isinstance(outcome, Refusal) or outcome.reason is not Reason.NOT_SELECTED
+        if asked and _inside_block(model, found.path):
             outcome = Refusal(Reason.BLOCK, "it is part of a block already; collapse the model first")
+        outcome = outcome or found.refusal
         if outcome is None:
             assert mine is not None
             as_one = mine.info.online if online is None else online
             onlines[found.path] = as_one
-            key = _signature(_site(model, found, init == "preserve", as_one), mine, as_one)
+            key = _signature(_site(model, found, preserve, as_one), mine, as_one)
             if key not in decided:
-                decided[key] = _try_on_meta(model, found, mine, init == "preserve", as_one)
+                decided[key] = _try_on_meta(model, found, mine, preserve, as_one)
             outcome = decided[key]
         cost = outcome if isinstance(outcome, Cost) else None
         refusal = outcome.at(found.path) if isinstance(outcome, Refusal) else None
         if cost is not None and positions is not None:
             cost = _times(cost, positions.get(found.path, 0))
         rows.append(PlanRow(found.path, Geometry.of(found.conv), mine if cost else None, refusal, cost, found))
-    return Plan(tuple(rows), positions is not None, model, init == "preserve", onlines, inplace)
+    return Plan(tuple(rows), positions is not None, model, preserve, onlines, inplace)
 
 
-def _check(model: Any, init: str) -> None:
+def _check(model: Any, init: Any, online: Any, inplace: bool) -> None:
     if init not in ("preserve", "paper"):
         raise ReparamError(f"init is 'preserve' or 'paper', got {init!r}")
+    if online not in (None, True, False):
+        raise ReparamError(f"online is True, False or None (as the block says), got {online!r}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ReparamError("a scripted model cannot be expanded: expand first, then torch.jit.script the result")
     if hasattr(model, "_orig_mod"):
@@ -199,6 +237,26 @@ def _check(model: Any, init: str) -> None:
     check_model(model)
     if isinstance(model, _ConvNd):
         raise ReparamError("the model is itself one layer: put it into torch.nn.Sequential, so that it can be replaced")
+    if inplace and (name := next((n for n, p in model.named_parameters() if p.is_inference()), None)) is not None:
+        raise ReparamError(
+            f"{name} was made under torch.inference_mode() and can never be trained: leave out inplace=True, which "
+            "gives a copy that can"
+        )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return deep_copy(model)
+    # deepcopy runs user code, which may fail in any way.
+    except Exception as error:
+        raise ReparamError(f"the model cannot be copied ({error}); pass inplace=True") from error
+
+
+def _norm_weights(found: Iterable[Found], model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Weights of the norms that a published initialisation scales, each with a copy of its numbers."""
+    norms = [model.get_submodule(each.norm.path) for each in found if each.norm is not None]
+    weights = [norm.weight for norm in norms if isinstance(norm.weight, Tensor)]
+    return [(weight, weight.detach().clone()) for weight in weights]
 
 
 def _inside_block(model: nn.Module, path: str) -> bool:
@@ -220,23 +278,28 @@ def _site(model: nn.Module, found: Found, preserve: bool, online: bool) -> Site:
     return Site(conv, norm, preserve=preserve, online=online)
 
 
-def _build(site: Site, block: Block, online: bool) -> BranchSum:
+def _build(layer: str, site: Site, block: Block, online: bool) -> BranchSum:
     """The block for one convolution, in its dtype, on its device, as trainable as it is."""
     conv, norm = site.conv, site.norm
     own = {id(p) for m in (conv, norm) if m is not None for p in m.parameters()}
-    branches = block.branches(site)
+    try:
+        branches = block.branches(site)
+    except (RefusalError, ReparamError):
+        raise
+    # A block is user code, and so are its options.
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        raise ReparamError(f"{layer}: {block} cannot be built, {type(error).__name__}: {why}") from error
     others = list(branches.values())[1:]
     if site.preserve:
         for branch in others:
             silence(branch)
-    kind: type[BranchSum] = BranchSum
     if online:
-        kind = OnlineSum
         branches = {name: scales_for_norms(branch, site.n) for name, branch in branches.items()}
     layout = target_of([conv.weight])
     for branch in branches.values():
         for module in branch.modules():
-            if module is not norm:
+            if module not in (conv, norm):
                 module.training = conv.training if norm is None else norm.training
         for parameter in branch.parameters():
             if id(parameter) in own:
@@ -246,9 +309,12 @@ def _build(site: Site, block: Block, online: bool) -> BranchSum:
             if layout.channels_last and parameter.dim() == conv.weight.dim() and parameter.dim() in (4, 5):
                 last = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
                 parameter.data = parameter.data.contiguous(memory_format=last)
-    module = kind(str(block), branches, conv)
-    module.training = conv.training
-    return module
+    if online or len(branches) > 1:
+        made: nn.Module = (OnlineSum if online else BranchSum)(branches)
+        made.training = conv.training
+    else:
+        (made,) = branches.values()
+    return stand_in(made, str(block), conv)
 
 
 def _try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, online: bool) -> Cost | Refusal:
@@ -257,7 +323,7 @@ def _try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, o
     norm_on_meta = None if real.norm is None else _on_meta(real.norm)
     site = Site(_on_meta(real.conv), norm_on_meta, preserve=preserve, online=online)
     try:
-        built = _build(site, block, online=False)
+        built = _build(found.path, site, block, online=False)
         reading = Reading(built)
         form = reading.form(None)
     except RefusalError as error:
@@ -271,7 +337,8 @@ def _try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, o
     norm = 0 if site.norm is None else sum(p.numel() for p in site.norm.parameters())
     before = conv + (0 if site.conv.bias is None else site.out_channels) + norm
     training = sum(p.numel() for p in built.parameters()) + (0 if site.norm_taken else norm)
-    positions = (float(conv), float(conv) if online else reading.multiply_adds(), float(conv))
+    normed = float(conv + (0 if site.norm is None or not (site.norm_taken or online) else site.out_channels))
+    positions = (normed, normed if online else reading.multiply_adds(), float(conv))
     return Cost((before, training, conv + bias), positions)
 
 
@@ -295,11 +362,12 @@ def _signature(site: Site, block: Block, online: bool) -> Any:
 
 
 def _check_preserved(layer: str, site: Site, module: BranchSum) -> None:
-    """Run the block and the layers that it replaces on a small random input."""
+    """Run the block and the layers that it replaces on the smallest random input that every tap reads."""
     g, weight = site.geometry, site.conv.weight
     reach = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
-    sizes = [max(r, 2 * max(g.lead[i], g.trail[i])) + g.stride[i] for i, r in enumerate(reach)]
-    x = torch.randn((2, g.in_channels, *sizes), generator=torch.Generator().manual_seed(0)).to(weight)
+    pads = [sorted(pair) for pair in zip(g.lead, g.trail, strict=True)]
+    sizes = [max(r - p[0], p[1] + 1) + s for r, p, s in zip(reach, pads, g.stride, strict=True)]
+    x = torch.randn((1, g.in_channels, *sizes), generator=torch.Generator().manual_seed(0)).to(weight)
     with kept_modes(site.conv, module), torch.no_grad():
         wanted = site.conv(x)
         if site.norm_taken and site.norm is not None:
@@ -317,16 +385,25 @@ def _check_preserved(layer: str, site: Site, module: BranchSum) -> None:
 # ------------------------------------------------------------------ counting
 
 
-def _positions(model: nn.Module, convs: list[Found], inputs: tuple[Any, ...]) -> dict[str, int]:
-    """Output positions of every convolution for one sample of ``inputs``."""
-    found: dict[str, int] = {}
+def _positions(model: nn.Module, convs: list[Found], inputs: tuple[Any, ...]) -> dict[str, float]:
+    """Output positions of every convolution for one sample of ``inputs``, in evaluation."""
+    try:
+        model = deep_copy(model)  # a forward may leave marks
+    # Whatever a copy that fails raises: one that edits in place needs none.
+    except Exception as error:
+        log.debug("the model is run itself, it cannot be copied: %s", error)
+    found: dict[str, float] = {}
     hooks = []
+    single = False
     for each in convs:
 
         def note(module: nn.Module, args: Any, output: Tensor, path: str = each.path) -> None:
-            found[path] = found.get(path, 0) + output[0, 0].numel()
+            nonlocal single
+            conv: Any = module
+            single |= output.dim() == len(conv.kernel_size) + 1
+            found[path] = found.get(path, 0) + output.numel() / conv.out_channels
 
-        hooks.append(each.conv.register_forward_hook(note))
+        hooks.append(model.get_submodule(each.path).register_forward_hook(note))
     try:
         with kept_modes(model), torch.no_grad():
             model(*inputs)
@@ -336,16 +413,56 @@ def _positions(model: nn.Module, convs: list[Found], inputs: tuple[Any, ...]) ->
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    samples = 1 if single else _samples(inputs)
+    return {path: count / samples for path, count in found.items()}
 
 
-def _times(cost: Cost, positions: int) -> Cost:
+def _samples(inputs: Any) -> int:
+    """Size of the batch: that of the first tensor, or the number of images in a list."""
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0] if inputs.dim() else 1
+    values = list(inputs.values()) if isinstance(inputs, dict) else inputs
+    first = values[0] if isinstance(values, (list, tuple)) and values else None
+    if isinstance(values, list) and isinstance(first, Tensor):
+        return len(values)
+    return 1 if first is None else _samples(first)
+
+
+def _times(cost: Cost, positions: float) -> Cost:
     before, training, after = (m * positions for m in cost.multiply_adds)
     return Cost(cost.parameters, (before, training, after))
 
 
+# ------------------------------------------------------------------ printing
+
+
+def _aligned(triples: Sequence[Sequence[float]]) -> list[str]:
+    """``before -> training -> after`` for each row and for their sum, the three in columns of their own."""
+    total = [sum(values) for values in zip(*triples, strict=True)]
+    cells = [[_count(value) for value in triple] for triple in [*triples, total]]
+    widths = [max(len(row[i]) for row in cells) for i in range(3)]
+    return [" -> ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+
+
+def _grouped(title: str, rows: Sequence[PlanRow], *, layers: bool) -> list[str]:
+    """Convolutions under the reason that they share."""
+    lines = []
+    reasons: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        assert row.refusal is not None
+        reasons.setdefault(row.refusal.message, []).append(row)
+    for reason, members in reasons.items():
+        lines += ["", *textwrap.wrap(f"{len(members)} {title}: {reason}", 110, subsequent_indent="  ")]
+        if layers:
+            widest = max(len(row.layer) for row in members)
+            lines += [f"  {row.layer:{widest}}  {row.geometry}" for row in members]
+    return lines
+
+
 def _count(number: float) -> str:
+    """Three digits and a unit."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.2f} {unit}"
+            scaled = number / size
+            return f"{scaled:.{max(2 - len(str(int(scaled))) + 1, 0)}f}{unit}"
     return f"{number:.0f}"

@@ -16,7 +16,10 @@ __all__ = ["Geometry", "flat_pads"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything about a convolution but its numbers: one integer per spatial dimension."""
+    """Everything about a convolution but its numbers: one integer per spatial dimension.
+
+    What has no effect is at its default: the dilation of a single tap, the mode of a padding of nothing.
+    """
 
     in_channels: int
     out_channels: int
@@ -33,6 +36,7 @@ class Geometry:
         """The geometry of a convolution, ``padding="same"`` included."""
         n = len(conv.kernel_size)
         pads = conv._reversed_padding_repeated_twice
+        steps = zip(conv.dilation, conv.kernel_size, strict=True)
         return Geometry(
             conv.in_channels,
             conv.out_channels,
@@ -40,9 +44,9 @@ class Geometry:
             tuple(conv.stride),
             tuple(pads[2 * (n - 1 - i)] for i in range(n)),
             tuple(pads[2 * (n - 1 - i) + 1] for i in range(n)),
-            tuple(conv.dilation),
+            tuple(d if k > 1 else 1 for d, k in steps),
             conv.groups,
-            conv.padding_mode,
+            conv.padding_mode if any(pads) else "zeros",
         )
 
     @property

@@ -11,13 +11,15 @@ __all__ = ["kept_modes"]
 
 
 @contextmanager
-def kept_modes(*models: nn.Module, training: bool | None = False) -> Iterator[None]:
-    """Put models into evaluation mode (or training mode; None: neither), and every module back into its own after."""
+def kept_modes(*models: nn.Module, training: bool = False) -> Iterator[None]:
+    """Put models into evaluation mode (or training mode), and every module back into its own after.
+
+    Only the flags are set: a model's own ``train`` may do more than that, and would not be undone.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
-        if training is not None:
-            for model in models:
-                model.train(training)
+        for module, _ in modes:
+            module.training = training
         yield
     finally:
         for module, mode in modes:

@@ -7,8 +7,8 @@ stands behind the sum (Hu et al., "OREPA", CVPR 2022, sec. 3.1). Nothing here kn
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class OnlineSum(BranchSum):
     def forward(self, x: Tensor) -> Tensor:
         # An optimizer's small steps are lost in bfloat16: the kernel is computed in the parameters' own dtype.
         with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-            weight, bias = self._program([get(self) for get in self._tensors])
+            weight, bias = self._program(self._values())
         return self.geometry.convolve(x, weight, bias)
 
     def extra_repr(self) -> str:
@@ -43,9 +43,19 @@ class OnlineSum(BranchSum):
     def _record(self) -> None:
         first = next(self.parameters())
         plain = BranchSum(self.block, dict(self.named_children()), self)  # type: ignore[arg-type]
-        program = KernelProgram(plain, first.dtype)
+        program = KernelProgram.of(plain, first.dtype)
         self._program = program
-        self._tensors = [attrgetter(name) for name in program.names]
+        self._paths = [name.split(".") for name in program.names]
+
+    def _values(self) -> list[Tensor]:
+        # Attribute by attribute: torch.compile and torch.fx follow getattr, and no attrgetter or get_parameter.
+        found = []
+        for path in self._paths:
+            value: Any = self
+            for name in path:
+                value = getattr(value, name)
+            found.append(value)
+        return found
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> OnlineSum:
         """Move or cast; the recorded code holds constants of one dtype on one device."""
@@ -57,8 +67,15 @@ class OnlineSum(BranchSum):
             self._record()
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnlineSum:
+        """A copy runs the same recorded code on its own tensors."""
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_program", "_tensors")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_program", "_paths")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

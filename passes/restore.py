@@ -1,7 +1,8 @@
 """From a trained or collapsed network back to the plain architecture it stands for, batch norms included.
 
 A block that stands in a convolution's place is folded, with the norm behind it, into that convolution alone; what is no
-convolution is taken over as it is. A network that was built of blocks from the start is collapsed as a whole and matched by names.
+convolution is taken over as it is. A network that was built of blocks from the start is collapsed as a whole and
+matched by names.
 
 Where the architecture has a batch norm behind a convolution, the folded bias becomes the norm's shift and the norm
 becomes the identity otherwise: mean 0, ``var + eps`` exactly 1, gamma 1. The state dict then loads with
@@ -38,7 +39,7 @@ def restore_blocks(model: nn.Module, like: nn.Module, verify: bool) -> tuple[nn.
 
     None if ``model`` is not ``like`` with blocks in the places of convolutions.
     """
-    result = deep_copy(like).eval()
+    model, result = _unwrapped(model, like), deep_copy(like).eval()
     have, wanted = dict(model.state_dict(keep_vars=True)), result.state_dict(keep_vars=True)
     convs = {found.path: found for found in find_convs(result)}
     inside = dict(model.named_modules())
@@ -73,6 +74,20 @@ def restore_blocks(model: nn.Module, like: nn.Module, verify: bool) -> tuple[nn.
     return result, explanation
 
 
+def _unwrapped(model: nn.Module, like: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel, torch.compile or an average of weights, unless ``like`` is wrapped.
+
+    A wrapper is known by its only child: it has no layer of its own.
+    """
+    while (
+        list(model._modules) in (["module"], ["_orig_mod"])
+        and model._modules.keys() != like._modules.keys()
+        and not any(p is not None for p in model._parameters.values())
+    ):
+        model = next(model.children())
+    return model
+
+
 def _own(state: dict[str, Tensor], path: str) -> frozenset[str]:
     return frozenset(key for key in state if key.startswith(path + "."))
 
@@ -98,7 +113,7 @@ def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:
     ``like``'s, or no place for its bias.
     """
     result = deep_copy(like).eval()
-    have = dict(collapsed.state_dict())
+    have = dict(_unwrapped(collapsed, like).state_dict())
     norms = _norm_behind(result)
     missing = []
     with torch.no_grad():

@@ -29,15 +29,11 @@ def selector(where: Where, paths: Sequence[str]) -> Callable[[str, _ConvNd], Ref
     """
     if where is None:
         return _more_than_one_tap
-    if isinstance(where, str):
-        where = [where]
     if isinstance(where, Mapping):
         return _filters(where, paths)
     if callable(where):
-        predicate = where
-        return lambda path, conv: None if predicate(path, conv) else _NOT_SELECTED
-    patterns = list(where)
-    _check_patterns(patterns, paths)
+        return _predicate(where)
+    patterns = _patterns(where, paths)
     return lambda path, conv: None if any(matches(path, p) for p in patterns) else _NOT_SELECTED
 
 
@@ -47,12 +43,12 @@ def block_chooser(block: Blocks, paths: Sequence[str]) -> Callable[[str], Block 
         if not isinstance(block, (str, Block)):
             raise ReparamError(f"a block is a name, a reparam.Block or a mapping of patterns, got {block!r}")
         only = Block.of(block)
-        _ = only.info  # an unknown name is an error before anything else happens
         return lambda path: only
+    for pattern, chosen in block.items():
+        if not isinstance(chosen, (str, Block)):
+            raise ReparamError(f"the block for {pattern!r} is a name or a reparam.Block, got {chosen!r}")
     table = [(pattern, Block.of(chosen)) for pattern, chosen in block.items()]
-    for _, chosen in table:
-        _ = chosen.info
-    _check_patterns([pattern for pattern, _ in table], paths)
+    _patterns(block, paths)
     return lambda path: next((chosen for pattern, chosen in table if matches(path, pattern)), None)
 
 
@@ -66,11 +62,26 @@ _NOT_SELECTED = Refusal(Reason.NOT_SELECTED, Reason.NOT_SELECTED.value)
 
 def _more_than_one_tap(path: str, conv: _ConvNd) -> Refusal | None:
     if all(k == 1 for k in conv.kernel_size):
-        return Refusal(Reason.KERNEL_OF_ONE, f"{Reason.KERNEL_OF_ONE.value}: name it in where= if it is to be expanded")
+        return Refusal(Reason.KERNEL_OF_ONE, f"{Reason.KERNEL_OF_ONE.value}: name it to expand it all the same")
     return None
 
 
-def _check_patterns(patterns: Iterable[str], paths: Sequence[str]) -> None:
+def _predicate(wanted: Callable[[str, nn.Module], bool]) -> Callable[[str, _ConvNd], Refusal | None]:
+    def refuse(path: str, conv: _ConvNd) -> Refusal | None:
+        try:
+            return None if wanted(path, conv) else _NOT_SELECTED
+        # The predicate is user code, which may fail in any way.
+        except Exception as error:
+            raise ReparamError(f"where= failed for {path}: {type(error).__name__}: {error}") from error
+
+    return refuse
+
+
+def _patterns(given: Any, paths: Sequence[str], what: str = "where") -> list[str]:
+    """One pattern or several as a list, after a check that each matches a layer."""
+    if not isinstance(given, Iterable):
+        raise ReparamError(f"{what} is a pattern or several, a predicate or filters, got {given!r}")
+    patterns = [given] if isinstance(given, str) else list(given)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise ReparamError(f"a pattern is a string, got {pattern!r}")
@@ -78,6 +89,7 @@ def _check_patterns(patterns: Iterable[str], paths: Sequence[str]) -> None:
             near = difflib.get_close_matches(pattern, _prefixes(paths), 5, cutoff=0.4)
             have = f"near names: {', '.join(near)}" if near else f"convolutions: {', '.join(paths[:5]) or 'none'}"
             raise ReparamError(f"the pattern {pattern!r} matches no convolution; {have}")
+    return patterns
 
 
 def _prefixes(paths: Sequence[str]) -> list[str]:
@@ -86,26 +98,38 @@ def _prefixes(paths: Sequence[str]) -> list[str]:
 
 
 def _filters(where: Mapping[str, Any], paths: Sequence[str]) -> Callable[[str, _ConvNd], Refusal | None]:
-    for key in where:
+    for key, wanted in where.items():
         if key not in _FILTERS:
             raise ReparamError(f"there is no filter {key!r}; known: {', '.join(_FILTERS)}")
-    names = where.get("name", ())
-    names = [names] if isinstance(names, str) else list(names)
-    _check_patterns(names, paths)
+        if key == "depthwise" and not isinstance(wanted, bool):
+            raise ReparamError(f"the filter 'depthwise' is True or False, got {wanted!r}")
+        if key in ("kernel", "stride", "groups") and not _is_sizes(wanted):
+            raise ReparamError(
+                f"the filter {key!r} is a number, a tuple for one shape, or a list of these, got {wanted!r}"
+            )
+    names = _patterns(where["name"], paths, "the filter 'name'") if "name" in where else []
 
     def refuse(path: str, conv: _ConvNd) -> Refusal | None:
-        if names and not any(matches(path, p) for p in names):
+        if "name" in where and not any(matches(path, p) for p in names):
             return _NOT_SELECTED
         geometry = Geometry.of(conv)
         depthwise = conv.groups == conv.in_channels == conv.out_channels
-        if "depthwise" in where and depthwise is not bool(where["depthwise"]):
+        if "depthwise" in where and depthwise is not where["depthwise"]:
             return _NOT_SELECTED
         facts = {"kernel": geometry.kernel, "stride": geometry.stride, "groups": (conv.groups,)}
         if all(_allowed(where[key], value) for key, value in facts.items() if key in where):
-            return None if "kernel" in where else _more_than_one_tap(path, conv)
+            return None if names or "kernel" in where else _more_than_one_tap(path, conv)
         return _NOT_SELECTED
 
     return refuse
+
+
+def _is_sizes(value: Any) -> bool:
+    if isinstance(value, (list, set, frozenset)):
+        return all(_is_sizes(each) for each in value)
+    if isinstance(value, tuple):
+        return all(isinstance(each, int) for each in value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _allowed(wanted: Any, value: tuple[int, ...]) -> bool:

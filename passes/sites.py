@@ -1,13 +1,16 @@
 """Where a model convolves, and which batch norm belongs to which convolution: by dataflow, never by registration order.
 
 The graphs of evaluation and of training are both read. A norm belongs to a convolution when it is the only reader in
-every graph in which the convolution runs.
+every graph in which the convolution runs. Code that reads a layer's tensors itself would no longer find them: such a
+convolution is left alone, such a norm stays where it is.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 from torch.nn import functional as F
@@ -52,7 +55,8 @@ def find_convs(model: nn.Module) -> list[Found]:
     for path, module in model.named_modules():
         if isinstance(module, _ConvNd):
             refusal = _intrinsic(module, places, owners) or _usage(path, module, seen)
-            norm = None if refusal else next(iter(u.norms[id(module)] for u in seen if id(module) in u.norms), None)
+            norms = {u.norms[id(module)] for u in seen if id(module) in u.norms}
+            norm = norms.pop() if refusal is None and len(norms) == 1 else None
             if norm is not None and not _ordinary(model.get_submodule(norm.path), places, owners):
                 norm = None
             found.append(Found(path, module, norm, None if refusal is None else refusal.at(path)))
@@ -83,13 +87,20 @@ def _usage(path: str, conv: _ConvNd, seen: list[_Uses]) -> Refusal | None:
             return Refusal(Reason.SHARED, "a module around it is called more than once")
         if uses.calls[id(conv)] > 1:
             return Refusal(Reason.SHARED, "it is called more than once")
+        # What one mode shows says nothing about the other, if code that cannot be read runs there.
+        if not uses.calls[id(conv)] and (hidden := uses.untraced_around(path)) is not None:
+            return hidden
+    if any(u.reads(path) for u in seen):
+        return Refusal(Reason.CODE, "the code around it reads its weight or bias itself")
     running = [u for u in seen if u.calls[id(conv)]]
     if not running:
-        return seen[0].why_unseen(path)
-    if len({u.norms.get(id(conv)) for u in running}) > 1:
+        return Refusal(Reason.NEVER_CALLED, Reason.NEVER_CALLED.value)
+    if len({u.norms[id(conv)] for u in running}) > 1 and len({u.readers[id(conv)] for u in running}) > 1:
         return Refusal(Reason.MODES, "in training another layer reads it than in evaluation")
-    if any(id(conv) in u.unit_of and id(conv) in u.unit_of[id(conv)].pinned for u in running):
+    if any(id(conv) in u.unit_of[id(conv)].pinned for u in running):
         return Refusal(Reason.UNTRACEABLE, "code that cannot be traced calls it")
+    if any(id(conv) in u.named for u in running):
+        return Refusal(Reason.CODE, "it is called with its input as a keyword argument")
     return None
 
 
@@ -112,10 +123,13 @@ class _Uses:
     def __init__(self, model: nn.Module) -> None:
         self.calls: Counter[int] = Counter()
         self.norms: dict[int, Norm | None] = {}
+        self.readers: dict[int, frozenset[str]] = {}
         self.unit_of: dict[int, Unit] = {}
         self.shared: set[int] = set()
-        units, self.untraced = trace_units(model)
-        for unit in units:
+        self.named: set[int] = set()
+        self.units, self.untraced = trace_units(model)
+        self.tensors_read = {join(unit.path, name) for unit in self.units for name in unit.read}
+        for unit in self.units:
             leaves = Counter(str(n.target) for n in unit.graph.nodes if n.op == "call_module")
             entered = Counter(id(call.module) for call in unit.calls)
             for at, refusal in unit.opaque.items():
@@ -126,57 +140,106 @@ class _Uses:
                 if isinstance(conv, _ConvNd):
                     self.calls[id(conv)] += 1
                     self.unit_of[id(conv)] = unit
-                    self.norms[id(conv)] = _norm_behind(unit, node, leaves, entered)
+                    self.norms[id(conv)] = self._norm_behind(unit, node, leaves, entered)
+                    self.readers[id(conv)] = frozenset(_where_read(unit, reader) for reader in _readers(node))
+                    if node.kwargs:
+                        self.named.add(id(conv))
 
-    def why_unseen(self, path: str) -> Refusal:
-        """Why a convolution appears in no graph: something around it cannot be traced, or nothing calls it."""
-        around = [r for r in self.untraced if not r.layer or path == r.layer or path.startswith(r.layer + ".")]
-        if not around:
-            return Refusal(Reason.NEVER_CALLED, Reason.NEVER_CALLED.value)
-        nearest = max(around, key=lambda r: len(r.layer))
+    def reads(self, path: str) -> bool:
+        """Whether traced code reads a tensor of the layer at ``path`` instead of calling the layer."""
+        return any(name.rpartition(".")[0] == path for name in self.tensors_read)
+
+    def untraced_around(self, path: str) -> Refusal | None:
+        """The nearest code around a layer that cannot be traced, unless something nearer to the layer can."""
+        # The last word about a module that is first set apart and then cannot be traced either is the reason.
+        around = [r for r in reversed(self.untraced) if r.reason is Reason.UNTRACEABLE and _within(path, r.layer)]
+        nearest = max(around, key=lambda r: len(r.layer), default=None)
+        if nearest is None or any(_within(path, u.path) and _within(u.path, nearest.layer) for u in self.units):
+            return None
         return Refusal(nearest.reason, f"inside {nearest.layer or 'the model'}, {nearest.message}")
 
-
-def _norm_behind(unit: Unit, conv: fx.Node, leaves: Counter[str], entered: Counter[int]) -> Norm | None:
-    """The batch norm that alone reads a convolution, as a layer or inside a class that also activates."""
-    readers = [u for u in conv.users if not is_shape_query(u.op, u.target, u.args)]
-    if len(readers) != 1:
-        return None
-    (reader,) = readers
-    if reader.op == "call_module":
-        once = leaves[str(reader.target)] == 1 and id(unit.module(reader)) not in unit.pinned
-        is_norm = isinstance(unit.module(reader), _BatchNorm) and str(reader.target) not in unit.opaque
-        return Norm(join(unit.path, str(reader.target))) if once and is_norm else None
-    call = call_of(reader)
-    if reader.target is not F.batch_norm or not isinstance(call.module, _BatchNorm) or reader.args[0] is not conv:
-        return None
-    around = all(entered[id(c.module)] == 1 for c in call.chain())
-    if not around or id(call.module) in unit.pinned or not _normalises_with(reader, call):
-        return None
-    rest = _rest(reader, call)
-    return None if rest is None else Norm(join(unit.path, call.path), rest)
-
-
-def _normalises_with(norm: fx.Node, call: Call) -> bool:
-    """Whether a functional batch norm uses just the tensors of the module that calls it."""
-    read = [n for n in norm.all_input_nodes if n.op == "get_attr"]
-    return {str(n.target) for n in read} >= {join(call.path, "running_mean"), join(call.path, "running_var")}
+    def _norm_behind(self, unit: Unit, conv: fx.Node, leaves: Counter[str], entered: Counter[int]) -> Norm | None:
+        """The batch norm that alone reads a convolution, as a layer or inside a class that also activates."""
+        readers = _readers(conv)
+        if len(readers) != 1:
+            return None
+        (reader,) = readers
+        if reader.op == "call_module":
+            path, norm = join(unit.path, str(reader.target)), unit.module(reader)
+            once = leaves[str(reader.target)] == 1 and id(norm) not in unit.pinned
+            is_norm = isinstance(norm, _BatchNorm) and str(reader.target) not in unit.opaque
+            return Norm(path) if once and is_norm and not self.reads(path) else None
+        call = call_of(reader)
+        if not isinstance(call.module, _BatchNorm) or not _normalises(reader, conv, call):
+            return None
+        if any(entered[id(c.module)] != 1 for c in call.chain()) or id(call.module) in unit.pinned:
+            return None
+        rest = _rest(unit, reader, call)
+        return None if rest is None else Norm(join(unit.path, call.path), rest)
 
 
-def _rest(norm: fx.Node, call: Call) -> tuple[str, ...] | None:
-    """Names of the children that run one after another on the normalised map; None if anything else does."""
+def _within(path: str, around: str) -> bool:
+    return not around or path == around or path.startswith(around + ".")
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    return [u for u in node.users if not is_shape_query(u.op, u.target, u.args)]
+
+
+def _where_read(unit: Unit, reader: fx.Node) -> str:
+    return join(unit.path, str(reader.target) if reader.op == "call_module" else call_of(reader).path)
+
+
+_BATCH_NORM = inspect.signature(F.batch_norm)
+_TENSORS = ("running_mean", "running_var", "weight", "bias")
+
+
+def _normalises(node: fx.Node, value: fx.Node, call: Call) -> bool:
+    """Whether a node is just torch's batch norm of ``value``, with the tensors and options of the calling module."""
+    if node.target is not F.batch_norm:
+        return False
+    norm: Any = call.module
+    given = _BATCH_NORM.bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    used = given.arguments
+    for name in _TENSORS:
+        tensor = used[name]
+        own = (
+            tensor.op == "get_attr" and tensor.target == join(call.path, name) if isinstance(tensor, fx.Node) else True
+        )
+        if not own or (tensor is None) != (getattr(norm, name) is None):
+            return False
+    steps = not norm.training or used["momentum"] == norm.momentum
+    return used["input"] is value and used["training"] == norm.training and used["eps"] == norm.eps and steps
+
+
+def _rest(unit: Unit, norm: fx.Node, call: Call) -> tuple[str, ...] | None:
+    """Names of the children that run one after another on the normalised map; None if anything else does.
+
+    A child is one node if it is a leaf; else it was traced through, and may give its input back (dropout in eval).
+    """
+    inner = [c for c in unit.calls if c.parent is call]
     names: list[str] = []
     node = norm
-    while call.output is not node:
-        readers = [u for u in node.users if not is_shape_query(u.op, u.target, u.args)]
+    while True:
+        if inner and inner[0].args == (node,) and not inner[0].kwargs:
+            child = inner.pop(0)
+            if isinstance(child.output, fx.Node) and all(
+                child in call_of(u).chain() or child.output is node for u in _readers(node)
+            ):
+                names.append(child.path)
+                node = child.output
+                continue
+            return None
+        if node is call.output:
+            break
+        readers = _readers(node)
         if len(readers) != 1 or readers[0].op != "call_module" or readers[0].args != (node,) or readers[0].kwargs:
             return None
         (node,) = readers
-        name = str(node.target)[len(call.path) + 1 :]
-        if "." in name or name not in call.module._modules:
-            return None
-        names.append(name)
-    return tuple(names)
+        names.append(str(node.target))
+    local = tuple(name[len(call.path) + 1 :] for name in names)
+    return local if all(name in call.module._modules for name in local) else None
 
 
 def remainder(norm: nn.Module, rest: tuple[str, ...]) -> nn.Module:

@@ -2,8 +2,9 @@
 
 ``.safetensors`` files carry the note as string metadata; ``.pt`` / ``.pth`` files are dictionaries of tensors
 (``{"state_dict": ..., "metadata": ...}``), read with ``torch.load(weights_only=True)`` and in no other way.
-A note holds ``source`` (the spec that :func:`reparam.sources.create` builds), ``collapsed`` (``yes`` or ``no``)
-and the versions of reparam and torch that wrote the file.
+A note holds ``source`` (the spec that :func:`reparam.sources.create` builds), ``collapsed`` (``yes`` or ``no``),
+``expanded`` (a :class:`reparam.recipe.Recipe` as JSON; absent from files of plain and collapsed networks) and the
+versions of reparam and torch that wrote the file.
 
 Tensors that the model shares are stored once. The other names are kept in the metadata as ``name -> stored name``,
 the convention of ``safetensors.torch.save_model``, so either library reads the files of the other.
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam import ReparamError
+from reparam.recipe import Recipe, RecipeError
 
 __all__ = ["FileError", "StateFile", "is_file_name", "load_into", "load_model", "load_state", "rebuild", "save_model"]
 
@@ -32,9 +34,11 @@ log = logging.getLogger(__name__)
 
 SAFE = (".safetensors",)
 TORCH = (".pt", ".pth")
-WRAPPERS = ("state_dict", "model_state_dict", "state_dict_ema", "model")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "ema_state_dict", "ema")
 """Keys under which training scripts put the state dict inside a checkpoint, in the order they are tried."""
-NOTE = ("source", "collapsed", "reparam", "torch")
+PREFIXES = ("module.", "_orig_mod.")
+"""What ``DataParallel`` (and averaged copies) and ``torch.compile`` put before every name."""
+NOTE = ("source", "collapsed", "expanded", "reparam", "torch")
 
 
 class FileError(ReparamError):
@@ -43,10 +47,19 @@ class FileError(ReparamError):
 
 @dataclass(frozen=True)
 class StateFile:
-    """The content of a file: tensors by state-dict name, and its string metadata (empty for foreign files)."""
+    """The content of a file.
+
+    Args:
+        tensors: by state-dict name.
+        metadata: strings; empty for foreign files.
+        key: under which key of a checkpoint the tensors were; empty if they are the file.
+        others: further keys of that checkpoint that hold a state dict (an average of the weights, say).
+    """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
+    key: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -58,6 +71,15 @@ class StateFile:
         """Whether these are the tensors of a collapsed network."""
         return self.metadata.get("collapsed") == "yes"
 
+    @property
+    def recipe(self) -> Recipe | None:
+        """How the network was expanded, or None. Raises :class:`FileError` if the note on that is damaged."""
+        text = self.metadata.get("expanded", "")
+        try:
+            return Recipe.from_text(text) if text else None
+        except RecipeError as error:
+            raise FileError(f"the file's network was expanded in a way that cannot be repeated: {error}") from error
+
 
 def is_file_name(text: str) -> bool:
     """Whether ``text`` ends like a file that this module reads."""
@@ -67,16 +89,25 @@ def is_file_name(text: str) -> bool:
 # -------------------------------------------------------------------------------------------- writing
 
 
-def save_model(model: nn.Module, path: str | os.PathLike[str], *, source: str = "", collapsed: bool = False) -> Path:
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    source: str = "",
+    collapsed: bool = False,
+    expanded: Recipe | None = None,
+) -> Path:
     """Write the model's state dict to ``path``, atomically: a reader sees the old file or the whole new one.
 
     Args:
         model: any module whose state is tensors, on any device.
         path: ends in ``.safetensors``, ``.pt`` or ``.pth``; its folder must exist.
         source: the spec that rebuilds the network, kept for :func:`load_model`.
-        collapsed: whether ``model`` is the result of ``collapse``.
+        collapsed: whether ``model`` is the result of ``collapse`` without ``like=``, which gives ``source`` itself.
+        expanded: how ``model`` was expanded from ``source``; :func:`load_model` then expands it the same way.
 
     Raises:
+        RecipeError: ``expanded`` holds what a file cannot, a predicate for instance.
         FileError: unknown suffix, a state that a file cannot hold (meta, sparse or quantised tensors, objects
             that are not tensors), or the file system refuses.
     """
@@ -86,6 +117,8 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, source: str = 
     state = "yes" if collapsed else "no"
     # torch.__version__ is a class of its own, which the restricted unpickler refuses.
     note = {"source": source, "collapsed": state, "reparam": _version(), "torch": str(torch.__version__)}
+    if expanded is not None:
+        note["expanded"] = expanded.to_text()
     clash = sorted(set(NOTE) & set(aliases))
     if clash:
         raise FileError(f"{target}: the model has a shared tensor named {clash[0]!r}, which the file's note needs")
@@ -170,17 +203,26 @@ def _flush(path: Path) -> None:
 # -------------------------------------------------------------------------------------------- reading
 
 
-def load_state(path: str | os.PathLike[str]) -> StateFile:
+def load_state(path: str | os.PathLike[str], *, key: str | None = None) -> StateFile:
     """Read the tensors and the note of a file, on the CPU. No code from the file is ever run.
 
+    Args:
+        path: ``.safetensors``, ``.pt`` or ``.pth``.
+        key: where a checkpoint holds its state dict; default: the first of the usual keys.
+
     Raises:
-        FileError: missing, of an unknown suffix, truncated, not a state dict, or readable only by unpickling.
+        FileError: missing, of an unknown suffix, truncated, not a state dict, without ``key``, or readable only by
+            unpickling.
     """
     source = Path(path)
     kind = _suffix(source)
     if not source.is_file():
         raise FileError(f"{source}: no such file")
-    return _load_safe(source) if kind in SAFE else _load_torch(source)
+    if kind in TORCH:
+        return _load_torch(source, key)
+    if key is not None:
+        raise FileError(f"{source} is a plain list of tensors: it has no key {key!r}")
+    return _load_safe(source)
 
 
 def _load_safe(path: Path) -> StateFile:
@@ -205,7 +247,7 @@ def _load_safe(path: Path) -> StateFile:
     return StateFile(tensors, metadata)
 
 
-def _load_torch(path: Path) -> StateFile:
+def _load_torch(path: Path, key: str | None) -> StateFile:
     """Read a ``.pt`` file through the restricted unpickler, and find the state dict in it."""
     try:
         with warnings.catch_warnings():
@@ -226,29 +268,48 @@ def _load_torch(path: Path) -> StateFile:
         raise FileError(
             f"{path} is truncated or is not a PyTorch file ({first}); write or download it again"
         ) from error
-    return _find_state(content, path)
+    return _find_state(content, path, key)
 
 
-def _find_state(content: Any, path: Path) -> StateFile:
-    """The state dict in a loaded object: the object itself, or what a checkpoint has under a usual key."""
+def _find_state(content: Any, path: Path, key: str | None) -> StateFile:
+    """The state dict in a loaded object: the object itself, or what a checkpoint has under ``key`` or a usual one."""
     if not isinstance(content, dict):
         raise FileError(f"{path} holds a {type(content).__name__}, not a state dict; store model.state_dict()")
     metadata = content.get("metadata")
     note = {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
-    candidates = [content.get(key) for key in WRAPPERS] + [content]
-    for candidate in candidates:
-        if isinstance(candidate, dict) and candidate and all(isinstance(v, Tensor) for v in candidate.values()):
-            return StateFile(_without_prefix({str(name): value for name, value in candidate.items()}), note)
-    keys = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
-    raise FileError(f"{path} is not a state dict: it holds {keys}; store model.state_dict()")
+    inside = {name: value for name, value in content.items() if _is_state(value)}
+    found = [name for name in WRAPPERS if name in inside]
+    found += [name for name in inside if name not in found and name != "optimizer"]
+    if key is not None and key not in found:
+        have = f"it has {', '.join(map(repr, found))}" if found else "it has none"
+        raise FileError(f"{path} has no state dict under {key!r}; {have}")
+    if key is None and _is_state(content):
+        return StateFile(_names_of(content, note), note)
+    chosen = key if key is not None else next((name for name in WRAPPERS if name in found), None)
+    if chosen is None:
+        keys = ", ".join(repr(name) for name in list(content)[:5]) or "nothing"
+        raise FileError(f"{path} is not a state dict: it holds {keys}; store model.state_dict()")
+    others = tuple(str(name) for name in found if name != chosen)
+    return StateFile(_names_of(inside[chosen], note), note, str(chosen), others)
 
 
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop ``module.``, which ``DataParallel`` puts before every name."""
-    prefix = "module."
-    if all(name.startswith(prefix) for name in state):
-        return {name[len(prefix) :]: value for name, value in state.items()}
-    return state
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _names_of(state: dict[Any, Tensor], note: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors by name, without what wrappers put before every name; in files of our own nothing is a wrapper's."""
+    named = {str(name): value for name, value in state.items()}
+    if "reparam" in note:
+        return named
+    # AveragedModel counts its updates beside the module that it wraps.
+    averaged = {name: value for name, value in named.items() if name != "n_averaged"}
+    if all(name.startswith(PREFIXES) for name in averaged):
+        named = averaged
+    for prefix in PREFIXES * 2:
+        if named and all(name.startswith(prefix) for name in named):
+            named = {name[len(prefix) :]: value for name, value in named.items()}
+    return named
 
 
 # -------------------------------------------------------------------------------------------- rebuilding
@@ -257,8 +318,8 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_model(path: str | os.PathLike[str]) -> nn.Module:
     """Rebuild the network that a file of :func:`save_model` holds, in eval mode on the CPU.
 
-    The network is built from the file's ``source``, collapsed if the file is of a collapsed network, and given
-    the file's tensors, strictly, in the file's own dtype.
+    The network is built from the file's ``source``, expanded or collapsed as the file's network was, and given the
+    file's tensors, strictly, in the file's own dtype. ``.train()`` makes an expanded one ready for training.
 
     Raises:
         FileError: the file does not say where the network comes from, or its tensors do not fit that network.
@@ -295,23 +356,32 @@ def load_into(model: nn.Module, content: StateFile, path: str | os.PathLike[str]
     problem = misfit(model, content.tensors)
     if problem:
         raise FileError(f"{path} does not fit the network: {problem}")
-    for name, value in model.state_dict(keep_vars=True).items():
-        stored = content.tensors[name]
-        if value.is_floating_point() and stored.dtype != value.dtype:
-            value.data = value.data.to(stored.dtype)
+    cast_like(model, content.tensors)
     model.load_state_dict(content.tensors, strict=True)
     return model.eval()
 
 
+def cast_like(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Cast the model, in place, to the dtypes of ``tensors``, where it has tensors of those names."""
+    own = model.state_dict(keep_vars=True)
+    dtypes = {tensors[name].dtype for name, value in own.items() if name in tensors and value.is_floating_point()}
+    if len(dtypes) == 1:
+        return model.to(dtypes.pop())  # also what is in no state dict, and the kernels that blocks compute
+    for name, value in own.items():
+        if name in tensors and value.is_floating_point() and tensors[name].dtype != value.dtype:
+            value.data = value.data.to(tensors[name].dtype)
+    return model
+
+
 def misfit(model: nn.Module, tensors: dict[str, Tensor]) -> str:
-    """The first difference between a model's state dict and ``tensors`` in words, or an empty string."""
+    """The first differences between a model's state dict and ``tensors`` in words, or an empty string."""
     state = model.state_dict()
     missing = [name for name in state if name not in tensors]
     extra = [name for name in tensors if name not in state]
-    if missing:
-        return f"{len(missing)} tensors are missing from the file, the first is {missing[0]!r}"
-    if extra:
-        return f"{len(extra)} tensors of the file have no place in the network, the first is {extra[0]!r}"
+    lacks = f"{len(missing)} tensors are missing from the file, the first is {missing[0]!r}" if missing else ""
+    more = f"{len(extra)} tensors of the file have no place in the network, the first is {extra[0]!r}" if extra else ""
+    if lacks or more:
+        return "; ".join(filter(None, (lacks, more)))
     for name, value in state.items():
         if value.shape != tensors[name].shape:
             return f"{name!r} is {tuple(tensors[name].shape)} in the file and {tuple(value.shape)} in the network"
@@ -323,8 +393,9 @@ def _shells(content: StateFile) -> Iterator[nn.Module]:
     from reparam import collapse, sources
 
     model = sources.create(content.source).eval()
+    recipe = content.recipe
     if not content.collapsed:
-        yield model
+        yield model if recipe is None else recipe.expand(model)
         return
     # Which folds are exact depends on the numbers (a bias that is zero, a kernel that is block-diagonal), and those
     # of the file are not the ones a new network starts with: trained numbers are as good as random ones.

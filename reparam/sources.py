@@ -21,7 +21,7 @@ from torch import nn
 
 from reparam import ReparamError
 
-__all__ = ["Source", "UnknownNameError", "create", "is_spec", "names", "sources"]
+__all__ = ["Source", "UnknownNameError", "create", "is_spec", "literal", "names", "sources", "split_commas"]
 
 GROUP = "reparam.sources"
 """Entry point group; the name is the part of a spec before the colon, the value an instance of a source."""
@@ -100,19 +100,19 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
     if not is_spec(spec):
         raise UnknownNameError(f"{spec!r} is not of the form source:name, for example timm:repvgg_a0")
     source, _, rest = spec.partition(":")
-    name, *pairs = _split_commas(rest)
+    name, *pairs = split_commas(rest)
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip().isidentifier():
             raise UnknownNameError(f"{pair!r} in {spec!r} is not of the form key=value")
-        options[key.strip()] = _literal(value.strip())
+        options[key.strip()] = literal(value.strip())
     if "pretrained" in options:
         raise UnknownNameError(f"{spec!r}: ask for trained weights with the argument `pretrained`, not in the name")
     return source, name, options
 
 
-def _split_commas(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
     """Split at the commas that stand outside brackets, so that ``img_size=(96,96)`` stays whole."""
     parts, depth = [""], 0
     for character in text:
@@ -124,7 +124,7 @@ def _split_commas(text: str) -> list[str]:
     return parts
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     """A Python literal (number, tuple, True, None, quoted string), or else the text itself."""
     try:
         return ast.literal_eval(text)

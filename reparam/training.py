@@ -31,7 +31,8 @@ def expand(
 
     The result is the caller's own class, in the mode the model was in; :func:`reparam.collapse` brings it back, with
     ``like=model`` to the very structure it came from. Convolutions that cannot be replaced exactly are left alone;
-    :func:`plan` says which and why.
+    :func:`plan` says which and why. Where none gets a block, the result equals ``model`` and the log has a warning.
+    New layers draw their numbers from torch's generator: the same seed gives the same weights.
 
     Args:
         model: any module; parts that torch.fx cannot trace are expanded inside.
@@ -39,13 +40,14 @@ def expand(
             layer paths to either; the first pattern that matches wins, and what matches none is left alone.
         where: which convolutions: a pattern (``"layer1.*"``; a module's path stands for all inside) or several, a
             predicate ``(path, conv) -> bool``, or filters such as ``{"kernel": 3, "depthwise": False}`` (also ``name``,
-            ``groups``, ``stride``). Default: every convolution with a kernel of more than one tap.
+            ``groups``, ``stride``; a tuple is one shape, a list holds several). Default: every convolution with a
+            kernel of more than one tap.
         init: ``"preserve"``: the original layers are the main branch and every added branch starts at zero, so the
             model computes the same function in eval and in train mode. ``"paper"``: the published initialisation; the
             main branch keeps its kernel.
         online: train with one convolution per layer, its kernel computed in each forward; batch norms of branches
             become factors per channel. Default: as the block says (only ``orepa`` does).
-        example_inputs: only for the plan's multiply-adds.
+        example_inputs: only for the plan's multiply-adds; a tuple for several arguments.
         inplace: edit ``model`` itself and return it; optimizers keep their parameters.
 
     Raises:
@@ -70,8 +72,10 @@ def plan(
     """What :func:`expand` would do with the same arguments: a table when printed, ``.apply()`` does it.
 
     Nothing is touched. Each row is one convolution: its geometry, the block or the reason why it is left alone, and
-    parameters and multiply-adds before, in training and after collapse; the latter per sample with ``example_inputs``,
-    else per output position. Raises as :func:`expand` does.
+    parameters and multiply-adds before, in training and after collapse; the latter per sample with ``example_inputs``
+    (run in evaluation: a head that only trains counts none), else per output position. ``apply()`` may be called again
+    for another model, and raises if the model's layers have been replaced in the meantime. Raises as :func:`expand`
+    does.
     """
     with ordinary_tensors():
         return make_plan(

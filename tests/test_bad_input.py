@@ -73,7 +73,7 @@ class Quantised(nn.Module):
 def test_quantised() -> None:
     model = Net()
     model.head = nn.Sequential(nn.Linear(WIDTH, 4), Quantised())
-    rejected(model, r"head\.1 is quantised: collapse first")
+    rejected(model, r"head\.1 is quantised: rewrite the model first")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")

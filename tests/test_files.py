@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import reparam
-from reparam import files, sources
+from reparam import Block, files, sources
+from reparam.recipe import Recipe, RecipeError, parse_blocks, parse_where
 
 pytest_plugins = ("toy_package",)
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -90,6 +91,137 @@ def test_a_collapsed_network_is_rebuilt(toy: str, tmp_path: Path, start: str) ->
     x = torch.randn(2, 3, 8, 8)
     assert same(rebuilt.state_dict(), folded.state_dict())
     assert torch.equal(rebuilt(x), folded(x))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe("dbb"),
+        Recipe("acb", online=True),
+        Recipe(Block("acb", bn="after", gamma=1 / 3), where=["square"], init="paper"),
+        Recipe({"square": Block("mobileone", n=2)}, where={"kernel": (3, 3), "depthwise": False}),
+    ],
+    ids=str,
+)
+def test_an_expanded_network_is_rebuilt(
+    toy: str, tmp_path: Path, suffix: str, dtype: torch.dtype, recipe: Recipe
+) -> None:
+    model = trained(recipe.expand(sources.create(toy)).to(dtype))
+    assert model.state_dict().keys() != sources.create(toy).state_dict().keys()
+    path = files.save_model(model, tmp_path / f"net{suffix}", source=toy, expanded=recipe)
+    rebuilt = files.load_model(path)
+    assert same(rebuilt.state_dict(), model.state_dict())
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    assert torch.equal(rebuilt(x), model(x))
+    assert not files.load_state(path).collapsed
+
+
+# ------------------------------------------------------------------------------------------------ recipes
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe("acb"),
+        Recipe(Block("acb", gamma=1 / 3, bn="after"), online=False),
+        Recipe({"layer1.*": "dbb", "*": Block("mobileone", n=2)}, init="paper"),
+        Recipe("acb", where="layer1"),
+        Recipe("acb", where=["layer1", "layer2.*"], online=True),
+        Recipe("acb", where={"kernel": 3, "name": ["conv3x5"]}),
+        Recipe("acb", where={"kernel": [3, (3, 5)], "depthwise": True}),
+        Recipe("acb", where={"stride": (1, 2)}),
+    ],
+    ids=str,
+)
+def test_a_recipe_comes_back_from_its_text(recipe: Recipe) -> None:
+    back = Recipe.from_text(recipe.to_text())
+    assert back == recipe._normal()
+    assert back.blocks == recipe.blocks
+    assert str(back) == str(recipe)
+
+
+def test_a_choice_of_kernels_is_not_mistaken_for_a_shape() -> None:
+    for kernel in ([3, 5], (3, 5), [(3, 5)]):
+        assert Recipe.from_text(Recipe("acb", where={"kernel": kernel}).to_text()).where == {"kernel": kernel}
+
+
+def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="predicate"):
+        files.save_model(
+            nn.Linear(2, 2), tmp_path / "net.pt", expanded=Recipe("acb", where=lambda path, conv: path == "stem")
+        )
+    assert list(tmp_path.iterdir()) == []
+    for option in (object(), (1, 2)):
+        with pytest.raises(RecipeError, match="stored"):
+            Recipe(Block("acb", line=option)).to_text()
+
+
+@pytest.mark.parametrize(
+    ("note", "words"),
+    [
+        ("not json", "damaged"),
+        ("[]", "damaged"),
+        ('{"block": {"name": "acb", "options": {}}}', "damaged"),
+        ('{"block": {"name": "mine", "options": {}}, "where": null, "init": "preserve", "online": null}', "import"),
+    ],
+)
+def test_a_damaged_note_is_an_error_that_names_it(tmp_path: Path, note: str, words: str) -> None:
+    save_file(
+        {"weight": torch.zeros(2)}, tmp_path / "net.safetensors", metadata={"source": "toy:block", "expanded": note}
+    )
+    with pytest.raises(files.FileError, match=words):
+        _ = files.load_state(tmp_path / "net.safetensors").recipe
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["acb"], Block("acb")),
+        (["acb:gamma=1/3,bn=after"], Block("acb", gamma=1 / 3, bn="after")),
+        (["acb:gamma=1"], Block("acb", gamma=1)),
+        (["dbb:single=true"], Block("dbb", single=True)),
+        (["doconv:depth=None"], Block("doconv", depth=None)),
+        (["layer1.*=dbb"], {"layer1.*": Block("dbb")}),
+        (["acb", "layer1.*=dbb:single=True"], {"layer1.*": Block("dbb", single=True), "*": Block("acb")}),
+    ],
+)
+def test_blocks_as_one_writes_them(texts: list[str], expected: object) -> None:
+    assert parse_blocks(texts) == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ([], "name a block"),
+        (["abc"], "did you mean 'acb'"),
+        (["acb:gama=1"], "no option 'gama'"),
+        (["acb:gamma=x"], "of type float"),
+        (["acb:gamma=1/0"], "of type float"),
+        (["acb:line=3.5"], "of type int or None"),
+        (["mobileone:n=True"], "of type int"),
+        (["dbb:single=1"], "of type bool"),
+        (["acb:gamma"], "option=value"),
+        (["acb:"], "option=value"),
+        (["=acb"], "PATTERN=BLOCK"),
+        (["a="], "PATTERN=BLOCK"),
+        (["a=acb", "a=dbb"], "two blocks for the pattern"),
+        (["acb", "dbb"], "two blocks for all"),
+    ],
+)
+def test_a_malformed_block_says_how_to_write_it(texts: list[str], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_blocks(texts)
+
+
+def test_filters_as_one_writes_them() -> None:
+    assert parse_where([], [], None) is None
+    assert parse_where(["a", "b"], [], None) == ["a", "b"]
+    assert parse_where(["a"], ["3", "3x5"], False) == {"name": ["a"], "kernel": [3, (3, 5)], "depthwise": False}
+    for kernel in ("3y", "x", "0", "-3", "3x"):
+        with pytest.raises(RecipeError, match="3x5"):
+            parse_where([], [kernel], None)
 
 
 # ------------------------------------------------------------------------------------------------ atomic writing
@@ -194,6 +326,40 @@ def test_checkpoints_of_training_scripts_are_understood(tmp_path: Path) -> None:
     assert content.source == ""
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_leave_no_trace_in_the_names(tmp_path: Path, prefix: str) -> None:
+    state = nn.Linear(2, 2).state_dict()
+    torch.save({prefix + name: value for name, value in state.items()}, tmp_path / "wrapped.pt")
+    assert same(files.load_state(tmp_path / "wrapped.pt").tensors, state)
+
+
+def test_an_averaged_model_is_understood(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), tmp_path / "average.pt")
+    assert same(files.load_state(tmp_path / "average.pt").tensors, model.state_dict())
+
+
+def test_a_model_whose_only_child_is_called_module_keeps_its_names(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    path = files.save_model(model, tmp_path / "net.pt")
+    assert same(files.load_state(path).tensors, model.state_dict())
+
+
+def test_a_checkpoint_with_several_state_dicts_says_which_is_read(tmp_path: Path) -> None:
+    states = {key: nn.Linear(2, 2).state_dict() for key in ("model", "ema")}
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"epoch": 1, **states, "mine": states["ema"]}, path)
+    content = files.load_state(path)
+    assert (content.key, content.others) == ("model", ("ema", "mine"))
+    assert same(content.tensors, states["model"])
+    for key in ("ema", "mine"):
+        assert same(files.load_state(path, key=key).tensors, states["ema"])
+    with pytest.raises(files.FileError, match="'model', 'ema', 'mine'"):
+        files.load_state(path, key="swa")
+    with pytest.raises(files.FileError, match="no key"):
+        files.load_state(files.save_model(nn.Linear(2, 2), tmp_path / "net.safetensors"), key="model")
+
+
 def test_a_foreign_file_loads_but_does_not_say_its_network(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     assert list(files.load_state(tmp_path / "foreign.safetensors").tensors) == ["weight"]
@@ -218,3 +384,6 @@ def test_misfits_name_the_first_difference() -> None:
     assert "'more'" in files.misfit(model, state | {"more": torch.zeros(1)})
     assert "(2, 5)" in files.misfit(model, state | {"weight": torch.zeros(2, 5)})
     assert "'bias'" in files.misfit(model, {"weight": state["weight"]})
+    both = files.misfit(model, {"weight": state["weight"], "more": torch.zeros(1)})
+    assert "'bias'" in both
+    assert "'more'" in both

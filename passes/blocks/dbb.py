@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from passes.blocks.parts import IdentityConv
+from passes.blocks.parts import IdentityConv, border_last, quick_mean
 from passes.blocks.registry import block
 from passes.blocks.site import Site
 
@@ -30,24 +30,27 @@ def dbb(
     if pointwise and not conv.depthwise:
         yield "point", conv.parallel(1, gamma=last)
     if average and conv.depthwise:
-        yield "average", conv.row(pool=conv.average(out, padded=True), norm=conv.new_norm(out, last))
+        yield "average", conv.row(pool=quick_mean(conv.average(out, padded=True)), norm=conv.new_norm(out, last))
     elif average:
+        point, pad = border_last(conv.pointwise(out))
         yield (
             "average",
             conv.row(
-                point=conv.pointwise(out),
+                point=point,
+                **pad,
                 norm=conv.new_norm(out),
-                pool=conv.average(out),
+                pool=quick_mean(conv.average(out)),
                 last_norm=conv.new_norm(out, last),
             ),
         )
     if sequence:
         middle = conv.in_channels * (2 if conv.depthwise else 1)
-        point = conv.pointwise(middle)
+        point, pad = border_last(conv.pointwise(middle))
         yield (
             "sequence",
             conv.row(
                 point=point if conv.depthwise else IdentityConv(point),
+                **pad,
                 norm=conv.new_norm(middle),
                 square=conv.windowed(middle),
                 last_norm=conv.new_norm(out, last),

@@ -23,5 +23,5 @@ def mobileone(conv: Site, *, n: int = 4) -> Iterator[tuple[str, nn.Module]]:
         yield f"conv{i}", conv.parallel(conv.kernel)
     if conv.taps > 1:
         yield "point", conv.parallel(1)
-    if conv.keeps_shape and conv.shift:
+    if conv.keeps_shape:
         yield "identity", conv.identity()

@@ -28,7 +28,7 @@ def orepa(conv: Site, *, expansion: int = 8) -> Iterator[tuple[str, nn.Module]]:
     yield "average", conv.row(point=conv.pointwise(out), pool=conv.average(out), scale=conv.scale(0.25))
     if conv.n == 2:
         prior = conv.filters(frequency_prior(out, conv.kernel))
-        yield "prior", conv.row(point=conv.pointwise(out), filters=prior, scale=conv.scale(0.0))
+        yield "prior", conv.row(point=conv.pointwise(out), filters=conv.trimmed(prior), scale=conv.scale(0.0))
     middle = IdentityConv(conv.pointwise())
     yield "sequence", conv.row(point=middle, square=conv.windowed(conv.in_channels), scale=conv.scale(0.5))
     yield "point", conv.row(conv=conv.parallel(1, norm=False), scale=conv.scale(1.0))

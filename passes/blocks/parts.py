@@ -6,13 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.geometry import Geometry
+from passes.emit import _PAD
+from passes.geometry import Geometry, flat_pads
 from passes.refusal import ReparamError
 
-__all__ = ["BranchSum", "ChannelScale", "IdentityConv", "KernelConv", "silence"]
+__all__ = [
+    "BranchSum",
+    "ChannelScale",
+    "IdentityConv",
+    "KernelConv",
+    "WindowMean",
+    "border_last",
+    "quick_mean",
+    "silence",
+]
 
 
 class ChannelScale(nn.Module):
@@ -70,6 +81,23 @@ class IdentityConv(KernelConv):
         return self.weight + self.identity
 
 
+class WindowMean(nn.AvgPool2d):
+    """Average pooling, on a CPU as a depthwise convolution: oneDNN has a fast one, and PyTorch's pooling is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Whoever only traces is shown what it is; in other dtypes a depthwise convolution is a loop over the channels.
+        fast = isinstance(x, Tensor) and x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN
+        if not fast or x.dim() != 4:
+            pooled: Tensor = super().forward(x)
+            return pooled
+        kernel, channels = _pair(self.kernel_size), x.shape[1]
+        weight = x.new_full((channels, 1, *kernel), 1.0 / (kernel[0] * kernel[1]))
+        return F.conv2d(x, weight, None, _pair(self.stride), _pair(self.padding), groups=channels)
+
+
+_ONEDNN = torch.backends.mkldnn.is_available()
+
+
 class BranchSum(nn.Module):
     """The sum of all branches over the same input: a block in training.
 
@@ -95,8 +123,11 @@ class BranchSum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         main, *others = self.children()
         y: Tensor = main(x)
-        for branch in others:
-            y = y + branch(x)
+        for i, branch in enumerate(others):
+            if i == 0:
+                y = y + branch(x)
+            else:  # the sum is a tensor of its own by now, which nothing else reads: no need for another
+                y += branch(x)
         return y
 
     def extra_repr(self) -> str:
@@ -106,6 +137,34 @@ class BranchSum(nn.Module):
 _GEOMETRY = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
 )  # fmt: skip
+
+
+def quick_mean(layer: nn.Module) -> nn.Module:
+    """The layer with every ``AvgPool2d`` as a :class:`WindowMean`."""
+    if type(layer) is nn.AvgPool2d:
+        return WindowMean(layer.kernel_size, layer.stride, layer.padding)
+    for name, child in list(layer.named_children()):
+        setattr(layer, name, quick_mean(child))
+    return layer
+
+
+def border_last(point: _ConvNd) -> tuple[_ConvNd, dict[str, nn.Module]]:
+    """A padded 1x1 convolution without bias as the same one without padding, and the padding behind it, if any.
+
+    They commute: the map of a zero is zero, and any other continuation repeats pixels. The convolution is spared the
+    border, and libraries have fast 1x1 kernels for inputs without padding only.
+    """
+    g = Geometry.of(point)
+    if point.bias is not None or g.lead != g.trail or not any(g.lead):
+        return point, {}
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[g.n - 1]
+    bare: _ConvNd = kind(g.in_channels, g.out_channels, 1, groups=g.groups, bias=False, device="meta")
+    bare.weight = point.weight
+    return bare, {"pad": _PAD[g.mode][g.n - 1](tuple(flat_pads(g.lead, g.trail)))}
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def silence(branch: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from passes.blocks.site import Site
 from passes.refusal import ReparamError
 
-__all__ = ["Block", "BlockInfo", "block", "blocks"]
+__all__ = ["Block", "BlockInfo", "block", "blocks", "unregister"]
 
 Branches = Iterator[tuple[str, nn.Module]]
 Declaration = Callable[..., Branches]
@@ -56,6 +56,8 @@ def block(name: str, *, online: bool = False) -> Callable[[Declaration], Declara
         name: a new name; one that is taken raises :class:`ReparamError`.
         online: train with one convolution per layer unless :func:`reparam.expand` is told otherwise.
     """
+    if not isinstance(name, str) or not name:
+        raise ReparamError(f'a block is registered with @block("name"), got {name!r}')
 
     def register(declare: Declaration) -> Declaration:
         known = _BLOCKS.get(name)
@@ -76,6 +78,11 @@ def block(name: str, *, online: bool = False) -> Callable[[Declaration], Declara
 def blocks() -> dict[str, BlockInfo]:
     """All registered blocks by name, in the order of registration; ``str`` of one shows its options."""
     return dict(_BLOCKS)
+
+
+def unregister(name: str) -> None:
+    """Forget a block; models that were expanded with it keep theirs. An unknown name raises :class:`ReparamError`."""
+    del _BLOCKS[Block(name).name]
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,8 @@ class Block:
             if name in found:
                 raise ReparamError(f"block {self.name!r} has two branches named {name!r}")
             found[name] = module
+        if not found:
+            raise ReparamError(f"block {self.name!r} has no branches; site.refuse(why) leaves a convolution alone")
         return found
 
     def __hash__(self) -> int:

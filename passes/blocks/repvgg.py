@@ -19,5 +19,5 @@ def repvgg(conv: Site) -> Iterator[tuple[str, nn.Module]]:
         conv.refuse("a kernel of one tap: repvgg's 1x1 branch would be the same again")
     yield "square", conv.main()
     yield "point", conv.parallel(1)
-    if conv.keeps_shape and conv.shift:
+    if conv.keeps_shape:
         yield "identity", conv.identity()

@@ -152,39 +152,56 @@ class Site:
         return self.row(**pads, conv=conv, norm=self.new_norm(g.out_channels, gamma) if norm else None)
 
     def identity(self, *, norm: bool = True) -> nn.Module:
-        """The input itself, aligned with the main branch's output, and a batch norm if ``norm``."""
+        """The input itself, aligned with the main branch's output, and a batch norm if ``norm``.
+
+        Where the norm's shift has no place a factor per channel takes its place, so that the branch has something to
+        train, and can start at zero.
+        """
         ones = (1,) * self.n
-        norm_layer = self.new_norm(self.out_channels) if norm else None
+        norm_layer = (self.new_norm(self.out_channels) or self.scale(1.0)) if norm else None
         return self.row(**self._aligning(*self._pads(ones, ones)), norm=norm_layer)
 
     def pointwise(self, channels: int | None = None, *, bias: bool = False) -> _ConvNd:
         """The 1x1 convolution that begins a sequence; ``None`` channels means as many as go in.
 
         It has all of the main convolution's padding, so that what follows it needs none: then the sequence is one
-        convolution, exactly, borders included (F3), and its batch norm sees the border.
+        convolution, exactly, borders included (F3), and its batch norm sees the border. Where the two sides differ it
+        has the larger one on both, and what follows is :meth:`trimmed`.
         """
         g = self.geometry
-        self._check_symmetric()
+        both = tuple(max(pair) for pair in zip(g.lead, g.trail, strict=True))
         return self._conv(
-            g.in_channels, channels or g.in_channels, (1,) * self.n, g.groups, padding=g.lead, bias=bias,
-            padding_mode=g.mode if any(g.lead) else "zeros",
+            g.in_channels, channels or g.in_channels, (1,) * self.n, g.groups, padding=both, bias=bias,
+            padding_mode=g.mode,
         )  # fmt: skip
 
-    def windowed(self, channels: int, *, bias: bool = False, groups: int | None = None) -> _ConvNd:
+    def trimmed(self, layer: nn.Module) -> nn.Module:
+        """``layer``, behind a crop of what :meth:`pointwise` has padded too much; most often there is nothing to crop.
+
+        No single layer pads its two sides differently, as ``padding="same"`` does with an even kernel.
+        """
+        g = self.geometry
+        lead = tuple(min(a - b, 0) for a, b in zip(g.lead, g.trail, strict=True))
+        trail = tuple(min(b - a, 0) for a, b in zip(g.lead, g.trail, strict=True))
+        return self.row(**self._aligning(lead, trail), layer=layer)
+
+    def windowed(self, channels: int, *, bias: bool = False, groups: int | None = None) -> nn.Module:
         """The convolution that ends such a sequence: the main one's kernel, stride and dilation, no padding."""
         g = self.geometry
-        return self._conv(
+        conv = self._conv(
             channels, g.out_channels, g.kernel, groups or g.groups, stride=g.stride, dilation=g.dilation, bias=bias
         )
+        return self.trimmed(conv)
 
-    def expanded(self, channels: int) -> _ConvNd:
+    def expanded(self, channels: int) -> nn.Module:
         """A depthwise convolution of the main one's kernel, stride and padding that gives ``channels``."""
         g = self.geometry
-        self._check_symmetric()
-        return self._conv(
-            g.in_channels, channels, g.kernel, g.in_channels, stride=g.stride, dilation=g.dilation, padding=g.lead,
-            padding_mode=g.mode if any(g.lead) else "zeros",
+        symmetric = g.lead == g.trail
+        conv = self._conv(
+            g.in_channels, channels, g.kernel, g.in_channels, stride=g.stride, dilation=g.dilation,
+            padding=g.lead if symmetric else 0, padding_mode=g.mode if symmetric else "zeros",
         )  # fmt: skip
+        return conv if symmetric else self.row(**self._aligning(g.lead, g.trail), conv=conv)
 
     def mixed(self, channels: int) -> _ConvNd:
         """The 1x1 convolution that brings ``channels`` to as many as the main one gives."""
@@ -194,8 +211,11 @@ class Site:
         """Mean over the main kernel's window (F4); ``padded`` when nothing in front of it has done the padding."""
         g = self.geometry
         if padded and (g.lead != g.trail or g.mode != "zeros"):
-            return self.row(**self._aligning(g.lead, g.trail), pool=self.average(channels))
-        padding = g.lead if padded else (0,) * self.n
+            return self.row(**self._aligning(g.lead, g.trail), pool=self._mean(channels, (0,) * self.n))
+        return self._mean(channels, g.lead) if padded else self.trimmed(self._mean(channels, (0,) * self.n))
+
+    def _mean(self, channels: int, padding: Ints) -> nn.Module:
+        g = self.geometry
         if all(d == 1 for d in g.dilation) and all(2 * p <= k for p, k in zip(padding, g.kernel, strict=True)):
             return _POOL[self.n - 1](g.kernel, g.stride, padding)  # type: ignore[no-any-return]
         # Pooling has no dilation, and pads at most half a window: a depthwise convolution that is not trained.
@@ -226,7 +246,7 @@ class Site:
     def filters(self, weight: Tensor, *, bias: bool = False) -> _ConvNd:
         """A fixed depthwise convolution without padding, for after :meth:`pointwise`; ``weight`` is ``(out, *kernel)``.
 
-        Its kernel is not trained.
+        Its kernel is not trained. Put it behind :meth:`trimmed`.
         """
         g = self.geometry
         conv = self._conv(
@@ -244,10 +264,6 @@ class Site:
         return next(iter(present.values())) if len(present) == 1 else nn.Sequential(present)
 
     # ---------------------------------------------------------------- helpers
-
-    def _check_symmetric(self) -> None:
-        if self.geometry.lead != self.geometry.trail:
-            self.refuse("its padding differs between the two sides, which no single layer of a sequence can take over")
 
     def _pads(self, kernel: Ints, dilation: Ints) -> tuple[Ints, Ints]:
         """Leading and trailing padding of a branch centred on the main kernel (F2)."""

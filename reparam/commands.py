@@ -1,0 +1,312 @@
+"""The commands: plan, expand, blocks for before training; collapse, explain, verify for after it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import reparam
+from reparam import Counts, ReparamError, files, tables
+from reparam.networks import Network, UsageError, load
+from reparam.recipe import Recipe, parse_blocks, parse_where
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from reparam import Equivalence, Explanation
+
+__all__ = ["COMMANDS", "console", "errors"]
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+EXPANSION = "How it is expanded"
+Target = Annotated[str, typer.Argument(metavar="SPEC_OR_FILE", help="source:name, or a file written by reparam.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the source's trained weights (downloads).")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="State dict, or a training script's checkpoint.")]
+Key = Annotated[str | None, typer.Option("--key", help="Where in that checkpoint it is: state_dict, model_ema, ...")]
+Prove = Annotated[bool, typer.Option("--verify/--no-verify", help="Prove each step.")]
+Everything = Annotated[bool, typer.Option("--all", help="List everything.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the random weights.")]
+Blocks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--block", "-b", help="acb, acb:gamma=1/3,bn=after or layer1.*=dbb; may be repeated.", rich_help_panel=EXPANSION
+    ),
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="PATTERN",
+        help="Only these layers, layer1.* for example; may be repeated.",
+        rich_help_panel=EXPANSION,
+    ),
+]
+Kernels = Annotated[
+    list[str] | None,
+    typer.Option("--kernel", help="Only kernels of this size, 3 or 3x5; may be repeated.", rich_help_panel=EXPANSION),
+]
+Depthwise = Annotated[
+    bool | None,
+    typer.Option(
+        "--depthwise/--no-depthwise",
+        help="Only depthwise convolutions, or only others.",
+        rich_help_panel=EXPANSION,
+        show_default=False,
+    ),
+]
+Online = Annotated[
+    bool | None,
+    typer.Option(
+        "--online/--no-online",
+        help="Train as one convolution per layer.",
+        rich_help_panel=EXPANSION,
+        show_default="as the block says",
+    ),
+]
+Init = Annotated[
+    str, typer.Option("--init", help="preserve (same function) or paper (published).", rich_help_panel=EXPANSION)
+]
+
+
+# ------------------------------------------------------------------------------------------------- before training
+
+
+def plan(
+    target: Target,
+    block: Blocks = None,
+    where: Where = None,
+    kernel: Kernels = None,
+    depthwise: Depthwise = None,
+    init: Init = "preserve",
+    online: Online = None,
+    everything: Everything = False,
+) -> None:
+    """Show which convolutions would get a block, what that costs, and why the others do not. Nothing is changed."""
+    recipe = _recipe(block, where, kernel, depthwise, online, init)
+    network = _load(target, plain=True, quiet=True)
+    inputs = _inputs(network.model)
+    planned = recipe.plan(network.model, example_inputs=inputs)
+    size = "" if inputs is None else f", multiply-adds for {'x'.join(map(str, inputs[0].shape[1:]))}"
+    title = f"{escape(target)} with {escape(str(recipe))}{size}"
+    tables.show(console, tables.plan_table(planned, title, everything=everything, online=online))
+    reasons = tables.plan_reasons(planned, everything=everything)
+    if reasons is not None:
+        tables.show(console, reasons)
+    left = f", {len(planned.refused)} are left" if planned.refused else ""
+    console.print(f"{len(planned.expanded)} of {len(planned.rows)} convolutions get a block{left}", soft_wrap=True)
+
+
+def expand(
+    target: Target,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write here (.safetensors, .pt).")],
+    block: Blocks = None,
+    where: Where = None,
+    kernel: Kernels = None,
+    depthwise: Depthwise = None,
+    init: Init = "preserve",
+    online: Online = None,
+    pretrained: Pretrained = False,
+    weights: Weights = None,
+    key: Key = None,
+    seed: Seed = 0,
+    verify: Prove = True,
+) -> None:
+    """Give a network's convolutions training-time blocks and write the state dict to train from.
+
+    The file says how it was made: collapse, explain and verify rebuild the expanded network from it.
+    """
+    _check_output(output)
+    recipe = _recipe(block, where, kernel, depthwise, online, init)
+    network = _load(target, plain=True, pretrained=pretrained, weights=weights, key=key, seed=seed)
+    torch.manual_seed(seed)
+    planned = recipe.plan(network.model)
+    if not planned.expanded:
+        raise ReparamError(f"no convolution of {target} gets a block: {'; '.join(planned.reasons()) or 'it has none'}")
+    expanded = planned.apply()
+    console.print(f"{escape(target)} with {escape(str(recipe))}", style="italic", soft_wrap=True)
+    console.print(tables.counts_table({"before": Counts.of(network.model), "in training": Counts.of(expanded)}))
+    console.print(f"{len(planned.expanded)} of {len(planned.rows)} convolutions expanded", soft_wrap=True)
+    if verify and init == "preserve":
+        _check_start(network.model, expanded)
+    _write(expanded, output, network.source, recipe=recipe)
+
+
+def blocks() -> None:
+    """List the blocks with their options."""
+    tables.show(console, tables.blocks_table(reparam.blocks().values()))
+    console.print("options go after a colon: --block acb:gamma=1/3,bn=after", soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------- after training
+
+
+def collapse(
+    target: Target,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here (.safetensors, .pt).")] = None,
+    pretrained: Pretrained = False,
+    weights: Weights = None,
+    key: Key = None,
+    block: Blocks = None,
+    where: Where = None,
+    kernel: Kernels = None,
+    depthwise: Depthwise = None,
+    online: Online = None,
+    verify: Prove = True,
+) -> None:
+    """Fold a network into plain convolutions and show what became of it.
+
+    An expanded network, from a file of `reparam expand` or by --block, becomes the plain architecture that it was
+    expanded from, batch norms included; collapse that file again to fold those as well.
+    """
+    if output is not None:
+        _check_output(output)
+    recipe = _recipe(block, where, kernel, depthwise, online) if block else None
+    if recipe is None and (where or kernel or (depthwise, online) != (None, None)):
+        raise UsageError("--where, --kernel, --depthwise and --online describe an expansion; name its --block as well")
+    network = _load(target, pretrained=pretrained, weights=weights, key=key, recipe=recipe)
+    # Thousands of small operations: threads that wait for each other on a busy machine cost more than they bring.
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    like = None if network.recipe is None else network.stock()
+    folded, explanation = reparam.collapse_with_report(network.model, like=like, verify=verify)
+    seconds = time.perf_counter() - started
+    _print_counts(target, explanation)
+    console.print(_proofs(explanation))
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in explanation.seconds.items())
+    console.print(f"seconds: {seconds:.2f}" + (f" ({parts})" if parts else ""))
+    if output is not None:
+        _write(folded, output, network.source, collapsed=like is None)
+    if like is not None and output is not None:
+        console.print(f"it loads with strict=True into {escape(network.source)}", soft_wrap=True)
+
+
+def explain(target: Target, pretrained: Pretrained = False, everything: Everything = False) -> None:
+    """Show which layers would fold, into what, and why the others do not. Nothing is changed."""
+    explanation = reparam.explain(_load(target, pretrained=pretrained).model)
+    tables.show(console, tables.folds_table(explanation, everything))
+    if explanation.refusals and everything:
+        title = f"left alone: {len(explanation.refusals)}"
+        tables.show(console, tables.layers_table(title, explanation.refusals))
+    elif explanation.refusals:
+        tables.show(console, tables.reasons_table(explanation))
+    if explanation.untraced and everything:
+        tables.show(console, tables.layers_table("not traceable as a whole, compiled inside", explanation.untraced))
+    _print_counts(target, explanation)
+
+
+def verify(
+    reference: Annotated[str, typer.Argument(help="SPEC or file.")],
+    candidate: Annotated[str, typer.Argument(help="SPEC or file.")],
+    pretrained: Pretrained = False,
+) -> None:
+    """Compare two networks on the same random inputs; exit status 1 if they differ."""
+    models = [_load(target, pretrained=pretrained).model for target in (reference, candidate)]
+    if not _print_difference("equal", reparam.verify(*models)):
+        raise typer.Exit(1)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (plan, expand, blocks, collapse, explain, verify)
+"""In the order in which they are listed."""
+
+
+# ------------------------------------------------------------------------------------------------- helpers
+
+
+def _recipe(
+    block: list[str] | None,
+    where: list[str] | None,
+    kernel: list[str] | None,
+    depthwise: bool | None,
+    online: bool | None,
+    init: str = "preserve",
+) -> Recipe:
+    """The expansion that the options describe."""
+    if init not in ("preserve", "paper"):
+        raise UsageError(f"--init is preserve or paper, got {init!r}")
+    return Recipe(parse_blocks(block or ()), parse_where(where or (), kernel or (), depthwise), init, online)
+
+
+def _load(target: str, *, plain: bool = False, quiet: bool = False, **options: object) -> Network:
+    """The network that an argument names; what the person should know about it goes to the terminal.
+
+    ``plain`` refuses what is expanded or collapsed already.
+    """
+    network = load(target, **options)  # type: ignore[arg-type]
+    if plain and network.recipe is not None:
+        raise UsageError(f"{target} is expanded already, with {network.recipe}; collapse it first")
+    if plain and network.collapsed:
+        raise UsageError(f"{target} is collapsed: expand the network that it came from, {network.source}")
+    for note in () if quiet else network.notes:
+        errors.print(f"note: {escape(note)}", style="dim", soft_wrap=True)
+    return network
+
+
+def _inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:
+    """Inputs to count multiply-adds with, one sample; None if none can be guessed."""
+    try:
+        return tuple(x[:1] for x in reparam.guess_inputs(model))
+    except ReparamError:
+        return None
+
+
+def _check_output(path: Path) -> None:
+    """Fail before the work, not after it."""
+    if not files.is_file_name(str(path)):
+        raise typer.BadParameter(f"{path}: write to .safetensors, .pt or .pth")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"{path}: the folder {path.parent} does not exist")
+
+
+def _write(model: nn.Module, path: Path, source: str, *, collapsed: bool = False, recipe: Recipe | None = None) -> None:
+    files.save_model(model, path, source=source, collapsed=collapsed, expanded=recipe)
+    console.print(f"wrote {escape(str(path))} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+
+
+def _check_start(model: nn.Module, expanded: nn.Module) -> None:
+    """Fail if an expansion does not begin as the network that it was made of."""
+    inputs = _inputs(model)
+    if inputs is None:
+        console.print("not compared with the network that it was made of: no input could be guessed", soft_wrap=True)
+    elif not _print_difference("same function", reparam.verify(model, expanded, inputs)):
+        raise typer.Exit(1)
+
+
+def _print_difference(equal: str, result: Equivalence) -> bool:
+    """Print the outcome of a comparison; whether it is good."""
+    numbers = f"max difference {result.max_abs:.2e}, relative {result.max_rel:.2e}, tolerance {result.tolerance:.2e}"
+    if result.ok:
+        console.print(f"[green]{equal}[/green]: {numbers}", soft_wrap=True)
+        return True
+    first = result.first_difference or "the output"
+    console.print(f"[red]different[/red]: {numbers}; first difference at {escape(str(first))}", soft_wrap=True)
+    return False
+
+
+def _proofs(explanation: Explanation) -> str:
+    """One line on how much of it is proven."""
+    proven = [fold.error for fold in explanation.folds if fold.error is not None]
+    if not explanation.folds:
+        return "nothing folds"
+    if not proven:
+        return f"not proven: {len(explanation.folds)} folds"
+    return f"proven: {len(proven)} of {len(explanation.folds)} folds, max relative error {max(proven):.1e}"
+
+
+def _print_counts(title: str, explanation: Explanation) -> None:
+    """Layers and parameters before and, where it is known, after; then the notes."""
+    states = {"before": explanation.before, "after": explanation.after}
+    columns = {heading: counts for heading, counts in states.items() if counts is not None}
+    console.print(escape(title), style="italic", soft_wrap=True)
+    console.print(tables.counts_table(columns))
+    for note in explanation.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)

@@ -1,0 +1,186 @@
+"""The networks that the command line's arguments name, and what to do when a file does not fit one."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import reparam
+from passes.sites import Found, find_convs, plain_norm
+from reparam import ReparamError, files, sources
+from reparam.recipe import Recipe
+
+__all__ = ["Network", "UsageError", "advice", "load"]
+
+
+class UsageError(ReparamError):
+    """Arguments that do not go together."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in eval mode and where it came from.
+
+    Args:
+        model: the network.
+        source: the spec of its architecture; empty if unknown.
+        recipe: how it was expanded from that; None if it was not.
+        collapsed: whether it is a collapsed network, so no longer of that architecture.
+        notes: what the person should know.
+    """
+
+    model: nn.Module
+    source: str
+    recipe: Recipe | None = None
+    collapsed: bool = False
+    notes: tuple[str, ...] = ()
+
+    def stock(self) -> nn.Module:
+        """A new network of the plain architecture, in the dtype of this one."""
+        return files.cast_like(sources.create(self.source).eval(), self.model.state_dict())
+
+
+def load(
+    target: str,
+    *,
+    pretrained: bool = False,
+    weights: Path | None = None,
+    key: str | None = None,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+) -> Network:
+    """The network that ``target`` names: a spec, or a file that this package wrote.
+
+    Args:
+        target: ``source:name`` or a path.
+        pretrained: the source's trained weights; for specs only.
+        weights: a state dict for the network, of the plain architecture or expanded by ``recipe``.
+        key: where in the checkpoint ``weights`` the state dict is.
+        recipe: how to expand a spec's network, or how the one in ``weights`` was expanded.
+        seed: of a spec's random weights.
+
+    Raises:
+        UsageError: arguments that exclude each other.
+        ReparamError: as :mod:`reparam.files` and :mod:`reparam.sources` do; a file that does not fit says what would.
+    """
+    if key is not None and weights is None:
+        raise UsageError("--key says where in the file of --weights the state dict is; name that file")
+    if files.is_file_name(target) or Path(target).is_file():
+        return _from_file(target, pretrained, weights, key, recipe)
+    if pretrained and weights is not None:
+        raise UsageError("--pretrained and --weights are both weights; leave one out")
+    # A spec without trained weights is to be the same network each time it is named.
+    torch.manual_seed(seed)
+    stock = sources.create(target, pretrained=pretrained).eval()
+    if weights is not None:
+        return _with_weights(target, stock, weights, key, recipe)
+    notes = () if pretrained else (f"{target} has random weights (seed {seed}); see --pretrained",)
+    return Network(stock if recipe is None else recipe.expand(stock), target, recipe, notes=notes)
+
+
+def _from_file(target: str, pretrained: bool, weights: Path | None, key: str | None, recipe: Recipe | None) -> Network:
+    if pretrained:
+        raise UsageError(f"{target} is a file; --pretrained goes with source:name")
+    content = files.load_state(target)
+    if recipe is not None:
+        how = f"was expanded with {content.recipe}" if content.recipe else "says itself what it holds"
+        raise UsageError(f"{target} {how}; leave out --block, or name the network as source:name")
+    notes: tuple[str, ...] = ()
+    if weights is not None:
+        if content.recipe is None:
+            raise UsageError(
+                f"{target} is not a file of `reparam expand`; --weights goes with that, or with source:name"
+            )
+        trained = files.load_state(weights, key=key)
+        notes = _which(trained, weights)
+        content = replace(content, tensors=trained.tensors)
+    if weights is not None and content.recipe is not None and content.source:
+        stock = sources.create(content.source).eval()
+        model = _filled(content.recipe.expand(stock), content, weights, content.source, content.recipe)
+    else:
+        model = files.rebuild(content, target)
+    return Network(model, content.source, content.recipe, content.collapsed, notes)
+
+
+def _with_weights(target: str, stock: nn.Module, weights: Path, key: str | None, recipe: Recipe | None) -> Network:
+    content = files.load_state(weights, key=key)
+    # A file of `reparam expand`, or of save_model(expanded=), says itself how it was expanded.
+    recipe = recipe or content.recipe
+    shell = stock if recipe is None else recipe.expand(stock)
+    return Network(_filled(shell, content, weights, target, recipe), target, recipe, notes=_which(content, weights))
+
+
+def _which(content: files.StateFile, weights: Path) -> tuple[str, ...]:
+    """Say which of several state dicts was read: weights and their average are both there in many checkpoints."""
+    if not content.others:
+        return ()
+    return (f"the weights are {content.key!r} of {weights}; --key takes others: {', '.join(content.others)}",)
+
+
+def _filled(shell: nn.Module, content: files.StateFile, weights: Path, source: str, recipe: Recipe | None) -> nn.Module:
+    problem = files.misfit(shell, content.tensors)
+    if not problem:
+        return files.load_into(shell, content, weights)
+    what = source if recipe is None else f"{source} expanded with {recipe}"
+    hint = advice(sources.create(source).eval(), content.tensors)
+    raise files.FileError(f"{weights} does not fit {what}: {problem}" + (f". {hint}" if hint else ""))
+
+
+# ------------------------------------------------------------------------------------------------- advice
+
+
+def advice(stock: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """Which options would make a file fit the architecture ``stock``; empty if it is of another architecture.
+
+    Every registered block is tried, with its default options, at the first convolution that the file has a block for;
+    what is then said to fit was tried on the whole network.
+    """
+    if not files.misfit(stock, dict(tensors)):
+        return "It holds the plain network: leave out --block"
+    convs = find_convs(stock)
+    replaced = [each for each in convs if _children(tensors, each.path) and f"{each.path}.weight" not in tensors]
+    if not replaced:
+        return "It is of another network"
+    looks = ""
+    for name, online in _alike(stock, replaced[0], tensors):
+        words = f"--block {name}" + ("" if online is None else " --online" if online else " --no-online")
+        tops = list(dict.fromkeys(each.path.partition(".")[0] for each in replaced))
+        for where in (None, tops, [each.path for each in replaced]):
+            fitting = Recipe(name, where=where, online=online)
+            if not files.misfit(fitting.expand(stock), dict(tensors)):
+                return f"It fits with {words}" + "".join(f" --where {pattern!r}" for pattern in where or ())
+        looks = (
+            looks or f"{replaced[0].path} looks expanded with {words}, but others do not: see --where, PATTERN=BLOCK"
+        )
+    names = ", ".join(sorted(_children(tensors, replaced[0].path))[:3])
+    return looks or f"In it {replaced[0].path} is no block with default options: it holds {names}; see `reparam blocks`"
+
+
+def _alike(stock: nn.Module, found: Found, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, bool | None]]:
+    """Blocks that have, at one convolution, the names and shapes that the file has there."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(conv=copy.deepcopy(found.conv))
+    if found.norm is not None:
+        norm = stock.get_submodule(found.norm.path)
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        layers["norm"] = plain_norm(copy.deepcopy(norm), len(found.conv.kernel_size))
+    wanted = _children(tensors, found.path)
+    for name, info in reparam.blocks().items():
+        for online in (None, not info.online):
+            try:
+                planned = Recipe(name, where="*", online=online).plan(nn.Sequential(layers))
+                made = planned.apply().state_dict() if planned.expanded else {}
+            except ReparamError:
+                continue
+            if _children(made, "conv") == wanted:
+                yield name, online
+
+
+def _children(state: Mapping[str, Tensor], path: str) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors at and below a path."""
+    return {name[len(path) + 1 :]: value.shape for name, value in state.items() if name.startswith(path + ".")}

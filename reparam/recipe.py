@@ -1,0 +1,263 @@
+"""How a network was expanded: a value that can be written beside its weights, and read from the command line.
+
+A block is written ``acb``, with options ``acb:gamma=1/3,bn=after``, and for some layers only ``layer1.*=dbb``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+from torch import nn
+
+import reparam
+from reparam import Block, Plan, ReparamError
+from reparam.sources import literal, split_commas
+
+__all__ = ["Recipe", "RecipeError", "block_text", "parse_block", "parse_blocks", "parse_where"]
+
+
+class RecipeError(ReparamError):
+    """A recipe that cannot be read or stored; the message says what to write instead."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The arguments of :func:`reparam.expand` that decide which layers a network has afterwards, and their names.
+
+    Args:
+        block: a name, a :class:`reparam.Block`, or a mapping from patterns to either.
+        where: patterns or filters; a predicate cannot be stored, so :meth:`to_text` refuses it.
+        init: ``"preserve"`` or ``"paper"``.
+        online: as :func:`reparam.expand`; None means as the block says.
+    """
+
+    block: str | Block | Mapping[str, str | Block]
+    where: Any = None
+    init: str = "preserve"
+    online: bool | None = None
+
+    def plan(self, model: nn.Module, *, example_inputs: Any = None) -> Plan:
+        """:func:`reparam.plan` with these arguments."""
+        return reparam.plan(
+            model, self.block, where=self.where, init=self.init, online=self.online, example_inputs=example_inputs
+        )
+
+    def expand(self, model: nn.Module) -> nn.Module:
+        """:func:`reparam.expand` with these arguments: a copy."""
+        return self.plan(model).apply()
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """Blocks by pattern; one block for all layers has the pattern ``*``."""
+        table = self.block if isinstance(self.block, Mapping) else {"*": self.block}
+        return {pattern: Block.of(block) for pattern, block in table.items()}
+
+    def to_text(self) -> str:
+        """The recipe as JSON.
+
+        Raises :class:`RecipeError` for a predicate, and for an option that is not a plain value.
+        """
+        blocks = [{"layers": p, "name": b.name, "options": dict(b.options)} for p, b in self.blocks.items()]
+        single = not isinstance(self.block, Mapping)
+        content = {
+            "block": {"name": blocks[0]["name"], "options": blocks[0]["options"]} if single else blocks,
+            "where": _plain(self.where),
+            "init": self.init,
+            "online": self.online,
+        }
+        try:
+            text = json.dumps(content)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"this expansion cannot be stored in a file: {error}") from error
+        if Recipe.from_text(text) != self._normal():
+            raise RecipeError(
+                f"an option of {self} cannot be stored in a file: use numbers, words, True, False or None"
+            )
+        return text
+
+    @staticmethod
+    def from_text(text: str) -> Recipe:
+        """The recipe that :meth:`to_text` wrote. Raises :class:`RecipeError` if it is damaged."""
+        try:
+            content = json.loads(text)
+            made = content["block"]
+            block: Any
+            if isinstance(made, dict):
+                block = Block(made["name"], **made["options"])
+            else:
+                block = {each["layers"]: Block(each["name"], **each["options"]) for each in made}
+            return Recipe(block, _from_plain(content["where"]), content["init"], content["online"])
+        except ReparamError as error:
+            raise RecipeError(f"{error}; a block of your own is registered by importing its module first") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(f"the note on the expansion is damaged ({type(error).__name__}: {error})") from error
+
+    def _normal(self) -> Recipe:
+        """The same in the form that :meth:`from_text` gives."""
+        block = self.blocks if isinstance(self.block, Mapping) else Block.of(self.block)
+        return Recipe(block, _from_plain(_plain(self.where)), self.init, self.online)
+
+    def __str__(self) -> str:
+        single = not isinstance(self.block, Mapping)
+        parts = [block_text(b) if single else f"{p}={block_text(b)}" for p, b in self.blocks.items()]
+        if self.online is not None:
+            parts.append("online" if self.online else "not online")
+        if self.init != "preserve":
+            parts.append(f"init {self.init}")
+        return ", ".join(parts + _where_text(self.where))
+
+
+def block_text(block: Block) -> str:
+    """A block as one writes it on the command line, floats rounded: ``acb:gamma=0.333,bn=after``."""
+    values = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in block.options.items()}
+    options = ",".join(f"{key}={value}" for key, value in values.items())
+    return f"{block.name}:{options}" if options else block.name
+
+
+def _where_text(where: Any) -> list[str]:
+    """The selection in words."""
+    plain = where if callable(where) else _plain(where)
+    if plain is None or callable(plain):
+        return [] if plain is None else ["where a predicate holds"]
+    filters = plain if isinstance(plain, dict) else {"name": plain}
+    texts = []
+    for key, value in filters.items():
+        wanted = value if isinstance(value, list) else [value]
+        if key == "depthwise":
+            texts.append("depthwise only" if value else "no depthwise")
+        else:
+            texts.append(f"{'in' if key == 'name' else key} {' or '.join(map(str, wanted))}")
+    return texts
+
+
+# ------------------------------------------------------------------------------------------------- where
+
+
+def _plain(where: Any) -> Any:
+    """``where`` as JSON can hold it: None, a list of patterns, or filters whose values are lists."""
+    if where is None:
+        return None
+    if isinstance(where, str):
+        return [where]
+    if isinstance(where, Mapping):
+        return {key: _plain_filter(value) for key, value in where.items()}
+    if callable(where):
+        raise RecipeError("a predicate cannot be stored in a file: name the layers by patterns or filters in where=")
+    return list(where)
+
+
+def _plain_filter(value: Any) -> Any:
+    """A filter's value; a shape becomes the text ``3x5``, since JSON has no tuples to tell it from a choice."""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    if isinstance(value, (list, set, frozenset)):
+        return [_plain_filter(each) for each in value]
+    return value
+
+
+def _from_plain(where: Any) -> Any:
+    if not isinstance(where, dict):
+        return where
+    return {key: value if key == "name" else _shapes(value) for key, value in where.items()}
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_shapes(each) for each in value]
+    return tuple(int(part) for part in value.split("x")) if isinstance(value, str) else value
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def parse_where(patterns: Sequence[str], kernels: Sequence[str], depthwise: bool | None) -> Any:
+    """The ``where`` of :func:`reparam.expand` from ``--where``, ``--kernel`` (``3`` or ``3x5``) and ``--depthwise``."""
+    if not kernels and depthwise is None:
+        return list(patterns) or None
+    filters: dict[str, Any] = {"name": list(patterns)} if patterns else {}
+    if kernels:
+        filters["kernel"] = [_kernel(text) for text in kernels]
+    if depthwise is not None:
+        filters["depthwise"] = depthwise
+    return filters
+
+
+def _kernel(text: str) -> Any:
+    parts = text.lower().split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise RecipeError(f"a kernel is written 3 or 3x5, got {text!r}")
+    numbers = tuple(int(part) for part in parts)
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_blocks(texts: Iterable[str]) -> Block | dict[str, Block]:
+    """One block, or a mapping from patterns to blocks, from the values of ``--block``.
+
+    A block without a pattern beside some with one is for all layers that those do not match. Raises
+    :class:`RecipeError` for anything malformed or unknown.
+    """
+    table: dict[str, Block] = {}
+    rest: Block | None = None
+    for text in texts:
+        head = text.partition(":")[0]
+        pattern, equals, name = head.partition("=")
+        if not equals:
+            if rest is not None:
+                raise RecipeError(f"two blocks for all layers, {rest.name} and {head}; write one as PATTERN=BLOCK")
+            rest = parse_block(text)
+            continue
+        if not pattern or not name:
+            raise RecipeError(f"a block for some layers is written PATTERN=BLOCK, such as layer1.*=dbb; got {text!r}")
+        if pattern in table:
+            raise RecipeError(f"two blocks for the pattern {pattern!r}; the first that matches would win")
+        table[pattern] = parse_block(text[len(pattern) + 1 :])
+    if not table:
+        if rest is None:
+            raise RecipeError("name a block: --block acb; `reparam blocks` lists them")
+        return rest
+    return table if rest is None else {**table, "*": rest}
+
+
+def parse_block(text: str) -> Block:
+    """A block from ``name`` or ``name:option=value,...``. Raises :class:`RecipeError`."""
+    name, colon, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for pair in split_commas(rest) if colon else []:
+        option, equals, value = pair.partition("=")
+        if not equals or not option.strip().isidentifier() or not value.strip():
+            raise RecipeError(f"options are written NAME:option=value,option=value; got {pair!r} in {text!r}")
+        options[option.strip()] = _value(value.strip())
+    try:
+        block = Block(name.strip(), **options)
+        _ = block.info
+    except ReparamError as error:
+        raise RecipeError(str(error)) from error
+    for option, value in options.items():
+        _check_type(block, option, value)
+    return block
+
+
+def _value(text: str) -> Any:
+    """A Python literal, ``true`` or ``false`` in any case, a fraction such as ``1/3``, else the text itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    above, slash, below = text.partition("/")
+    if slash:
+        try:
+            return float(above) / float(below)
+        except (ValueError, ZeroDivisionError):
+            return text
+    return literal(text)
+
+
+def _check_type(block: Block, option: str, value: Any) -> None:
+    """A value of another kind than the option's annotation would fail somewhere inside, in other words."""
+    hint = get_type_hints(block.info.declare).get(option, object)
+    kinds = tuple(kind for kind in get_args(hint) or (hint,) if isinstance(kind, type))
+    if not kinds or object in kinds or type(value) in kinds or (float in kinds and type(value) is int):
+        return
+    words = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise RecipeError(f"block {block.name!r}: {option} is of type {words}, got {value!r}")
