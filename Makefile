@@ -1,4 +1,4 @@
-# make demo   set up .venv and show real networks collapse; prints where the report is
+# make demo   set up .venv, expand, train and collapse real networks; prints where the report is
 # make test   set up .venv and run linters, type checks, import contracts and tests
 # make clean  remove .venv and everything built
 #
@@ -19,7 +19,7 @@ test: $(VENV)/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy reparam passes
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # The stamp is newer than pyproject.toml when that extra is installed as declared: a second run installs nothing.
 # pip is asked for rather than python: an interrupted or failed venv leaves a python without pip.

@@ -439,14 +439,20 @@ class _Grid:
         wide = form._widen(self.groups)
         weight = wide.weight
         if form.kernel != self.kernel:  # a kernel of the same size has the same taps
-            place = self.place(form)
-            if all(p.step in (None, 1) for p in place):
-                ends = [(p.start, k - p.stop) for p, k in zip(place[2:], self.kernel, strict=True)]
-                weight = F.pad(weight, [p for pair in reversed(ends) for p in pair])
-            else:
-                weight = weight.new_zeros((*weight.shape[:2], *self.kernel))
-                weight[place] = wide.weight
+            taps = self.place(form)[2:]
+            for axis, at in enumerate(taps, start=2):
+                weight = _spread(weight, axis, at.step)
+            ends = [(at.start, k - at.stop) for at, k in zip(taps, self.kernel, strict=True)]
+            weight = F.pad(weight, [p for pair in reversed(ends) for p in pair])
         return replace(wide, weight=weight, offset=self.offset, dilation=self.dilation, mode=self.mode)
+
+
+def _spread(weight: Tensor, axis: int, step: int) -> Tensor:
+    """``step - 1`` zeros between the taps of one axis (F8); not in place, so that it can be recorded and derived."""
+    if step == 1:
+        return weight
+    apart = F.pad(weight.movedim(axis, -1).unsqueeze(-1), (0, step - 1)).flatten(-2)
+    return apart[..., : apart.shape[-1] - step + 1].movedim(-1, axis)
 
 
 def _common_grid(forms: Sequence[ConvForm]) -> _Grid:
@@ -516,7 +522,8 @@ def _channel_product(inner: ConvForm, outer: ConvForm) -> tuple[int, Product]:
     """Groups of the composed map, and the product of channels that belongs to them.
 
     The product takes ``(O, M / g_outer, t)`` and ``(M, I / g_inner, u)`` with t = 1 or u = 1 taps and gives
-    ``(O, I / groups, max(t, u))``. Depthwise maps are multiplied as diagonals, never as dense matrices.
+    ``(O, I / groups, max(t, u))``. Depthwise maps are multiplied as diagonals, and groups inside groups one by one,
+    never as dense matrices.
     """
     if inner.is_depthwise:
 
@@ -532,6 +539,18 @@ def _channel_product(inner: ConvForm, outer: ConvForm) -> tuple[int, Product]:
             return b * a.repeat_interleave(outer.out_channels // outer.in_channels, 0)
 
         return inner.groups, scale_outputs
+    if inner.groups % outer.groups == 0 and inner.groups > outer.groups:
+
+        def group_by_group(b: Tensor, a: Tensor) -> Tensor:
+            left = b.unflatten(0, (outer.groups, -1)).unflatten(2, (inner.groups // outer.groups, -1))  # g, o, q, m, t
+            right = a.unflatten(0, (inner.groups, -1))  # g * q, m, i, u
+            rows = left.permute(0, 2, 1, 4, 3).flatten(0, 1).flatten(1, 2)  # g * q, o * t, m
+            flat = torch.bmm(rows, right.flatten(2)).unflatten(1, (-1, b.shape[-1])).unflatten(3, right.shape[2:])
+            y = flat.unflatten(0, (outer.groups, -1)).permute(0, 2, 1, 4, 3, 5)  # g, o, q, i, t, u
+            whole: Tensor = y.contiguous().flatten(4).flatten(2, 3).flatten(0, 1)
+            return whole
+
+        return outer.groups, group_by_group
     groups = math.gcd(inner.groups, outer.groups)
 
     def matrix(b: Tensor, a: Tensor) -> Tensor:
@@ -577,7 +596,7 @@ def _convolve(
         for i, size in enumerate(many.shape[2:]):
             start, step = at[i] * few_step[i], max(many_step[i], 1)
             place.append(slice(start, start + step * (size - 1) + 1, step))
-        weight[tuple(place)] += part.unflatten(-1, many.shape[2:])
+        weight[tuple(place)].add_(part.unflatten(-1, many.shape[2:]))
     assert weight is not None
     return weight
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.blocks.parts import BranchSum, silence
+from passes.blocks.parts import BranchSum, is_block, silence, stand_in
 from passes.blocks.registry import Block
 from passes.blocks.site import Site
 from passes.collapse import check_model
@@ -261,7 +261,7 @@ def _norm_weights(found: Iterable[Found], model: nn.Module) -> list[tuple[Tensor
 
 def _inside_block(model: nn.Module, path: str) -> bool:
     parts = path.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:i])), BranchSum) for i in range(len(parts)))
+    return any(is_block(model.get_submodule(".".join(parts[:i]))) for i in range(len(parts)))
 
 
 # ------------------------------------------------------------------ one block
@@ -278,7 +278,7 @@ def _site(model: nn.Module, found: Found, preserve: bool, online: bool) -> Site:
     return Site(conv, norm, preserve=preserve, online=online)
 
 
-def _build(layer: str, site: Site, block: Block, online: bool) -> BranchSum:
+def _build(layer: str, site: Site, block: Block, online: bool) -> nn.Module:
     """The block for one convolution, in its dtype, on its device, as trainable as it is."""
     conv, norm = site.conv, site.norm
     own = {id(p) for m in (conv, norm) if m is not None for p in m.parameters()}
@@ -309,12 +309,13 @@ def _build(layer: str, site: Site, block: Block, online: bool) -> BranchSum:
             if layout.channels_last and parameter.dim() == conv.weight.dim() and parameter.dim() in (4, 5):
                 last = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
                 parameter.data = parameter.data.contiguous(memory_format=last)
-    if online or len(branches) > 1:
-        made: nn.Module = (OnlineSum if online else BranchSum)(branches)
-        made.training = conv.training
-    else:
-        (made,) = branches.values()
-    return stand_in(made, str(block), conv)
+    if not online and len(branches) == 1:
+        (alone,) = branches.values()
+        stand_in(alone, str(block), conv)
+        return alone
+    module = (OnlineSum if online else BranchSum)(str(block), branches, conv)
+    module.training = conv.training
+    return module
 
 
 def _try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, online: bool) -> Cost | Refusal:
@@ -361,7 +362,7 @@ def _signature(site: Site, block: Block, online: bool) -> Any:
     return block, site.geometry, kind, site.conv.bias is None, site.shift, online, site.conv.weight.dtype
 
 
-def _check_preserved(layer: str, site: Site, module: BranchSum) -> None:
+def _check_preserved(layer: str, site: Site, module: nn.Module) -> None:
     """Run the block and the layers that it replaces on the smallest random input that every tap reads."""
     g, weight = site.geometry, site.conv.weight
     reach = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
@@ -377,8 +378,8 @@ def _check_preserved(layer: str, site: Site, module: BranchSum) -> None:
     gap = float((got - wanted).abs().max())
     if not gap <= allowed:
         raise ReparamError(
-            f"{layer}: {module.block} does not start as the function that it replaces (off by {gap:.3g}); let every "
-            "added branch end in a convolution, a batch norm or a module with silence(), or pass init='paper'"
+            f"{layer}: {module.reparam_block} does not start as the function that it replaces (off by {gap:.3g}); let "
+            "every added branch end in a convolution, a batch norm or a module with silence(), or pass init='paper'"
         )
 
 

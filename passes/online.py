@@ -42,7 +42,7 @@ class OnlineSum(BranchSum):
 
     def _record(self) -> None:
         first = next(self.parameters())
-        plain = BranchSum(self.block, dict(self.named_children()), self)  # type: ignore[arg-type]
+        plain = BranchSum(self.reparam_block, dict(self.named_children()), self)  # type: ignore[arg-type]
         program = KernelProgram.of(plain, first.dtype)
         self._program = program
         self._paths = [name.split(".") for name in program.names]

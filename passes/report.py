@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from passes.kernel_conv import KernelConv
 from passes.refusal import Refusal
 from passes.table import section
 
@@ -28,7 +29,7 @@ class Counts:
     def of(model: nn.Module) -> Counts:
         modules = list(model.modules())
         return Counts(
-            sum(isinstance(m, _ConvNd) for m in modules),
+            sum(isinstance(m, (_ConvNd, KernelConv)) for m in modules),
             sum(isinstance(m, _NormBase) or "BatchNorm" in type(m).__name__ for m in modules),
             sum(isinstance(m, nn.Linear) for m in modules),
             sum(p.numel() for p in model.parameters()),

@@ -46,7 +46,14 @@ def restore_blocks(model: nn.Module, like: nn.Module, verify: bool) -> tuple[nn.
     changed = {path for path in convs if path in inside and _own(have, path) != _own(wanted, path)}
     folding = {path for path in convs if path in changed or (path in inside and convs[path].norm is not None)}
     norms = {norm.path for path in folding if (norm := convs[path].norm) is not None}
-    taken = {key for path in folding | norms for state in (have, wanted) for key in _own(state, path)}
+    names = _names(result)
+    taken = {
+        key
+        for path in folding | norms
+        for name in names[id(result.get_submodule(path))]
+        for state in (have, wanted)
+        for key in _own(state, name)
+    }
     rest = wanted.keys() - taken
     if rest != have.keys() - taken or any(have[key].shape != wanted[key].shape for key in rest):
         return None
@@ -86,6 +93,14 @@ def _unwrapped(model: nn.Module, like: nn.Module) -> nn.Module:
     ):
         model = next(model.children())
     return model
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    """All paths of each module; one may be registered in several places."""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(path)
+    return names
 
 
 def _own(state: dict[str, Tensor], path: str) -> frozenset[str]:

@@ -324,6 +324,7 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
         leaf = root.get_submodule(at)
         failed = refusal.reason is Reason.UNTRACEABLE and not refusal.message.startswith("compiled")
         todo += _children(join(unit.path, at), leaf) if failed else [(join(unit.path, at), leaf)]
+    entered = {id(call.module) for call in unit.calls} | {id(root.get_submodule(at)) for at in leaves}
     above = {p.rsplit(".", i)[0] for p in called | leaves for i in range(1, p.count(".") + 1)}
 
     def visit(path: str, module: nn.Module) -> None:
@@ -335,7 +336,8 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
                 todo.extend(_children(join(unit.path, at), child))
             elif at in called or at in above:
                 visit(at, child)
-            elif not any(name.startswith(at + ".") for name in unit.read):  # its weights may be used without it
+            elif id(child) not in entered and not any(name.startswith(at + ".") for name in unit.read):
+                # Not the same module under another name, nor one whose weights are used without it.
                 todo.append((join(unit.path, at), child))
 
     visit("", root)

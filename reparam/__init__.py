@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from passes.report import Counts, Explanation, Fold
     from reparam.api import collapse, collapse_with_report, explain, guess_inputs, verify
     from reparam.training import equivalent_conv, expand, param_groups, plan
+    from reparam.zoo import convert_zoo
 
 __all__ = [
     "Block",
@@ -37,6 +38,7 @@ __all__ = [
     "blocks",
     "collapse",
     "collapse_with_report",
+    "convert_zoo",
     "equivalent_conv",
     "expand",
     "explain",
@@ -52,6 +54,7 @@ _HOME = {
     "passes.refusal": ("Reason", "Refusal", "ReparamError"),
     "passes.report": ("Counts", "Explanation", "Fold"),
     "passes.expand": ("Plan",),
+    "reparam.zoo": ("convert_zoo",),
     "reparam.training": ("equivalent_conv", "expand", "param_groups", "plan"),
     "reparam.api": ("collapse", "collapse_with_report", "explain", "guess_inputs", "verify"),
 }

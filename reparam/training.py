@@ -48,7 +48,8 @@ def expand(
         online: train with one convolution per layer, its kernel computed in each forward; batch norms of branches
             become factors per channel. Default: as the block says (only ``orepa`` does).
         example_inputs: only for the plan's multiply-adds; a tuple for several arguments.
-        inplace: edit ``model`` itself and return it; optimizers keep their parameters.
+        inplace: edit ``model`` itself and return it. Original parameters stay the same objects, so an optimizer keeps
+            them (it does not know the new ones); only ``doconv`` replaces the kernel by its own W.
 
     Raises:
         ReparamError: bad input, an unknown block, option or filter, a pattern that matches nothing (near names are

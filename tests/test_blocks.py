@@ -28,9 +28,10 @@ import reparam
 from passes.blocks import doconv as doconv_file
 from passes.blocks import ecb as ecb_file
 from passes.blocks import orepa as orepa_file
-from passes.blocks.parts import BranchSum, ChannelScale, IdentityConv, KernelConv
+from passes.blocks.parts import BranchSum, ChannelScale, IdentityConv, WindowMean, is_block
 from passes.blocks.registry import unregister
 from passes.geometry import Geometry
+from passes.kernel_conv import KernelConv
 from passes.refusal import Reason, ReparamError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -189,7 +190,7 @@ def gap(got: Tensor, wanted: Tensor) -> float:
 def check_folded(some: list[Point], originals: Any, folded: Any) -> None:
     """Each cell is one convolution with the original's geometry, and one that held no bias and no norm holds none."""
     for point, original, cell in zip(some, originals.cells, folded.cells, strict=True):
-        left = [m for m in layers(cell) if type(m) is not BranchSum]  # of a block with one branch the shell may stay
+        left = layers(cell)
         assert [type(m) for m in left] == [nn.Conv2d], (point, cell)
         assert Geometry.of(left[0]) == Geometry.of(original[0]), point
         assert (left[0].bias is None) == (not point.bias and not point.norm), point
@@ -286,7 +287,7 @@ def test_online_runs_one_convolution_and_is_the_sum_of_its_branches(block: str) 
         expanded.eval()
         with torch.no_grad():
             for point, cell in zip(some, expanded.cells, strict=True):
-                if isinstance(cell[0], BranchSum):
+                if is_block(cell[0]):
                     assert not any(isinstance(m, _BatchNorm) for m in cell[0].modules())
                     branches = BranchSum(block, dict(cell[0].named_children()), cell[0])
                     assert gap(cell[0](x), branches(x)) < TOLERANCE, point
@@ -344,7 +345,7 @@ def test_blocks_carry_over_to_one_and_three_dimensions(block: str, n: int, onlin
             assert gap(expanded(x), model(x)) <= (1e-13 if online else 0.0)
             folded = reparam.collapse(trained(expanded))
             assert gap(folded(x), expanded(x)) < TOLERANCE
-        (left,) = [m for m in layers(folded) if type(m) is not BranchSum]
+        (left,) = layers(folded)
         assert isinstance(left, CONVS[n])
         assert Geometry.of(left) == Geometry.of(model[0])
 
@@ -423,7 +424,7 @@ def test_without_a_norm_branches_have_one_only_if_the_bias_has_a_place(block: st
     for groups in (4,) if block == "largekernel" else (1, 2, 4):
         model = nn.Sequential(nn.Conv2d(4, 4, kernel, padding=1, groups=groups, bias=bias)).double()
         expanded: Any = reparam.expand(model, block, online=online)
-        assert isinstance(expanded[0], BranchSum)
+        assert is_block(expanded[0])
         norms = [m for m in expanded.modules() if isinstance(m, _BatchNorm)]
         assert bool(norms) == (bias and block in WITH_NORMS and not online)
         x = torch.randn(1, 4, 9, 9, dtype=torch.float64)
@@ -460,7 +461,7 @@ class SmallNet(nn.Module):
 )
 def test_every_parameter_has_a_gradient_within_two_steps(block: Any, online: bool) -> None:
     model = reparam.expand(SmallNet().double().train(), block, online=online)
-    added = [m for m in model.modules() if isinstance(m, BranchSum)]
+    added = [m for m in model.modules() if is_block(m)]
     assert added
     # Without momentum or decay: what moves has its own gradient. AdamW's step does not depend on the gradient's size.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -543,9 +544,9 @@ def test_dbb_on_a_dense_convolution() -> None:
     assert names(block) == ["square", "point", "average", "sequence"]
     assert block.point[0].kernel_size == (1, 1)
     assert block.point[0].stride == (2, 2)
-    assert names(block.average) == ["point", "norm", "pool", "last_norm"]
+    assert names(block.average) == ["point", "pad", "norm", "pool", "last_norm"]
     assert (block.average.pool.kernel_size, block.average.pool.stride) == ((3, 3), (2, 2))
-    assert names(block.sequence) == ["point", "norm", "square", "last_norm"]
+    assert names(block.sequence) == ["point", "pad", "norm", "square", "last_norm"]
     assert block.sequence.norm.num_features == 4  # as many as go in
     assert isinstance(block.sequence.point, IdentityConv)
     assert not block.sequence.point.weight.any()
@@ -556,7 +557,7 @@ def test_dbb_on_a_dense_convolution() -> None:
 def test_dbb_on_a_depthwise_convolution() -> None:
     block = expand_one("dbb", conv_bn(2, 4, 4, padding=1, groups=4), init="paper")
     assert names(block) == ["square", "average", "sequence"]
-    assert names(block.average) == ["pool", "norm"]
+    assert names(block.average) == ["pool", "last_norm"]
     assert type(block.sequence.point) is nn.Conv2d
     assert block.sequence.norm.num_features == 8  # twice as many as go in
 
@@ -564,7 +565,7 @@ def test_dbb_on_a_depthwise_convolution() -> None:
 def test_dbb_identity_in_groups_passes_every_channel_on() -> None:
     block = expand_one("dbb", conv_bn(2, 4, 6, padding=1, groups=2).double(), init="paper")
     x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
-    assert torch.equal(block.sequence.point(x)[..., 1:-1, 1:-1], x)
+    assert torch.equal(block.sequence.point(x), x)
 
 
 @pytest.mark.parametrize("switches", list(product((False, True), repeat=3)))
@@ -572,7 +573,7 @@ def test_dbb_branches_can_each_be_switched_off(switches: tuple[bool, bool, bool]
     options = dict(zip(("pointwise", "average", "sequence"), switches, strict=True))
     block = expand_one(reparam.Block("dbb", **options), conv_bn(2, 4, 6))
     kept = [name for name, on in zip(("point", "average", "sequence"), switches, strict=True) if on]
-    assert names(block) == ["square", *kept]
+    assert names(block) == (["square", *kept] if kept else ["conv", "norm"])  # one branch alone needs no sum
 
 
 def test_dbb_single_starts_the_last_gamma_of_added_branches_at_zero() -> None:
@@ -600,7 +601,7 @@ def by_hand(module: doconv_file.DOConv, groups: int, kernel: tuple[int, int]) ->
 def test_doconv_is_its_published_product_for_every_depth_and_starts_exact(depth: int | None, groups: int) -> None:
     model = conv_bn(2, 4, 8, 3, padding=1, groups=groups).double()
     chosen = "doconv" if depth is None else reparam.Block("doconv", depth=depth)
-    block = expand_one(chosen, model).main
+    block = expand_one(chosen, model)
     assert block.weight.shape == (8, 4 // groups, depth or 9)
     assert block.D.shape == (4, 9, depth or 9)
     assert not block.D.any()
@@ -613,7 +614,7 @@ def test_doconv_is_its_published_product_for_every_depth_and_starts_exact(depth:
 
 
 def test_doconv_as_published_starts_from_kaiming_uniform_and_d_at_zero() -> None:
-    block = expand_one(reparam.Block("doconv", depth=18), conv_bn(2, 16, 64), init="paper").main
+    block = expand_one(reparam.Block("doconv", depth=18), conv_bn(2, 16, 64), init="paper")
     assert not block.D.any()
     bound = 1 / math.sqrt(16 * 18)  # uniform, a = sqrt 5, fan-in: inputs times depth
     assert 0.95 * bound < float(block.weight.detach().abs().max()) <= bound
@@ -931,10 +932,8 @@ def test_a_branch_that_cannot_start_at_zero_says_what_to_do() -> None:
 def test_a_start_that_is_off_is_found_and_the_model_is_as_it_was(inplace: bool) -> None:
     @reparam.block("off")
     def off(conv: reparam.Site) -> Iterator[tuple[str, nn.Module]]:
-        yield "main", conv.main()
-        fixed = conv.parallel(1, norm=False)
-        nn.init.constant_(fixed.weight, 0.01)  # type: ignore[arg-type]
-        yield "fixed", fixed.requires_grad_(False)  # frozen: what does not train is not silenced
+        yield "main", conv.row(main=conv.main(), scale=conv.scale(1.01))
+        yield "point", conv.parallel(1)
 
     model = nn.Sequential(conv_bn(2, 4, 4, 3, padding=1), conv_bn(2, 4, 4, 3, padding=1)).eval()
     before, printed = copy.deepcopy(model.state_dict()), str(model)
@@ -1000,10 +999,10 @@ def test_a_frozen_convolution_gets_frozen_branches(block: str, online: bool) -> 
         part.requires_grad_(False)
     expanded: Any = reparam.expand(model, block, online=online)
     for name, module in expanded.named_modules():
-        if isinstance(module, BranchSum):
+        if is_block(module):
             trains = any(p.requires_grad for p in module.parameters())
             assert trains == name.startswith("body"), name
-    assert any(isinstance(m, BranchSum) for m in (*expanded.stem, *expanded.wide))
+    assert any(is_block(m) for m in (*expanded.stem, *expanded.wide))
 
 
 @pytest.mark.parametrize("online", [False, True])
@@ -1021,7 +1020,7 @@ def test_state_dict_names_are_the_same_every_time_and_load_into_another_expansio
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_blocks_are_made_of_stock_modules_and_the_four_of_parts(block: str) -> None:
+def test_blocks_are_made_of_stock_modules_and_the_few_of_parts(block: str) -> None:
     for module in reparam.expand(SmallNet(), block, online=False).modules():
-        own = (SmallNet, BranchSum, ChannelScale, KernelConv)
+        own = (SmallNet, BranchSum, ChannelScale, KernelConv, WindowMean)
         assert type(module).__module__.startswith("torch.nn") or isinstance(module, own)

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 import reparam
-from passes.blocks.parts import BranchSum
+from passes.blocks.parts import is_block
+from passes.blocks.registry import unregister
 from reparam import Block, Plan, Reason, ReparamError
 
 
@@ -52,7 +53,7 @@ def taken(model: nn.Module, layer: str, block: Any = "acb", x: Tensor | None = N
     found = row(plan, layer)
     assert found.refusal is None, found.refusal
     expanded = plan.apply()
-    assert isinstance(expanded.get_submodule(layer), BranchSum)
+    assert is_block(expanded.get_submodule(layer))
     same(model, expanded, maps() if x is None else x)
     reparam.verify(model, reparam.collapse(expanded.eval()), maps() if x is None else x).raise_if_different()
     if found.found.norm is not None:
@@ -109,6 +110,30 @@ class Apart(nn.Module):
         for name in ("first", "second"):
             x = F.relu(self.norms[name](self.convs[name](x)))
         return x
+
+
+class TwoNames(nn.Module):
+    """One module, called once, registered under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = ConvBN()
+        self.again = nn.Sequential(self.body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.again(x) + x)
+
+
+@pytest.mark.parametrize("block", ["acb", "doconv"])
+def test_a_module_with_two_names_is_one_module(block: str) -> None:
+    model = ready(TwoNames())
+    plan = reparam.plan(model, block, init="paper")
+    assert row(plan, "body.conv").found.norm.path == "body.norm"
+    expanded = ready(plan.apply())
+    back: Any = reparam.collapse(expanded, like=model)
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert back.again[0] is back.body
+    reparam.verify(expanded, back, maps()).raise_if_different()
 
 
 def test_norm_in_another_module() -> None:
@@ -476,6 +501,21 @@ def test_expanding_twice() -> None:
     same(model, plan.apply(), maps())
 
 
+def test_a_branch_that_cannot_start_at_zero() -> None:
+    @reparam.block("blurred")
+    def blurred(conv: reparam.Site) -> Any:
+        """The kernel + a mean that nothing scales."""
+        yield "square", conv.main()
+        yield "mean", conv.average(conv.out_channels, padded=True)
+
+    try:
+        model = ready(nn.Sequential(conv3(), nn.BatchNorm2d(WIDTH)))
+        left(model, "0", Reason.BLOCK, "nothing to train", "blurred")
+        assert is_block(reparam.expand(model, "blurred", init="paper")[0])
+    finally:
+        unregister("blurred")
+
+
 def test_untraceable_outside() -> None:
     """Control flow that depends on numbers: the modules inside are expanded, norms and all."""
     model = ready(
@@ -579,7 +619,7 @@ def _multiply_adds(model: nn.Module, inputs: Tensor) -> float:
             total += output.numel() * module.kernel_size[0] ** 2
         elif isinstance(module, nn.BatchNorm2d):
             total += output.numel()
-        elif isinstance(module, BranchSum):
+        elif is_block(module):
             total += output.numel() * (len(list(module.children())) - 1)
 
     hooks = [m.register_forward_hook(note) for m in model.modules()]
@@ -1026,5 +1066,5 @@ def test_every_convolution_is_accounted_for(name: str) -> None:
             one_tap = max(convs[found.layer].kernel_size) == 1
             assert (found.refusal.reason is Reason.KERNEL_OF_ONE) if one_tap else found.refusal.reason in known, found
     expanded = plan.apply()
-    blocks = [path for path, m in expanded.named_modules() if isinstance(m, BranchSum)]
+    blocks = [path for path, m in expanded.named_modules() if is_block(m)]
     assert sorted(blocks) == sorted(r.layer for r in plan.expanded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,16 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import reparam
 from reparam import Counts, sources
+from reparam.cli import app
+from reparam.recipe import Recipe
+from zoo import demo as demonstration
 from zoo import measure as measuring
+from zoo.demo import Case, try_out
+from zoo.digits import Digits, digits, score, train
 from zoo.families import DEMO, FOLDING, ORDINARY, Network
 from zoo.measure import Row, measure, relative_error, size
 from zoo.randomise import randomise_
@@ -183,3 +190,129 @@ def test_a_larger_result_does_not_hold() -> None:
     counts = Counts(convs=1, norms=0, linears=0, parameters=10)
     row = Row(DEMO[0], before=counts, ours=replace(counts, parameters=11), error=0.0)
     assert measuring._verdict(row) == "more parameters than before"
+
+
+# ------------------------------------------------------------------------------------------------ demo
+
+SMALL = Case("timm:test_resnet,num_classes=10", Recipe("acb"), steps=12, rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def data() -> Digits:
+    pytest.importorskip("timm")
+    pytest.importorskip("sklearn")
+    return digits()
+
+
+def test_the_digits_are_split_once_and_for_all(data: Digits) -> None:
+    assert data.train.shape == (1500, 3, 32, 32)
+    assert data.test.shape == (297, 3, 32, 32)
+    assert abs(float(data.train.mean())) < 0.05
+    assert torch.equal(data.test, digits().test)
+    assert set(data.test_labels.tolist()) == set(range(10))
+    everything = torch.cat([data.train, data.test])[:, 0].flatten(1)
+    assert len(torch.unique(everything, dim=0)) == 1797
+
+
+def test_images_and_labels_belong_together(data: Digits) -> None:
+    flat, held = data.train[:, 0].flatten(1), data.test[:, 0].flatten(1)
+    nearest = torch.cdist(held, flat).argmin(1)
+    assert float((data.train_labels[nearest] == data.test_labels).float().mean()) > 0.95
+
+
+def test_without_scikit_learn_the_digits_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(reparam.ReparamError, match=r"reparam\[zoo\]"):
+        digits()
+
+
+def test_training_learns_and_scoring_changes_nothing(data: Digits) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 225, 10))
+    before = score(model, data)
+    state = copy.deepcopy(model.state_dict())
+    assert torch.equal(score(model, data).answers, before.answers)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    losses = list(train(model, data, steps=20, batch=32))
+    after = score(model, data)
+    assert len(losses) == 20
+    assert after.loss < before.loss
+    assert after.accuracy > 0.6 > before.accuracy
+
+
+@pytest.mark.parametrize("block", ["acb", "dbb", "doconv"])
+def test_a_trial_holds(data: Digits, block: str) -> None:
+    trial = try_out(replace(SMALL, recipe=Recipe(block)), data)
+    assert not trial.failure
+    assert trial.start == 0.0
+    assert trial.loads
+    assert trial.error is not None
+    assert trial.error < 1e-5
+    assert trial.counts is not None
+    plain, training, deployed = trial.counts
+    assert training.parameters > plain.parameters > deployed.parameters
+    assert (plain.convs, deployed.norms) == (deployed.convs, 0)
+
+
+def spoiled(model: nn.Module, by: float) -> nn.Module:
+    with torch.no_grad():
+        list(model.parameters())[-1][0] += by
+    return model
+
+
+def test_a_trial_fails_if_expanding_changes_the_function(data: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reparam.Plan.apply
+    monkeypatch.setattr(reparam.Plan, "apply", lambda plan: spoiled(right(plan), 1e-4))
+    assert "before training" in try_out(SMALL, data).failure
+
+
+@pytest.mark.parametrize("by", [1e-3, 100.0])
+def test_a_trial_fails_if_collapsing_changes_the_function(
+    data: Digits, monkeypatch: pytest.MonkeyPatch, by: float
+) -> None:
+    right = reparam.collapse
+    monkeypatch.setattr(reparam, "collapse", lambda *args, **options: spoiled(right(*args, **options), by))
+    assert "differ by" in try_out(SMALL, data).failure
+
+
+def test_a_trial_fails_if_the_weights_do_not_load(data: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reparam.collapse
+    monkeypatch.setattr(reparam, "collapse", lambda model, like=None: right(model))
+    assert "state_dict" in try_out(SMALL, data).failure
+
+
+def test_a_trial_fails_if_nothing_is_learnt_or_expanded(data: Digits) -> None:
+    assert "did not lower the loss" in try_out(replace(SMALL, steps=0), data).failure
+    nothing = replace(SMALL, recipe=Recipe("acb", where={"kernel": 9}))
+    assert "no parameters" in try_out(nothing, data).failure
+
+
+def test_a_trial_that_raises_is_a_row(data: Digits) -> None:
+    assert "UnknownNameError" in try_out(replace(SMALL, spec="timm:nothing"), data).failure
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_demo_reports_and_fails_if_anything_does_not_hold(
+    data: Digits, toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: bool
+) -> None:
+    case = SMALL if good else replace(SMALL, steps=0)
+    monkeypatch.setattr(demonstration, "CASES", (case,))
+    monkeypatch.setattr(demonstration, "COLLAPSED", (Network(toy, "fx", shape=(2, 3, 8, 8)),))
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert result.exit_code == (0 if good else 1), result.output
+    assert f"{2 if good else 1} of 2 networks hold" in result.output
+    assert "The plan: timm:test_resnet,num_classes=10 with acb" in result.output
+    report = (tmp_path / "report.md").read_text()
+    assert ("(FAILED)" in report) == (not good)
+    assert ("did not lower the loss" in result.output) == (not good)
+    assert "| test_resnet" in report
+    assert "297 of 297" in report
+    assert "toy:block" in report
+
+
+def test_the_demo_names_networks_that_exist() -> None:
+    pytest.importorskip("timm")
+    assert len(demonstration.CASES) == 3
+    assert len(demonstration.COLLAPSED) == 4
+    for case in demonstration.CASES:
+        source, _, rest = case.spec.partition(":")
+        assert rest.partition(",")[0] in sources.names(source)

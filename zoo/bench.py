@@ -1,4 +1,4 @@
-"""``reparam bench``: what collapse costs, and the folding table."""
+"""``reparam bench``: what collapse and a training step cost, and the folding table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zoo.bench_step import step
 from zoo.families import BENCH, Network
 from zoo.measure import one_thread, shipped_fold
 from zoo.render import console, markdown_table, provenance, rich_table, write_text
+from zoo.roundtrip import roundtrip
 from zoo.table import table
 
 if TYPE_CHECKING:
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["bench"]
 
-bench = typer.Typer(no_args_is_help=True, help="Measure what collapse costs, and compare its results.")
+bench = typer.Typer(no_args_is_help=True, help="Measure what collapse and training cost, and compare results.")
 bench.command()(table)
+bench.command()(step)
+bench.command()(roundtrip)
 
 PARTS = ("trace", "plan", "fold", "proof")
 BLOCKS = 8

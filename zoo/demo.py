@@ -17,7 +17,6 @@ from rich.status import Status
 from torch import nn
 
 import reparam
-from passes.blocks.parts import KernelConv
 from reparam import Counts, sources
 from reparam.recipe import Recipe
 from reparam.tables import plan_table, show
@@ -171,7 +170,7 @@ def _steps(case: Case, data: Digits) -> Iterator[Trial]:
     stock = sources.create(case.spec).eval()
     stock.load_state_dict(weights, strict=True)
     deployed = reparam.collapse(stock)
-    counts = _counts(plain), _counts(expanded), _counts(deployed)
+    counts = Counts.of(plain), Counts.of(expanded), Counts.of(deployed)
     trial = replace(trial, loads=True, counts=counts, collapsed=score(stock, data))
     yield trial
     results = [reparam.verify(expanded, candidate, data.test[:8]) for candidate in (stock, deployed)]
@@ -188,13 +187,6 @@ def _stage(trial: Trial) -> str:
     if trial.after is None:
         return "training"
     return "collapsing" if trial.counts is None else "comparing"
-
-
-def _counts(model: nn.Module) -> Counts:
-    """Layers and parameters; convolutions whose kernel is computed from parameters count too."""
-    counts = Counts.of(model)
-    computed = sum(isinstance(module, KernelConv) for module in model.modules())
-    return replace(counts, convs=counts.convs + computed)
 
 
 def _quick_norms(model: nn.Module) -> nn.Module:

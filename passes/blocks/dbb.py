@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from passes.blocks.parts import IdentityConv, border_last, quick_mean
 from passes.blocks.registry import block
 from passes.blocks.site import Site
 
@@ -29,30 +28,11 @@ def dbb(
     yield "square", conv.main()
     if pointwise and not conv.depthwise:
         yield "point", conv.parallel(1, gamma=last)
-    if average and conv.depthwise:
-        yield "average", conv.row(pool=quick_mean(conv.average(out, padded=True)), norm=conv.new_norm(out, last))
-    elif average:
-        point, pad = border_last(conv.pointwise(out))
-        yield (
-            "average",
-            conv.row(
-                point=point,
-                **pad,
-                norm=conv.new_norm(out),
-                pool=quick_mean(conv.average(out)),
-                last_norm=conv.new_norm(out, last),
-            ),
-        )
+    if average:
+        begin = {} if conv.depthwise else conv.begin(out)
+        mean = conv.average(out, padded=conv.depthwise)
+        yield "average", conv.row(**begin, pool=mean, last_norm=conv.new_norm(out, last) or conv.scale(last))
     if sequence:
         middle = conv.in_channels * (2 if conv.depthwise else 1)
-        point, pad = border_last(conv.pointwise(middle))
-        yield (
-            "sequence",
-            conv.row(
-                point=point if conv.depthwise else IdentityConv(point),
-                **pad,
-                norm=conv.new_norm(middle),
-                square=conv.windowed(middle),
-                last_norm=conv.new_norm(out, last),
-            ),
-        )
+        begin = conv.begin(middle, identity=not conv.depthwise)
+        yield "sequence", conv.row(**begin, square=conv.windowed(middle), last_norm=conv.new_norm(out, last))

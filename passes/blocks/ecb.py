@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from passes.blocks.parts import KernelConv
 from passes.blocks.registry import block
 from passes.blocks.site import Site
 from passes.geometry import Geometry
+from passes.kernel_conv import KernelConv
 
 __all__ = ["ScaledFilter", "ecb"]
 

@@ -10,19 +10,18 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.emit import _PAD
-from passes.geometry import Geometry, flat_pads
-from passes.refusal import ReparamError
+from passes.geometry import Geometry
+from passes.kernel_conv import KernelConv
+from passes.refusal import Reason, RefusalError, ReparamError
 
 __all__ = [
     "BranchSum",
     "ChannelScale",
     "IdentityConv",
-    "KernelConv",
     "WindowMean",
-    "border_last",
-    "quick_mean",
+    "is_block",
     "silence",
+    "stand_in",
 ]
 
 
@@ -39,27 +38,6 @@ class ChannelScale(nn.Module):
     def silence(self) -> None:
         """Return zero, and take a gradient."""
         nn.init.zeros_(self.weight)
-
-
-class KernelConv(nn.Module):
-    """A convolution whose kernel is an expression of its parameters, see :meth:`kernel`."""
-
-    bias: Tensor | None
-
-    def __init__(self, geometry: Geometry, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.geometry = geometry
-        self.register_parameter("bias", bias)  # type: ignore[arg-type]  # a Parameter: torch annotates it as a Tensor
-
-    def kernel(self) -> Tensor:
-        """The kernel ``(out, in / groups, *kernel)``."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.geometry.convolve(x, self.kernel(), self.bias)
-
-    def extra_repr(self) -> str:
-        return str(self.geometry)
 
 
 class IdentityConv(KernelConv):
@@ -101,9 +79,6 @@ _ONEDNN = torch.backends.mkldnn.is_available()
 class BranchSum(nn.Module):
     """The sum of all branches over the same input: a block in training.
 
-    It has the attributes of the convolution that it stands for (``in_channels``, ``stride``, ...), which surrounding
-    code may read.
-
     Args:
         block: the block with its options, for ``print(model)``.
         branches: modules by name, the main branch first.
@@ -112,9 +87,7 @@ class BranchSum(nn.Module):
 
     def __init__(self, block: str, branches: dict[str, nn.Module], conv: _ConvNd) -> None:
         super().__init__()
-        self.block = block
-        for name in _GEOMETRY:
-            setattr(self, name, getattr(conv, name))
+        stand_in(self, block, conv)
         for name, branch in branches.items():
             if hasattr(self, name):
                 raise ReparamError(f"a branch of {block} cannot be named {name!r}: torch uses that name")
@@ -131,7 +104,7 @@ class BranchSum(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        return f"block={self.block}"
+        return f"block={self.reparam_block}"
 
 
 _GEOMETRY = (
@@ -139,42 +112,31 @@ _GEOMETRY = (
 )  # fmt: skip
 
 
-def quick_mean(layer: nn.Module) -> nn.Module:
-    """The layer with every ``AvgPool2d`` as a :class:`WindowMean`."""
-    if type(layer) is nn.AvgPool2d:
-        return WindowMean(layer.kernel_size, layer.stride, layer.padding)
-    for name, child in list(layer.named_children()):
-        setattr(layer, name, quick_mean(child))
-    return layer
-
-
-def border_last(point: _ConvNd) -> tuple[_ConvNd, dict[str, nn.Module]]:
-    """A padded 1x1 convolution without bias as the same one without padding, and the padding behind it, if any.
-
-    They commute: the map of a zero is zero, and any other continuation repeats pixels. The convolution is spared the
-    border, and libraries have fast 1x1 kernels for inputs without padding only.
-    """
-    g = Geometry.of(point)
-    if point.bias is not None or g.lead != g.trail or not any(g.lead):
-        return point, {}
-    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[g.n - 1]
-    bare: _ConvNd = kind(g.in_channels, g.out_channels, 1, groups=g.groups, bias=False, device="meta")
-    bare.weight = point.weight
-    return bare, {"pad": _PAD[g.mode][g.n - 1](tuple(flat_pads(g.lead, g.trail)))}
-
-
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def silence(branch: nn.Module) -> None:
-    """Let a branch return zero while its last layer takes a gradient; a branch without parameters is left as it is.
+def stand_in(module: nn.Module, block: str, conv: Any) -> None:
+    """Give a block the attributes of the convolution that it stands for, which surrounding code may read."""
+    for name in _GEOMETRY:
+        setattr(module, name, getattr(conv, name))
+    module.reparam_block = block  # type: ignore[assignment]
 
-    Raises :class:`ReparamError` if its last layer is of a kind that is not known.
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module is a block that was put in a convolution's place."""
+    return isinstance(getattr(module, "reparam_block", None), str)
+
+
+def silence(branch: nn.Module) -> None:
+    """Let a branch return zero while its last layer takes a gradient.
+
+    Raises :class:`RefusalError` if it has nothing to train, and :class:`ReparamError` if its last layer is of a kind
+    that is not known.
     """
     trained = [m for m in branch.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
     if not trained:
-        return
+        raise RefusalError(Reason.BLOCK, "a branch has nothing to train, so it cannot start at zero")
     last: Any = trained[-1]
     if hasattr(last, "silence"):
         last.silence()

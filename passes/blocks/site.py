@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.blocks.parts import ChannelScale
+from passes.blocks.parts import ChannelScale, IdentityConv, WindowMean
 from passes.conv_form import Ints
 from passes.geometry import Geometry, flat_pads
 from passes.refusal import Reason, RefusalError
@@ -26,7 +26,7 @@ __all__ = ["Site"]
 
 _CONV: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_POOL: tuple[Any, ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_POOL: tuple[Any, ...] = (nn.AvgPool1d, WindowMean, nn.AvgPool3d)
 _PAD: dict[str, tuple[Any, ...]] = {
     "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
     "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
@@ -174,6 +174,19 @@ class Site:
             g.in_channels, channels or g.in_channels, (1,) * self.n, g.groups, padding=both, bias=bias,
             padding_mode=g.mode,
         )  # fmt: skip
+
+    def begin(self, channels: int, *, identity: bool = False) -> dict[str, nn.Module | None]:
+        """A 1x1 convolution, the padding behind it and a batch norm, by name: they begin a sequence, see :meth:`row`.
+
+        The same map as :meth:`pointwise` and a norm, for a 1x1 without bias commutes with padding; the convolution is
+        spared the border, and libraries have fast 1x1 kernels only for inputs without padding. With ``identity`` it is
+        stored as identity + V, V = 0.
+        """
+        g = self.geometry
+        both = tuple(max(pair) for pair in zip(g.lead, g.trail, strict=True))
+        conv = self._conv(g.in_channels, channels, (1,) * self.n, g.groups)
+        point = IdentityConv(conv) if identity else conv
+        return {"point": point, **self._aligning(both, both), "norm": self.new_norm(channels)}
 
     def trimmed(self, layer: nn.Module) -> nn.Module:
         """``layer``, behind a crop of what :meth:`pointwise` has padded too much; most often there is nothing to crop.

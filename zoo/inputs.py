@@ -1,0 +1,123 @@
+"""An input for any network of the zoo, as small as the network takes it, and how to run the network on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["View", "find_view", "native_view"]
+
+SMALL = {1: (256,), 2: (128, 128), 3: (8, 64, 64)}
+"""Enough for networks that take any size: their proof costs a third of that at the usual size."""
+USUAL = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
+
+
+@dataclass(frozen=True)
+class View:
+    """One sample's shape, and which part of the network is run on it.
+
+    Args:
+        shape: of one sample, without the batch.
+        outputs: ``"whole"``: what the network returns; ``"features"``: a detector's feature maps and what its head
+            makes of them (its boxes are a selection, and empty in an untrained network).
+    """
+
+    shape: tuple[int, ...]
+    outputs: str = "whole"
+
+    def inputs(self, batch: int, seed: int = 0) -> Tensor:
+        """Random numbers, float32, the same for the same seed."""
+        return torch.randn((batch, *self.shape), generator=torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, x: Tensor) -> list[Tensor]:
+        """All tensors that come out, whatever they are nested in; a network's own random choices are the same ones."""
+        torch.manual_seed(0)
+        result = model(x) if self.outputs == "whole" else _features(model, x)
+        return [value for value in tree_leaves(_plain(result)) if isinstance(value, Tensor)]
+
+
+def find_view(model: nn.Module) -> tuple[View | None, str]:
+    """The cheapest view of ``model`` that works, in eval mode; or None and why there is none."""
+    tried = ""
+    for view in _views(model):
+        try:
+            results = view.run(model, view.inputs(2))
+        # Any exception means that the network does not take this input.
+        except Exception as error:
+            tried = tried or f"{view.shape}: {type(error).__name__}: {error}".splitlines()[0]
+            continue
+        if any(value.numel() and value.is_floating_point() for value in results):
+            return view, ""
+        tried = tried or f"{view.shape}: it returns no numbers"
+    return None, f"no input could be made for it ({tried})"
+
+
+def native_view(model: nn.Module, view: View) -> View:
+    """The view at the size that the network is made for, for its latency; ``view`` itself where that is not known."""
+    shape = _declared(model)
+    if shape is None and len(view.shape) > 1:
+        shape = (view.shape[0], *USUAL[len(view.shape) - 1])
+    return view if shape is None else View(shape, view.outputs)
+
+
+def _views(model: nn.Module) -> Iterator[View]:
+    # A segmentation network has a backbone too; only a detector has the transform that puts images into a batch.
+    detector = isinstance(getattr(model, "backbone", None), nn.Module) and hasattr(model, "transform")
+    for outputs in ("features", "whole") if detector else ("whole",):
+        for shape in dict.fromkeys(_shapes(model)):
+            yield View(shape, outputs)
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    declared = _declared(model)
+    first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
+    if declared is not None:
+        small = (declared[0], *SMALL.get(len(declared) - 1, ()))
+        if not _config(model).get("fixed_input_size") and math.prod(small) < math.prod(declared):
+            yield small
+        yield declared
+    elif first is not None:
+        n = len(first.kernel_size)
+        for size in (SMALL[n], USUAL[n], *([(32, 32)] if n == 2 else [])):
+            yield (first.in_channels, *size)
+    else:
+        linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
+        yield from [(linear.in_features,), (4, linear.in_features)] if linear is not None else []
+        yield (3, 224, 224)
+
+
+def _config(model: nn.Module) -> Mapping[str, Any]:
+    """What timm says of a network."""
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = getattr(model, name, None)
+        if isinstance(config, Mapping):
+            return config
+    return {}
+
+
+def _declared(model: nn.Module) -> tuple[int, ...] | None:
+    size = _config(model).get("input_size")
+    return tuple(size) if size else None
+
+
+def _features(model: Any, x: Tensor) -> Any:
+    features = list(model.backbone(x).values())
+    head = getattr(model, "head", None) or getattr(getattr(model, "rpn", None), "head", None)
+    return [features, head(features) if head is not None else ()]
+
+
+def _plain(result: Any) -> Any:
+    """Mappings of other packages are no mappings to torch's trees."""
+    if isinstance(result, Mapping):
+        return {str(key): _plain(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [_plain(value) for value in result]
+    return result

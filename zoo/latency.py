@@ -1,0 +1,48 @@
+"""Milliseconds and multiply-adds of two networks whose runs take turns, within a budget of seconds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.inputs import View
+from zoo.outcome import Latency
+
+__all__ = ["race"]
+
+BUDGET = 0.5
+"""Seconds for all timed runs of both networks, if each then runs at least once."""
+RUNS = 9
+"""Runs of each at most."""
+
+
+def race(before: nn.Module, after: nn.Module, view: View) -> tuple[Latency, int, int]:
+    """Latency of both on one sample of ``view``, and the multiply-adds of each.
+
+    The first run of each counts multiply-adds and is not timed: it pays for first uses.
+    """
+    x = view.inputs(1)
+    work = [_multiply_adds(model, view, x) for model in (before, after)]
+    runs: tuple[list[float], list[float]] = ([], [])
+    started = time.perf_counter()
+    while not runs[0] or (len(runs[0]) < RUNS and time.perf_counter() - started < BUDGET):
+        for model, times in zip((before, after), runs, strict=True):
+            times.append(_milliseconds(model, view, x))
+    medians = [statistics.median(times) for times in runs]
+    return Latency(tuple(x.shape), *medians, *(tuple(round(t, 4) for t in times) for times in runs)), *work
+
+
+def _milliseconds(model: nn.Module, view: View, x: Tensor) -> float:
+    started = time.perf_counter()
+    view.run(model, x)
+    return (time.perf_counter() - started) * 1e3
+
+
+def _multiply_adds(model: nn.Module, view: View, x: Tensor) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        view.run(model, x)
+    return int(counter.get_total_flops()) // 2

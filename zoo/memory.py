@@ -1,0 +1,57 @@
+"""Resident memory of a process, from the system: Python's own tools do not see torch's."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import sys
+from pathlib import Path
+
+__all__ = ["high_water", "reset", "resident", "return_freed"]
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+M_MMAP_THRESHOLD = -3
+"""glibc's number for the size from which memory is taken from the system, and given back, piece by piece."""
+LARGE, LARGEST = 4 << 20, 32 << 20
+"""Bytes: a size that few tensors of small networks have, and the largest that glibc takes."""
+
+
+def resident(pid: int | str = "self") -> int:
+    """Bytes that a process holds now; 0 if that cannot be told, or if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def reset() -> int:
+    """Begin a new high-water mark of this process, and return the bytes that it holds now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return high_water()  # elsewhere the mark cannot be lowered
+    return resident()
+
+
+def high_water() -> int:
+    """Bytes that this process held at most since the last :func:`reset`."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def return_freed(at_once: bool) -> None:
+    """Give freed memory back to the system now, and from now on that of every tensor as soon as it is freed, or not.
+
+    glibc otherwise keeps what is freed, and the next stage comes on top of it. Asking the system each time costs up to
+    half of the speed, so this is for large networks, and not while they are timed.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, LARGE if at_once else LARGEST)
+        library.malloc_trim(0)

@@ -1,0 +1,145 @@
+"""Checkpoints of other programs: which file of a folder is which architecture, and how its names fit the network.
+
+A file or folder is named for its architecture, with or without a tag: ``resnet50.safetensors``,
+``resnet50.a1_in1k.safetensors``, ``resnet50-0676ba61.pth``, ``resnet50/model.safetensors``; or a ``config.json`` beside
+the file says ``"architecture": "resnet50"``, as on the Hugging Face hub. Safetensors come first; other files are read
+with ``weights_only=True`` and in no other way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reparam.files import FileError, StateFile, is_file_name, load_into, load_state, misfit
+
+__all__ = ["Shelf", "fill", "find_checkpoints"]
+
+GENERIC = ("model", "pytorch_model", "open_clip_pytorch_model", "checkpoint", "model_best", "weights")
+"""Names of files that say nothing; the folder's name or its ``config.json`` does."""
+PREFIXES = ("module.", "_orig_mod.", "model.", "model_ema.", "ema_model.", "ema.", "module_ema.")
+"""What training scripts put before every name; the averaged ones are tried like the others."""
+DEPTH = 3
+"""How many prefixes may stand one before the other."""
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The checkpoints of a folder: file by architecture, and files that are of none."""
+
+    files: Mapping[str, Path]
+    strangers: tuple[Path, ...]
+
+
+def find_checkpoints(folder: str | os.PathLike[str], known: Sequence[str]) -> Shelf:
+    """Look through ``folder`` and the folders in it for checkpoints of the architectures ``known``.
+
+    Raises:
+        FileError: it is not a folder, or cannot be read.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileError(f"{root} is not a folder of checkpoints")
+    names, found, strangers = set(known), {}, []
+    try:
+        paths = sorted(p for depth in ("*", "*/*") for p in root.glob(depth) if p.is_file() and is_file_name(p.name))
+    except OSError as error:
+        raise FileError(f"{root} cannot be read: {error.strerror or error}") from error
+    for path in sorted(paths, key=lambda p: (p.suffix != ".safetensors", len(p.name), str(p))):
+        architecture = next((name for name in _names(path, root) if name in names), None)
+        if architecture is None:
+            strangers.append(path)
+        else:
+            found.setdefault(architecture, path)
+    return Shelf(found, tuple(strangers))
+
+
+def fill(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
+    """Give ``model`` the tensors of a checkpoint, strictly; returns what was done to their names, in sentences.
+
+    Raises:
+        FileError: unreadable, not a state dict, or of another network; says what is missing.
+    """
+    content = load_state(path)
+    notes = _wrapper_notes(Path(path), content)
+    for dropped, tensors in _variants(content.tensors):
+        if not misfit(model, tensors):
+            if dropped:
+                rest = len(content.tensors) - len(tensors)
+                besides = f", and left out {rest} tensors of other names" if rest else ""
+                notes.append(f"dropped the prefix {dropped!r}{besides}")
+            load_into(model, StateFile(tensors, content.metadata), path)
+            return notes
+    load_into(model, content, path)  # says what does not fit
+    return notes
+
+
+def _names(path: Path, root: Path) -> Iterator[str]:
+    """Architectures that a file may be of, by its folder's ``config.json``, its own name, and its folder's name."""
+    config = path.parent / "config.json"
+    if config.is_file():
+        try:
+            content: Any = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        if isinstance(content, dict) and isinstance(content.get("architecture"), str):
+            yield content["architecture"]
+    stem = path.name[: -len(path.suffix)]
+    if stem not in GENERIC:
+        yield from _shortened(stem)
+    if path.parent != root:
+        yield from _shortened(path.parent.name)
+
+
+def _shortened(stem: str) -> Iterator[str]:
+    """The name itself, then without the tag behind a dot, then without the hash behind a dash."""
+    yield stem
+    yield stem.partition(".")[0]
+    yield re.sub(r"-[0-9a-f]{8}$", "", stem)
+
+
+def _variants(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors as they are, then those behind each chain of prefixes, without it."""
+    todo = [("", tensors)]
+    for _ in range(DEPTH + 1):
+        yield from todo
+        longer = []
+        for dropped, current in todo:
+            for prefix in PREFIXES:
+                inside = {name[len(prefix) :]: t for name, t in current.items() if name.startswith(prefix)}
+                if inside:
+                    longer.append((dropped + prefix, inside))
+        todo = longer
+
+
+def _wrapper_notes(path: Path, content: StateFile) -> list[str]:
+    notes = []
+    if content.key:
+        others = f"; it also holds {', '.join(map(repr, content.others))}" if content.others else ""
+        notes.append(f"took the state dict under {content.key!r}{others}")
+    dropped = _dropped_by_reader(path, content)
+    if dropped:
+        notes.append(f"dropped the prefix {dropped!r}")
+    return notes
+
+
+def _dropped_by_reader(path: Path, content: StateFile) -> str:
+    """The prefix that reading took off the names; asked of the file, whose tensors stay on the disk for that."""
+    if path.suffix == ".safetensors" or not content.tensors:
+        return ""
+    try:
+        raw: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, OSError):
+        return ""  # a file of torch's old format cannot be mapped; its tensors were read all the same
+    raw = raw.get(content.key, raw) if isinstance(raw, dict) else raw
+    name = next(iter(content.tensors))
+    longer = next((str(key) for key in raw if str(key).endswith(name)), name)
+    return longer[: len(longer) - len(name)]
