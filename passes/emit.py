@@ -16,19 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from passes.conv_form import ConvForm, _swap_in_out
+from passes.geometry import CONVS, PADS
 from passes.probe import CarriedForm
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Target", "all_finite", "emit", "target_of"]
 
-_CONV: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_PAD: dict[str, tuple[type[nn.Module], ...]] = {
-    "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
-    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
-    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
-    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ def _conv(form: ConvForm, weight: Tensor, bias: Tensor | None, target: Target) -
         and form.stride == (1,) * n
         and list(zip(lead, trail, strict=True)) == [(t // 2, t - t // 2) for t in total]
     )
-    layer = _CONV[n - 1](
+    layer = CONVS[n - 1](
         form.in_channels,
         form.out_channels,
         form.kernel,
@@ -97,7 +91,7 @@ def _conv(form: ConvForm, weight: Tensor, bias: Tensor | None, target: Target) -
     pads = [p for pair in zip(reversed(lead), reversed(trail), strict=True) for p in pair]
     if form.mode != "zeros" and any(p < 0 for p in pads):
         raise RefusalError(Reason.PAD_MODE, f"cannot crop and pad in mode {form.mode} at once")
-    pad = _PAD[form.mode][n - 1](tuple(pads))
+    pad = PADS[form.mode][n - 1](tuple(pads))
     return nn.Sequential(OrderedDict(pad=pad, conv=conv)).eval()
 
 

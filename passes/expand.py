@@ -6,7 +6,6 @@ it replaces, by the laws of :mod:`passes.conv_form`. What does not is left alone
 
 from __future__ import annotations
 
-import copy
 import logging
 import textwrap
 from collections import Counter
@@ -16,22 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.blocks.parts import BranchSum, is_block, silence, stand_in
+from passes.blocks.parts import is_block
 from passes.blocks.registry import Block
-from passes.blocks.site import Site
+from passes.build import Cost, build, check_preserved, signature, site_of, try_on_meta
 from passes.collapse import check_model
 from passes.copies import deep_copy
-from passes.emit import target_of
-from passes.equivalent import Reading
 from passes.geometry import Geometry
-from passes.modes import kept_modes
-from passes.online import OnlineSum, scales_for_norms
-from passes.refusal import Reason, Refusal, RefusalError, ReparamError
+from passes.positions import positions_of
+from passes.refusal import Reason, Refusal, ReparamError
 from passes.select import Blocks, Where, block_chooser, selector
-from passes.sites import Found, find_convs, plain_norm, remainder
+from passes.sites import Found, find_convs, remainder
 from passes.surgery import Surgeon
 from passes.table import section
 
@@ -41,18 +36,6 @@ log = logging.getLogger("reparam")
 
 _UNASKED = (Reason.NOT_SELECTED, Reason.KERNEL_OF_ONE)
 """Refusals of convolutions that the caller did not ask for."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a layer holds and does: before, while training, and after collapse.
-
-    ``multiply_adds`` are per sample if the plan was given example inputs, else per output position; batch norms and
-    sums of branches count one for each value.
-    """
-
-    parameters: tuple[int, int, int]
-    multiply_adds: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -128,12 +111,12 @@ class Plan:
         """Put one block in its place; ``checked`` holds the signatures of those that were seen to keep the function."""
         assert row.block is not None
         online = self._online[row.layer]
-        site = _site(model, row.found, self._preserve, online)
-        module = _build(row.layer, site, row.block, online)
-        signature = _signature(site, row.block, online)
-        if self._preserve and signature not in checked:
-            checked.add(signature)
-            _check_preserved(row.layer, site, module)
+        site = site_of(model, row.found, self._preserve, online)
+        module = build(row.layer, site, row.block, online)
+        kind = signature(site, row.block, online)
+        if self._preserve and kind not in checked:
+            checked.add(kind)
+            check_preserved(row.layer, site, module)
         surgeon.replace(row.layer, module)
         if site.norm_taken and row.found.norm is not None:
             norm = model.get_submodule(row.found.norm.path)
@@ -195,7 +178,7 @@ def _decided(
     convs = find_convs(model)
     paths = [found.path for found in convs]
     selected, chosen = selector(where, paths), block_chooser(block, paths)
-    positions = None if example_inputs is None else _positions(model, convs, example_inputs)
+    positions = None if example_inputs is None else positions_of(model, convs, example_inputs)
     decided: dict[Any, Cost | Refusal] = {}
     rows, onlines = [], {}
     for found in convs:
@@ -211,9 +194,9 @@ def _decided(
             assert mine is not None
             as_one = mine.info.online if online is None else online
             onlines[found.path] = as_one
-            key = _signature(_site(model, found, preserve, as_one), mine, as_one)
+            key = signature(site_of(model, found, preserve, as_one), mine, as_one)
             if key not in decided:
-                decided[key] = _try_on_meta(model, found, mine, preserve, as_one)
+                decided[key] = try_on_meta(model, found, mine, preserve, as_one)
             outcome = decided[key]
         cost = outcome if isinstance(outcome, Cost) else None
         refusal = outcome.at(found.path) if isinstance(outcome, Refusal) else None
@@ -262,171 +245,6 @@ def _norm_weights(found: Iterable[Found], model: nn.Module) -> list[tuple[Tensor
 def _inside_block(model: nn.Module, path: str) -> bool:
     parts = path.split(".")
     return any(is_block(model.get_submodule(".".join(parts[:i]))) for i in range(len(parts)))
-
-
-# ------------------------------------------------------------------ one block
-
-
-def _site(model: nn.Module, found: Found, preserve: bool, online: bool) -> Site:
-    conv = model.get_submodule(found.path)
-    assert isinstance(conv, _ConvNd)
-    norm = None
-    if found.norm is not None:
-        held = model.get_submodule(found.norm.path)
-        assert isinstance(held, _BatchNorm)
-        norm = plain_norm(held, len(conv.kernel_size))
-    return Site(conv, norm, preserve=preserve, online=online)
-
-
-def _build(layer: str, site: Site, block: Block, online: bool) -> nn.Module:
-    """The block for one convolution, in its dtype, on its device, as trainable as it is."""
-    conv, norm = site.conv, site.norm
-    own = {id(p) for m in (conv, norm) if m is not None for p in m.parameters()}
-    try:
-        branches = block.branches(site)
-    except (RefusalError, ReparamError):
-        raise
-    # A block is user code, and so are its options.
-    except Exception as error:
-        why = str(error).partition("\n")[0]
-        raise ReparamError(f"{layer}: {block} cannot be built, {type(error).__name__}: {why}") from error
-    others = list(branches.values())[1:]
-    if site.preserve:
-        for branch in others:
-            silence(branch)
-    if online:
-        branches = {name: scales_for_norms(branch, site.n) for name, branch in branches.items()}
-    layout = target_of([conv.weight])
-    for branch in branches.values():
-        for module in branch.modules():
-            if module not in (conv, norm):
-                module.training = conv.training if norm is None else norm.training
-        for parameter in branch.parameters():
-            if id(parameter) in own:
-                continue
-            if not conv.weight.requires_grad:
-                parameter.requires_grad_(False)
-            if layout.channels_last and parameter.dim() == conv.weight.dim() and parameter.dim() in (4, 5):
-                last = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
-                parameter.data = parameter.data.contiguous(memory_format=last)
-    if not online and len(branches) == 1:
-        (alone,) = branches.values()
-        stand_in(alone, str(block), conv)
-        return alone
-    module = (OnlineSum if online else BranchSum)(str(block), branches, conv)
-    module.training = conv.training
-    return module
-
-
-def _try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, online: bool) -> Cost | Refusal:
-    """Build the block without numbers and fold it: what it costs, or why it cannot be used here."""
-    real = _site(model, found, preserve, online)
-    norm_on_meta = None if real.norm is None else _on_meta(real.norm)
-    site = Site(_on_meta(real.conv), norm_on_meta, preserve=preserve, online=online)
-    try:
-        built = _build(found.path, site, block, online=False)
-        reading = Reading(built)
-        form = reading.form(None)
-    except RefusalError as error:
-        return Refusal(error.refusal.reason, error.refusal.message)
-    if not site.geometry.matches(form):
-        return Refusal(Reason.BLOCK, f"{block} folds into another geometry than {site.geometry}")
-    if form.bias is not None and not site.shift:
-        return Refusal(Reason.BLOCK, f"{block} would leave a bias, and no layer here can take it")
-    conv = site.conv.weight.numel()
-    bias = site.out_channels if site.shift else 0
-    norm = 0 if site.norm is None else sum(p.numel() for p in site.norm.parameters())
-    before = conv + (0 if site.conv.bias is None else site.out_channels) + norm
-    training = sum(p.numel() for p in built.parameters()) + (0 if site.norm_taken else norm)
-    normed = float(conv + (0 if site.norm is None or not (site.norm_taken or online) else site.out_channels))
-    positions = (normed, normed if online else reading.multiply_adds(), float(conv))
-    return Cost((before, training, conv + bias), positions)
-
-
-def _on_meta(module: Any) -> Any:
-    """The same layer without numbers."""
-    bare = copy.copy(module)
-    for table in ("_parameters", "_buffers"):
-        tensors = {}
-        for name, tensor in module.__dict__[table].items():
-            empty = None if tensor is None else torch.empty_like(tensor, device="meta")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            tensors[name] = nn.Parameter(empty, tensor.requires_grad) if is_parameter and empty is not None else empty
-        bare.__dict__[table] = tensors
-    return bare
-
-
-def _signature(site: Site, block: Block, online: bool) -> Any:
-    norm = site.norm
-    kind = None if norm is None else (type(norm), norm.affine, norm.eps, norm.momentum)
-    return block, site.geometry, kind, site.conv.bias is None, site.shift, online, site.conv.weight.dtype
-
-
-def _check_preserved(layer: str, site: Site, module: nn.Module) -> None:
-    """Run the block and the layers that it replaces on the smallest random input that every tap reads."""
-    g, weight = site.geometry, site.conv.weight
-    reach = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
-    pads = [sorted(pair) for pair in zip(g.lead, g.trail, strict=True)]
-    sizes = [max(r - p[0], p[1] + 1) + s for r, p, s in zip(reach, pads, g.stride, strict=True)]
-    x = torch.randn((1, g.in_channels, *sizes), generator=torch.Generator().manual_seed(0)).to(weight)
-    with kept_modes(site.conv, module), torch.no_grad():
-        wanted = site.conv(x)
-        if site.norm_taken and site.norm is not None:
-            wanted = site.norm(wanted)
-        got = module(x)
-    allowed = torch.finfo(weight.dtype).eps ** 0.5 * max(float(wanted.abs().max()), 1.0)
-    gap = float((got - wanted).abs().max())
-    if not gap <= allowed:
-        raise ReparamError(
-            f"{layer}: {module.reparam_block} does not start as the function that it replaces (off by {gap:.3g}); let "
-            "every added branch end in a convolution, a batch norm or a module with silence(), or pass init='paper'"
-        )
-
-
-# ------------------------------------------------------------------ counting
-
-
-def _positions(model: nn.Module, convs: list[Found], inputs: tuple[Any, ...]) -> dict[str, float]:
-    """Output positions of every convolution for one sample of ``inputs``, in evaluation."""
-    try:
-        model = deep_copy(model)  # a forward may leave marks
-    # Whatever a copy that fails raises: one that edits in place needs none.
-    except Exception as error:
-        log.debug("the model is run itself, it cannot be copied: %s", error)
-    found: dict[str, float] = {}
-    hooks = []
-    single = False
-    for each in convs:
-
-        def note(module: nn.Module, args: Any, output: Tensor, path: str = each.path) -> None:
-            nonlocal single
-            conv: Any = module
-            single |= output.dim() == len(conv.kernel_size) + 1
-            found[path] = found.get(path, 0) + output.numel() / conv.out_channels
-
-        hooks.append(model.get_submodule(each.path).register_forward_hook(note))
-    try:
-        with kept_modes(model), torch.no_grad():
-            model(*inputs)
-    # The model is user code: whatever it raises means that it does not take these inputs.
-    except Exception as error:
-        raise ReparamError(f"the model rejects example_inputs: {error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    samples = 1 if single else _samples(inputs)
-    return {path: count / samples for path, count in found.items()}
-
-
-def _samples(inputs: Any) -> int:
-    """Size of the batch: that of the first tensor, or the number of images in a list."""
-    if isinstance(inputs, Tensor):
-        return inputs.shape[0] if inputs.dim() else 1
-    values = list(inputs.values()) if isinstance(inputs, dict) else inputs
-    first = values[0] if isinstance(values, (list, tuple)) and values else None
-    if isinstance(values, list) and isinstance(first, Tensor):
-        return len(values)
-    return 1 if first is None else _samples(first)
 
 
 def _times(cost: Cost, positions: float) -> Cost:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from passes.conv_form import ConvForm, Ints
 
-__all__ = ["Geometry", "flat_pads"]
+__all__ = ["CONVS", "PADS", "Geometry", "flat_pads"]
+
+CONVS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Convolutions by number of spatial dimensions, from one."""
+
+PADS: dict[str, tuple[type[nn.Module], ...]] = {
+    "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+"""Modules that pad, by padding mode and number of dimensions."""
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.blocks.parts import ChannelScale, IdentityConv, WindowMean
 from passes.conv_form import Ints
-from passes.geometry import Geometry, flat_pads
+from passes.geometry import CONVS, PADS, Geometry, flat_pads
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Site"]
 
-_CONV: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORM: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _POOL: tuple[Any, ...] = (nn.AvgPool1d, WindowMean, nn.AvgPool3d)
-_PAD: dict[str, tuple[Any, ...]] = {
-    "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
-    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
-    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
-    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
-}
 
 
 class Site:
@@ -294,15 +287,15 @@ class Site:
         found: dict[str, nn.Module] = {}
         if any(p > 0 for p in (*lead, *trail)):
             grow = flat_pads(tuple(max(p, 0) for p in lead), tuple(max(p, 0) for p in trail))
-            found["pad"] = _PAD[self.geometry.mode][self.n - 1](grow)
+            found["pad"] = PADS[self.geometry.mode][self.n - 1](grow)
         if any(p < 0 for p in (*lead, *trail)):
             crop = flat_pads(tuple(min(p, 0) for p in lead), tuple(min(p, 0) for p in trail))
-            found["crop"] = _PAD["zeros"][self.n - 1](crop)
+            found["crop"] = PADS["zeros"][self.n - 1](crop)
         return found
 
     def _conv(self, inputs: int, outputs: int, kernel: Ints, groups: int, **options: Any) -> _ConvNd:
         options["bias"] = options.get("bias", False) and self.shift
-        conv: _ConvNd = _CONV[self.n - 1](inputs, outputs, kernel, groups=groups, **options, **self._placed())
+        conv: _ConvNd = CONVS[self.n - 1](inputs, outputs, kernel, groups=groups, **options, **self._placed())
         return conv
 
     def _placed(self) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+"""One block in the place of one convolution: built, read on the meta device, and seen to keep the function.
+
+A block is tried without numbers first: it must fold, by the laws of :mod:`passes.conv_form`, into just the convolution
+that it replaces.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from passes.blocks.parts import BranchSum, silence, stand_in
+from passes.blocks.registry import Block
+from passes.blocks.site import Site
+from passes.emit import target_of
+from passes.equivalent import Reading
+from passes.modes import kept_modes
+from passes.online import OnlineSum, scales_for_norms
+from passes.refusal import Reason, Refusal, RefusalError, ReparamError
+from passes.sites import Found, plain_norm
+
+__all__ = ["Cost", "build", "check_preserved", "signature", "site_of", "try_on_meta"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layer holds and does: before, while training, and after collapse.
+
+    ``multiply_adds`` are per sample if the plan was given example inputs, else per output position; batch norms and
+    sums of branches count one for each value.
+    """
+
+    parameters: tuple[int, int, int]
+    multiply_adds: tuple[float, float, float]
+
+
+def site_of(model: nn.Module, found: Found, preserve: bool, online: bool) -> Site:
+    """A convolution that was found, and its norm, as they stand in ``model``."""
+    conv = model.get_submodule(found.path)
+    assert isinstance(conv, _ConvNd)
+    norm = None
+    if found.norm is not None:
+        held = model.get_submodule(found.norm.path)
+        assert isinstance(held, _BatchNorm)
+        norm = plain_norm(held, len(conv.kernel_size))
+    return Site(conv, norm, preserve=preserve, online=online)
+
+
+def build(layer: str, site: Site, block: Block, online: bool) -> nn.Module:
+    """The block for one convolution, in its dtype, on its device, as trainable as it is."""
+    conv, norm = site.conv, site.norm
+    own = {id(p) for m in (conv, norm) if m is not None for p in m.parameters()}
+    try:
+        branches = block.branches(site)
+    except (RefusalError, ReparamError):
+        raise
+    # A block is user code, and so are its options.
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        raise ReparamError(f"{layer}: {block} cannot be built, {type(error).__name__}: {why}") from error
+    others = list(branches.values())[1:]
+    if site.preserve:
+        for branch in others:
+            silence(branch)
+    if online:
+        branches = {name: scales_for_norms(branch, site.n) for name, branch in branches.items()}
+    layout = target_of([conv.weight])
+    for branch in branches.values():
+        for module in branch.modules():
+            if module not in (conv, norm):
+                module.training = conv.training if norm is None else norm.training
+        for parameter in branch.parameters():
+            if id(parameter) in own:
+                continue
+            if not conv.weight.requires_grad:
+                parameter.requires_grad_(False)
+            if layout.channels_last and parameter.dim() == conv.weight.dim() and parameter.dim() in (4, 5):
+                last = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
+                parameter.data = parameter.data.contiguous(memory_format=last)
+    if not online and len(branches) == 1:
+        (alone,) = branches.values()
+        stand_in(alone, str(block), conv)
+        return alone
+    module = (OnlineSum if online else BranchSum)(str(block), branches, conv)
+    module.training = conv.training
+    return module
+
+
+def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, online: bool) -> Cost | Refusal:
+    """Build the block without numbers and fold it: what it costs, or why it cannot be used here."""
+    real = site_of(model, found, preserve, online)
+    norm_on_meta = None if real.norm is None else _on_meta(real.norm)
+    site = Site(_on_meta(real.conv), norm_on_meta, preserve=preserve, online=online)
+    try:
+        built = build(found.path, site, block, online=False)
+        reading = Reading(built)
+        form = reading.form(None)
+    except RefusalError as error:
+        return Refusal(error.refusal.reason, error.refusal.message)
+    if not site.geometry.matches(form):
+        return Refusal(Reason.BLOCK, f"{block} folds into another geometry than {site.geometry}")
+    if form.bias is not None and not site.shift:
+        return Refusal(Reason.BLOCK, f"{block} would leave a bias, and no layer here can take it")
+    conv = site.conv.weight.numel()
+    bias = site.out_channels if site.shift else 0
+    norm = 0 if site.norm is None else sum(p.numel() for p in site.norm.parameters())
+    before = conv + (0 if site.conv.bias is None else site.out_channels) + norm
+    training = sum(p.numel() for p in built.parameters()) + (0 if site.norm_taken else norm)
+    normed = float(conv + (0 if site.norm is None or not (site.norm_taken or online) else site.out_channels))
+    positions = (normed, normed if online else reading.multiply_adds(), float(conv))
+    return Cost((before, training, conv + bias), positions)
+
+
+def _on_meta(module: Any) -> Any:
+    """The same layer without numbers."""
+    bare = copy.copy(module)
+    for table in ("_parameters", "_buffers"):
+        tensors = {}
+        for name, tensor in module.__dict__[table].items():
+            empty = None if tensor is None else torch.empty_like(tensor, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            tensors[name] = nn.Parameter(empty, tensor.requires_grad) if is_parameter and empty is not None else empty
+        bare.__dict__[table] = tensors
+    return bare
+
+
+def signature(site: Site, block: Block, online: bool) -> Any:
+    """What decides whether and how a block fits: equal for layers that need to be tried only once."""
+    norm = site.norm
+    kind = None if norm is None else (type(norm), norm.affine, norm.eps, norm.momentum)
+    return block, site.geometry, kind, site.conv.bias is None, site.shift, online, site.conv.weight.dtype
+
+
+def check_preserved(layer: str, site: Site, module: nn.Module) -> None:
+    """Run the block and the layers that it replaces on the smallest random input that every tap reads."""
+    g, weight = site.geometry, site.conv.weight
+    reach = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
+    pads = [sorted(pair) for pair in zip(g.lead, g.trail, strict=True)]
+    sizes = [max(r - p[0], p[1] + 1) + s for r, p, s in zip(reach, pads, g.stride, strict=True)]
+    x = torch.randn((1, g.in_channels, *sizes), generator=torch.Generator().manual_seed(0)).to(weight)
+    with kept_modes(site.conv, module), torch.no_grad():
+        wanted = site.conv(x)
+        if site.norm_taken and site.norm is not None:
+            wanted = site.norm(wanted)
+        got = module(x)
+    allowed = torch.finfo(weight.dtype).eps ** 0.5 * max(float(wanted.abs().max()), 1.0)
+    gap = float((got - wanted).abs().max())
+    if not gap <= allowed:
+        raise ReparamError(
+            f"{layer}: {module.reparam_block} does not start as the function that it replaces (off by {gap:.3g}); let "
+            "every added branch end in a convolution, a batch norm or a module with silence(), or pass init='paper'"
+        )
