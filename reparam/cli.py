@@ -52,7 +52,9 @@ class Commands(TyperGroup):
             return _as_command(point.load(), cmd_name)
         except Exception as error:
             # One broken package must not take --help down with it.
-            return _as_command(_unavailable(cmd_name, f"{type(error).__name__}: {error}"), cmd_name)
+            anything = {"allow_extra_args": True, "ignore_unknown_options": True}
+            stand_in = _unavailable(cmd_name, f"{type(error).__name__}: {error}")
+            return _as_command(stand_in, cmd_name, context_settings=anything)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; anything but the framework's own exceptions becomes one line and exit status 1 or 2."""
@@ -70,11 +72,11 @@ class Commands(TyperGroup):
             raise typer.Exit(2 if isinstance(error, WRONG_USAGE) else 1) from error
 
 
-def _as_command(value: Any, name: str) -> Any:
+def _as_command(value: Any, name: str, **options: Any) -> Any:
     """Turn what an entry point holds, a function or a ``typer.Typer``, into a command of the group."""
     if not isinstance(value, typer.Typer):
         single = typer.Typer(add_completion=False)
-        single.command(name)(value)
+        single.command(name, **options)(value)
         value = single
     command = typer.main.get_command(value)
     command.name = name
