@@ -173,3 +173,22 @@ def test_no_bias_where_there_is_none(online: bool) -> None:
 def test_modules_that_are_not_one_convolution(module: nn.Module, why: str) -> None:
     with pytest.raises(ReparamError, match=why):
         reparam.equivalent_conv(module)
+
+
+# ------------------------------------------------------------------ recorded programs
+
+
+def test_layers_of_one_structure_run_one_program() -> None:
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)), nn.Conv2d(4, 4, 3, padding=0))
+    first, second, third, other = (block._program for block in reparam.expand(model, "dbb", online=True))
+    assert first is second is third
+    assert other is not first
+
+
+def test_a_program_is_of_one_dtype() -> None:
+    model = reparam.expand(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), "acb", online=True)
+    before: Any = model[0]
+    program = before._program
+    model.double()
+    assert before._program is not program
+    assert model(torch.randn(1, 4, 5, 5, dtype=torch.float64)).dtype == torch.float64

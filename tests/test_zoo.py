@@ -316,3 +316,16 @@ def test_the_demo_names_networks_that_exist() -> None:
     for case in demonstration.CASES:
         source, _, rest = case.spec.partition(":")
         assert rest.partition(",")[0] in sources.names(source)
+
+
+def test_step_benchmark_writes_its_table(tmp_path: Path) -> None:
+    out = tmp_path / "step.md"
+    small = ["--rounds", "1", "--batch", "2", "--size", "32", "--out", str(out)]
+    result = CliRunner().invoke(app, ["bench", "step", "--blocks", "acb,largekernel", *small])
+    assert result.exit_code == 0, result.output
+    row = next(line for line in out.read_text(encoding="utf-8").splitlines() if line.startswith("| acb |"))
+    layers, *ratios = row.strip("| ").split(" | ")[1:]
+    assert int(layers) == 16  # the 3x3 convolutions of ResNet-18
+    assert float(ratios[0]) > 0
+    assert "largekernel" in out.read_text(encoding="utf-8")  # named as one that applies nowhere
+    assert CliRunner().invoke(app, ["bench", "step", "--blocks", "acbb"]).exit_code == 2

@@ -94,7 +94,10 @@ def draw(before: Sketch, folds: Sequence[Fold]) -> Drawings:
 def _add_unit(result: Sketch, unit: Unit) -> None:
     numbers: dict[fx.Node, int] = {}
     constant: set[fx.Node] = set()
+    returned = _returned(unit.graph)
     for node in unit.graph.nodes:
+        if node not in returned:
+            continue
         if _is_constant(unit, node, constant):
             constant.add(node)
             continue
@@ -108,6 +111,15 @@ def _add_unit(result: Sketch, unit: Unit) -> None:
             result.by_name[made.path].append(number)
         for source in sources:
             result.readers[source].append(number)
+
+
+def _returned(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that the output depends on; what only an assertion about the shape reads is not part of any drawing."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or any(user in live for user in node.users):
+            live.add(node)
+    return live
 
 
 def _is_constant(unit: Unit, node: fx.Node, constant: set[fx.Node]) -> bool:
