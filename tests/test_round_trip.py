@@ -608,12 +608,12 @@ def test_an_optimizer_made_before_inplace_expansion_keeps_its_parameters(block: 
 @pytest.mark.parametrize(
     ("stage", "init", "online"),
     [
-        ("_build", "preserve", False),
-        ("_build", "preserve", True),
-        ("_build", "paper", False),
-        ("_build", "paper", True),
-        ("_check_preserved", "preserve", False),
-        ("_check_preserved", "preserve", True),
+        ("build", "preserve", False),
+        ("build", "preserve", True),
+        ("build", "paper", False),
+        ("build", "paper", True),
+        ("check_preserved", "preserve", False),
+        ("check_preserved", "preserve", True),
         ("remainder", "preserve", False),
         ("remainder", "paper", False),
     ],
