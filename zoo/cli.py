@@ -55,6 +55,9 @@ def convert(
     weights: Annotated[Path | None, typer.Option("--weights", help="Folder of checkpoints named for models.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Load trained weights (downloads).")] = False,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the networks, or only the results.")] = True,
+    largest: Annotated[
+        float | None, typer.Option("--max-parameters", min=0, help="Millions; larger networks are refused.")
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 1,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one model.")] = Limits.timeout,
     memory: Annotated[float | None, typer.Option("--memory", help="GiB for one model, libraries aside.")] = None,
@@ -78,6 +81,7 @@ def convert(
             pretrained=pretrained,
             weights=weights,
             save=save,
+            max_parameters=None if largest is None else round(largest * 1e6),
             jobs=jobs,
             timeout=timeout,
             memory=memory,

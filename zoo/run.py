@@ -125,6 +125,7 @@ def convert_zoo(
     pretrained: bool = False,
     weights: str | os.PathLike[str] | None = None,
     save: bool = True,
+    max_parameters: int | None = None,
     jobs: int = 1,
     timeout: float = Limits.timeout,
     memory: float | None = None,
@@ -144,6 +145,7 @@ def convert_zoo(
         pretrained: load the source's trained weights.
         weights: folder of checkpoints; only models that it has one for are converted.
         save: keep the networks, not only their descriptions.
+        max_parameters: refuse larger networks before they are built.
         jobs: processes at a time.
         timeout: seconds for one model.
         memory: GiB for one model, beyond what the libraries take.
@@ -161,7 +163,7 @@ def convert_zoo(
     if pretrained and weights is not None:
         raise ReparamError("trained weights come from the source or from a folder: drop one of pretrained and weights")
     folder = None if out is None else Path(out)
-    settings = Settings(block, pretrained, None if weights is None else os.fspath(weights), save)
+    settings = Settings(block, pretrained, None if weights is None else os.fspath(weights), save, max_parameters)
     wanted = select(names, source, weights)
     todo = [Job(where, name, settings, folder, checkpoint) for where, name, checkpoint in wanted]
     if resume and folder is None:
