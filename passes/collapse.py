@@ -47,7 +47,7 @@ def collapse_model(
     model: nn.Module, *, example_inputs: tuple[Any, ...] | None, verify: bool, inplace: bool
 ) -> tuple[nn.Module, Explanation]:
     """Fold every region of ``model`` that is one convolution; see :func:`reparam.collapse`."""
-    check_model(model)
+    check_model(model, numbers=verify)
     explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan", "fold", "proof"), 0.0))
     if model.training:
         explanation.notes.append("the model was in training mode; its running statistics were folded")
@@ -55,7 +55,7 @@ def collapse_model(
     wanted = None
     if example_inputs is not None:
         wanted = _run_examples(model, example_inputs, explanation, verify)
-    result = model if inplace else _copy(model)
+    result = model if inplace else shadow(model)
     training = [(m, m.training) for m in result.modules()]
     surgeons: list[Surgeon] = []
     try:
@@ -79,8 +79,12 @@ def collapse_model(
 
 
 def explain_model(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Explanation:
-    """Decide as :func:`collapse_model` does, numbers included, and stop before surgery; the model is not changed."""
-    check_model(model)
+    """Decide as :func:`collapse_model` does, numbers included, and stop before surgery; the model is not changed.
+
+    On the meta device there are no numbers: what only they can tell (a module that has to be probed, a weight that
+    overflows) is left alone.
+    """
+    check_model(model, numbers=False)
     explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan", "fold"), 0.0))
     with kept_modes(model):
         for unit in _traced(model, explanation):
@@ -88,8 +92,8 @@ def explain_model(model: nn.Module, example_inputs: tuple[Any, ...] | None = Non
     return explanation
 
 
-def check_model(model: Any) -> None:
-    """Raise :class:`ReparamError` for anything that cannot be compiled at all."""
+def check_model(model: Any, *, numbers: bool = True) -> None:
+    """Raise :class:`ReparamError` for anything that cannot be compiled at all, or, without ``numbers``, planned."""
     if not isinstance(model, nn.Module):
         raise ReparamError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if next(model.parameters(), None) is None:
@@ -100,7 +104,7 @@ def check_model(model: Any) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ReparamError(f"{name} is not initialised yet: run the model once first")
-        if tensor.device.type == "meta":
+        if numbers and tensor.is_meta:
             raise ReparamError(f"{name} is on the meta device and has no numbers: load the weights first")
         if tensor.is_quantized:
             raise ReparamError(f"{name} is quantised: rewrite the model first, quantise the result")
@@ -116,14 +120,6 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, _NormBase):
             for name, tensor in module.named_buffers(recurse=False):
                 yield f"{path}.{name}", tensor
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return shadow(model)
-    # deepcopy runs user code, which may fail in any way.
-    except Exception as error:
-        raise ReparamError(f"the model cannot be copied ({error}); pass inplace=True") from error
 
 
 def _run_examples(model: nn.Module, inputs: tuple[Any, ...], explanation: Explanation, verify: bool) -> Expected | None:

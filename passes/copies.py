@@ -12,19 +12,32 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from passes.refusal import ReparamError
+
 __all__ = ["deep_copy", "independent", "shadow"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def deep_copy(module: Module) -> Module:
-    """A copy that shares nothing with ``module``."""
-    return copy.deepcopy(module, _computed(module))
+    """A copy that shares nothing with ``module``. Raises :class:`ReparamError` if it cannot be copied."""
+    return _copied(module, _computed(module))
 
 
 def shadow(module: Module) -> Module:
-    """A copy that shares parameters and buffers with ``module``, to be edited but not written into."""
-    return copy.deepcopy(module, {**_tensors(module), **_computed(module)})
+    """A copy that shares parameters and buffers with ``module``, to be edited but not written into; raises as above."""
+    return _copied(module, {**_tensors(module), **_computed(module)})
+
+
+def _copied(module: Module, memo: dict[int, Any]) -> Module:
+    try:
+        return copy.deepcopy(module, memo)
+    # deepcopy runs user code, which may fail in any way.
+    except Exception as error:
+        name = type(module).__name__
+        raise ReparamError(
+            f"{name} cannot be copied ({error}); inplace=True, where it is offered, needs no copy"
+        ) from error
 
 
 def independent(edited: Module, source: nn.Module) -> Module:

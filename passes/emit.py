@@ -128,9 +128,12 @@ def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None, target: Target)
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite. A finite sum says so at once; one that overflows is looked into."""
+    """Whether no element is NaN or infinite; tensors on the meta device have none.
+
+    A finite sum says so at once; one that overflows is looked into.
+    """
     flat = tensor.detach()
-    return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(flat).all())
+    return flat.is_meta or bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(flat).all())
 
 
 def _cast(tensor: Tensor | None, target: Target, what: str) -> Tensor | None:

@@ -11,6 +11,7 @@ reference in the candidate's dtype is from the reference in float64.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +31,17 @@ __all__ = ["Equivalence", "EquivalenceError", "Expected", "compare", "compare_ou
 
 
 class EquivalenceError(ReparamError):
-    """A rewrite changed what the network computes; the message names where and by how much."""
+    """A rewrite changed what the network computes; the message names where and by how much.
+
+    Args:
+        message: for a person.
+        layer: path where the difference starts, or the layers that were folded; empty if that is not known.
+        error: size of the difference, relative where it has something to be relative to; NaN for other shapes.
+    """
+
+    def __init__(self, message: str, *, layer: str = "", error: float = math.nan) -> None:
+        super().__init__(message)
+        self.layer, self.error = layer, error
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,9 @@ class Equivalence:
             where = f", first at {self.first_difference}" if self.first_difference is not None else ""
             raise EquivalenceError(
                 f"the networks differ by {self.max_abs:.3g} "
-                f"(relative {self.max_rel:.3g}, allowed {self.tolerance:.3g}){where}"
+                f"(relative {self.max_rel:.3g}, allowed {self.tolerance:.3g}){where}",
+                layer=self.first_difference or "",
+                error=self.max_rel,
             )
 
 
@@ -92,39 +105,34 @@ def _exact(region: Region, form: ConvForm, layer: nn.Module) -> nn.Module:
     wanted = emit(form, Target(torch.float64, form.weight.device, False, False))
     numbers = dict(wanted.named_parameters())
     if numbers.keys() != dict(layer.named_parameters()).keys():
-        raise EquivalenceError(f"{_names(region)}: the fold holds other parameters than {', '.join(numbers)}")
+        raise _wrong(region, f"holds other parameters than {', '.join(numbers)}")
     for name, rounded in layer.named_parameters():
         number = numbers[name]
         info = torch.finfo(rounded.dtype)
         floor = info.tiny if info.tiny < 1e-30 else info.tiny * info.eps
         if rounded.shape != number.shape:
-            raise EquivalenceError(
-                f"{_names(region)}: the fold's {name} has shape {tuple(rounded.shape)} instead of {tuple(number.shape)}"
-            )
+            raise _wrong(region, f"has a {name} of shape {tuple(rounded.shape)} instead of {tuple(number.shape)}")
         gap = (rounded.detach().to(number.device, torch.float64) - number).abs()
         if not bool((gap <= info.eps * number.abs() + floor).all()):  # also false for NaN
-            raise EquivalenceError(
-                f"{_names(region)}: the fold's {name} is off by {float(gap.max()):.3g}, more than rounding"
-            )
+            worst = float(gap.max())
+            raise _wrong(region, f"has a {name} that is off by {worst:.3g}, more than rounding", worst)
         exact.get_parameter(name).data = number.data.to(rounded.device)
     return exact
 
 
 def _check_output(region: Region, got: Tensor, wanted: Tensor, allowed: float) -> None:
     if got.shape != wanted.shape:
-        raise EquivalenceError(
-            f"{_names(region)}: the fold gives shape {tuple(got.shape)} instead of {tuple(wanted.shape)}"
-        )
+        raise _wrong(region, f"gives shape {tuple(got.shape)} instead of {tuple(wanted.shape)}")
     gap = float((got - wanted).abs().max())
     if not gap <= allowed:  # also false for NaN
         scale = max(float(wanted.abs().max()), 1e-300)
-        raise EquivalenceError(
-            f"{_names(region)}: the fold differs from the original layers by {gap:.3g} (relative {gap / scale:.3g})"
-        )
+        message = f"differs from the original layers by {gap:.3g} (relative {gap / scale:.3g})"
+        raise _wrong(region, message, gap / scale)
 
 
-def _names(region: Region) -> str:
-    return ", ".join(region.layers())
+def _wrong(region: Region, message: str, error: float = math.nan) -> EquivalenceError:
+    layers = ", ".join(region.layers())
+    return EquivalenceError(f"{layers}: the fold {message}", layer=layers, error=error)
 
 
 def _shapes(region: Region, form: ConvForm) -> list[tuple[int, ...]]:

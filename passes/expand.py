@@ -87,7 +87,7 @@ class Plan:
         was.
         """
         self._check_unchanged()
-        model = self._model if self._inplace else _copy(self._model)
+        model = self._model if self._inplace else deep_copy(self._model)
         surgeon = Surgeon(model)
         checked: set[Any] = set()
         scaled = (
@@ -217,7 +217,7 @@ def _check(model: Any, init: Any, online: Any, inplace: bool) -> None:
         raise ReparamError("a compiled model cannot be expanded: expand first, then torch.compile the result")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ReparamError(f"expand the model inside first, then wrap it in {type(model).__name__}")
-    check_model(model)
+    check_model(model, numbers=False)
     if isinstance(model, _ConvNd):
         raise ReparamError("the model is itself one layer: put it into torch.nn.Sequential, so that it can be replaced")
     if inplace and (name := next((n for n, p in model.named_parameters() if p.is_inference()), None)) is not None:
@@ -225,14 +225,6 @@ def _check(model: Any, init: Any, online: Any, inplace: bool) -> None:
             f"{name} was made under torch.inference_mode() and can never be trained: leave out inplace=True, which "
             "gives a copy that can"
         )
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return deep_copy(model)
-    # deepcopy runs user code, which may fail in any way.
-    except Exception as error:
-        raise ReparamError(f"the model cannot be copied ({error}); pass inplace=True") from error
 
 
 def _norm_weights(found: Iterable[Found], model: nn.Module) -> list[tuple[Tensor, Tensor]]:

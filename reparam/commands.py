@@ -261,10 +261,10 @@ def _inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:
 
 def _check_output(path: Path) -> None:
     """Fail before the work, not after it."""
-    if not files.is_file_name(str(path)):
-        raise typer.BadParameter(f"{path}: write to .safetensors, .pt or .pth")
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"{path}: the folder {path.parent} does not exist")
+    try:
+        files.check_target(path)
+    except files.FileError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _write(model: nn.Module, path: Path, source: str, *, collapsed: bool = False, recipe: Recipe | None = None) -> None:

@@ -4,7 +4,9 @@
 (``{"state_dict": ..., "metadata": ...}``), read with ``torch.load(weights_only=True)`` and in no other way.
 A note holds ``source`` (the spec that :func:`reparam.sources.create` builds), ``collapsed`` (``yes`` or ``no``),
 ``expanded`` (a :class:`reparam.recipe.Recipe` as JSON; absent from files of plain and collapsed networks) and the
-versions of reparam and torch that wrote the file.
+versions of reparam and torch that wrote the file. :mod:`reparam.saving` writes them.
+
+``.h5`` / ``.hdf5`` files are read only: one data set per name, as the authors of ACNet and DBB published their weights.
 
 Tensors that the model shares are stored once. The other names are kept in the metadata as ``name -> stored name``,
 the convention of ``safetensors.torch.save_model``, so either library reads the files of the other.
@@ -12,37 +14,45 @@ the convention of ``safetensors.torch.save_model``, so either library reads the 
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
-import secrets
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reparam import ReparamError
+import reparam
 from reparam.recipe import Recipe, RecipeError
+from reparam.saving import NOTE, SAFE, TORCH, FileError, check_target, replace_file, safetensors_torch, save_model
 
-__all__ = ["FileError", "StateFile", "is_file_name", "load_into", "load_model", "load_state", "rebuild", "save_model"]
+__all__ = [
+    "AVERAGED",
+    "FileError",
+    "StateFile",
+    "cast_like",
+    "check_target",
+    "is_file_name",
+    "load_into",
+    "load_model",
+    "load_state",
+    "misfit",
+    "rebuild",
+    "replace_file",
+    "save_model",
+]
 
-log = logging.getLogger(__name__)
-
-SAFE = (".safetensors",)
-TORCH = (".pt", ".pth")
-WRAPPERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "ema_state_dict", "ema")
+HDF5 = (".h5", ".hdf5")
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+"""Keys under which training scripts put averaged weights beside those that they train."""
+WRAPPERS = ("state_dict", "model_state_dict", "model", *AVERAGED)
 """Keys under which training scripts put the state dict inside a checkpoint, in the order they are tried."""
 PREFIXES = ("module.", "_orig_mod.")
 """What ``DataParallel`` (and averaged copies) and ``torch.compile`` put before every name."""
-NOTE = ("source", "collapsed", "expanded", "reparam", "torch")
-
-
-class FileError(ReparamError):
-    """A file that cannot be written, or that is not what it should be; the message names it and the fix."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +64,14 @@ class StateFile:
         metadata: strings; empty for foreign files.
         key: under which key of a checkpoint the tensors were; empty if they are the file.
         others: further keys of that checkpoint that hold a state dict (an average of the weights, say).
+        dropped: what stood before every name in the file and was taken off, ``module.`` for instance.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     key: str = ""
     others: tuple[str, ...] = ()
+    dropped: str = ""
 
     @property
     def source(self) -> str:
@@ -83,121 +95,7 @@ class StateFile:
 
 def is_file_name(text: str) -> bool:
     """Whether ``text`` ends like a file that this module reads."""
-    return Path(text).suffix.lower() in SAFE + TORCH
-
-
-# -------------------------------------------------------------------------------------------- writing
-
-
-def save_model(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    source: str = "",
-    collapsed: bool = False,
-    expanded: Recipe | None = None,
-) -> Path:
-    """Write the model's state dict to ``path``, atomically: a reader sees the old file or the whole new one.
-
-    Args:
-        model: any module whose state is tensors, on any device.
-        path: ends in ``.safetensors``, ``.pt`` or ``.pth``; its folder must exist.
-        source: the spec that rebuilds the network, kept for :func:`load_model`.
-        collapsed: whether ``model`` is the result of ``collapse`` without ``like=``, which gives ``source`` itself.
-        expanded: how ``model`` was expanded from ``source``; :func:`load_model` then expands it the same way.
-
-    Raises:
-        RecipeError: ``expanded`` holds what a file cannot, a predicate for instance.
-        FileError: unknown suffix, a state that a file cannot hold (meta, sparse or quantised tensors, objects
-            that are not tensors), or the file system refuses.
-    """
-    target = Path(path)
-    kind = _suffix(target)
-    tensors, aliases = _share(_plain_state(model, target))
-    state = "yes" if collapsed else "no"
-    # torch.__version__ is a class of its own, which the restricted unpickler refuses.
-    note = {"source": source, "collapsed": state, "reparam": _version(), "torch": str(torch.__version__)}
-    if expanded is not None:
-        note["expanded"] = expanded.to_text()
-    clash = sorted(set(NOTE) & set(aliases))
-    if clash:
-        raise FileError(f"{target}: the model has a shared tensor named {clash[0]!r}, which the file's note needs")
-    if kind in SAFE:
-        writer = _safetensors(target).save_file
-        _write(target, lambda temporary: writer(tensors, temporary, metadata=note | aliases))
-    else:
-        # torch.save keeps views of one storage together, so shared tensors stay shared under all their names.
-        whole = tensors | {name: tensors[stored] for name, stored in aliases.items()}
-        _write(target, lambda temporary: torch.save({"state_dict": whole, "metadata": note}, temporary))
-    log.info("wrote %s (%d tensors)", target, len(tensors))
-    return target
-
-
-def _plain_state(model: nn.Module, target: Path) -> dict[str, Tensor]:
-    """The model's state dict on the CPU, refused if anything in it is not an ordinary dense tensor."""
-    state: dict[str, Tensor] = {}
-    seen: dict[int, Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):
-            raise FileError(f"{target}: state {name!r} is a {type(value).__name__}, not a tensor; it cannot be stored")
-        if value.is_meta or value.is_quantized or value.layout is not torch.strided:
-            raise FileError(
-                f"{target}: state {name!r} is not an ordinary dense tensor with values; it cannot be stored"
-            )
-        # One tensor under two names is copied once, so that it is still one tensor after the copy.
-        state[name] = seen.setdefault(id(value), value.detach().cpu())
-    return state
-
-
-def _share(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split a state dict into tensors that share no memory and ``other name -> stored name``.
-
-    Equal views of one memory become aliases; tensors that merely overlap are copied (their values are what counts).
-    """
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[Any, str] = {}
-    storages: set[int] = set()
-    for name, value in state.items():
-        memory = value.untyped_storage().data_ptr()
-        view = (memory, value.storage_offset(), value.dtype, tuple(value.shape), value.stride())
-        if value.numel() and view in first:
-            aliases[name] = first[view]
-            continue
-        first[view] = name
-        # torch.save would write the whole memory behind a slice of something larger.
-        part = memory in storages or value.untyped_storage().nbytes() != value.nbytes
-        storages.add(memory)
-        tensors[name] = value.clone(memory_format=torch.contiguous_format) if part else value.contiguous()
-    return tensors, aliases
-
-
-def _write(target: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target, flush to the disk, rename; on any failure the target is as it was."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        write(temporary)
-        # safetensors makes a private file; the permissions are to be those of any new file.
-        temporary.chmod(mode)
-        _flush(temporary)
-        os.replace(temporary, target)
-        if os.name == "posix":
-            _flush(target.parent)
-    except OSError as error:
-        raise FileError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file, or a folder (which makes a rename inside it durable)."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return Path(text).suffix.lower() in SAFE + TORCH + HDF5
 
 
 # -------------------------------------------------------------------------------------------- reading
@@ -207,27 +105,29 @@ def load_state(path: str | os.PathLike[str], *, key: str | None = None) -> State
     """Read the tensors and the note of a file, on the CPU. No code from the file is ever run.
 
     Args:
-        path: ``.safetensors``, ``.pt`` or ``.pth``.
+        path: ``.safetensors``, ``.pt``, ``.pth``, ``.h5`` or ``.hdf5``.
         key: where a checkpoint holds its state dict; default: the first of the usual keys.
 
     Raises:
         FileError: missing, of an unknown suffix, truncated, not a state dict, without ``key``, or readable only by
-            unpickling.
+            unpickling; or the package that reads it is not installed.
     """
     source = Path(path)
-    kind = _suffix(source)
+    kind = source.suffix.lower()
+    if not is_file_name(str(source)):
+        raise FileError(f"{source}: unknown kind of file {kind!r}; use {', '.join(SAFE + TORCH + HDF5)}")
     if not source.is_file():
         raise FileError(f"{source}: no such file")
     if kind in TORCH:
         return _load_torch(source, key)
     if key is not None:
         raise FileError(f"{source} is a plain list of tensors: it has no key {key!r}")
-    return _load_safe(source)
+    return _load_safe(source) if kind in SAFE else _load_hdf5(source)
 
 
 def _load_safe(path: Path) -> StateFile:
     """Read a ``.safetensors`` file, giving aliases back their names."""
-    _safetensors(path)
+    safetensors_torch(path)
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -244,7 +144,35 @@ def _load_safe(path: Path) -> StateFile:
         if name not in NOTE and name not in tensors and stored in tensors:
             tensors[name] = tensors[stored]
             del metadata[name]
-    return StateFile(tensors, metadata)
+    return _state_file(tensors, metadata)
+
+
+def _load_hdf5(path: Path) -> StateFile:
+    """Read a flat ``.hdf5`` file; a ``/`` in a name was written as ``+``, since HDF5 takes it for a folder."""
+    try:
+        h5py: Any = import_module("h5py")
+    except ImportError as error:
+        raise FileError(f"{path}: {path.suffix} files need the package h5py: pip install 'reparam[hdf5]'") from error
+    try:
+        with h5py.File(path, "r") as opened:
+            folders = [name for name, value in opened.items() if not isinstance(value, h5py.Dataset)]
+            if folders or not len(opened):
+                found = f"the folder {folders[0]!r}" if folders else "nothing"
+                raise FileError(f"{path} holds {found}; only one data set per parameter is read, unlike Keras's")
+            arrays = {name.replace("+", "/"): value[()] for name, value in opened.items()}
+    except OSError as error:
+        raise FileError(f"{path} is truncated or is not an HDF5 file ({error}); download it again") from error
+    return _state_file({name: _from_array(path, name, array) for name, array in arrays.items()}, {})
+
+
+def _from_array(path: Path, name: str, array: Any) -> Tensor:
+    """A tensor of a numpy array or number, in the byte order of this machine."""
+    import numpy as np  # h5py brings it; torch does without
+
+    try:
+        return torch.from_numpy(np.array(array, dtype=np.asarray(array).dtype.newbyteorder("="), order="C"))
+    except TypeError as error:
+        raise FileError(f"{path}: {name!r} holds no numbers ({error}); only files of weights are read") from error
 
 
 def _load_torch(path: Path, key: str | None) -> StateFile:
@@ -284,32 +212,36 @@ def _find_state(content: Any, path: Path, key: str | None) -> StateFile:
         have = f"it has {', '.join(map(repr, found))}" if found else "it has none"
         raise FileError(f"{path} has no state dict under {key!r}; {have}")
     if key is None and _is_state(content):
-        return StateFile(_names_of(content, note), note)
+        return _state_file(content, note)
     chosen = key if key is not None else next((name for name in WRAPPERS if name in found), None)
     if chosen is None:
         keys = ", ".join(repr(name) for name in list(content)[:5]) or "nothing"
         raise FileError(f"{path} is not a state dict: it holds {keys}; store model.state_dict()")
     others = tuple(str(name) for name in found if name != chosen)
-    return StateFile(_names_of(inside[chosen], note), note, str(chosen), others)
+    return _state_file(inside[chosen], note, str(chosen), others)
 
 
 def _is_state(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
-def _names_of(state: dict[Any, Tensor], note: dict[str, str]) -> dict[str, Tensor]:
+def _state_file(
+    state: Mapping[Any, Tensor], note: dict[str, str], key: str = "", others: tuple[str, ...] = ()
+) -> StateFile:
     """The tensors by name, without what wrappers put before every name; in files of our own nothing is a wrapper's."""
     named = {str(name): value for name, value in state.items()}
     if "reparam" in note:
-        return named
+        return StateFile(named, note, key, others)
     # AveragedModel counts its updates beside the module that it wraps.
     averaged = {name: value for name, value in named.items() if name != "n_averaged"}
     if all(name.startswith(PREFIXES) for name in averaged):
         named = averaged
+    dropped = ""
     for prefix in PREFIXES * 2:
         if named and all(name.startswith(prefix) for name in named):
             named = {name[len(prefix) :]: value for name, value in named.items()}
-    return named
+            dropped += prefix
+    return StateFile(named, note, key, others, dropped)
 
 
 # -------------------------------------------------------------------------------------------- rebuilding
@@ -343,7 +275,7 @@ def rebuild(content: StateFile, path: str | os.PathLike[str]) -> nn.Module:
         problem = problem or difference
     made = content.metadata.get("reparam", "unknown")
     raise FileError(
-        f"{path} does not fit {content.source}: {problem} (written by reparam {made}, this is {_version()})"
+        f"{path} does not fit {content.source}: {problem} (written by reparam {made}, this is {reparam.__version__})"
     )
 
 
@@ -411,30 +343,3 @@ def _generic(model: nn.Module) -> nn.Module:
             if value.is_floating_point():
                 value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
     return model
-
-
-# -------------------------------------------------------------------------------------------- helpers
-
-
-def _suffix(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix not in SAFE + TORCH:
-        raise FileError(f"{path}: unknown kind of file {suffix!r}; use {', '.join(SAFE + TORCH)}")
-    return suffix
-
-
-def _safetensors(path: Path) -> Any:
-    """The module ``safetensors.torch``, or a message that says how to get it."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise FileError(
-            f"{path}: .safetensors files need the package safetensors: pip install 'reparam[cli]' (or use .pt)"
-        ) from error
-    return safetensors.torch
-
-
-def _version() -> str:
-    from reparam import __version__
-
-    return str(__version__)

@@ -21,7 +21,7 @@ from torch import nn
 
 from reparam import ReparamError
 
-__all__ = ["Source", "UnknownNameError", "create", "is_spec", "literal", "names", "sources", "split_commas"]
+__all__ = ["Source", "UnknownNameError", "create", "is_spec", "literal", "names", "near", "sources", "split_commas"]
 
 GROUP = "reparam.sources"
 """Entry point group; the name is the part of a spec before the colon, the value an instance of a source."""
@@ -82,7 +82,7 @@ def create(spec: str, *, pretrained: bool = False) -> nn.Module:
     known = _names(source, loaded)
     # A name with a colon of its own (``hf-hub:...``) is the source's business: it is in no list.
     if name not in known and ":" not in name:
-        raise UnknownNameError(f"unknown network {name!r} in source {source!r}{_near(name, known)}")
+        raise UnknownNameError(f"unknown network {name!r} in source {source!r}{near(name, known)}")
     try:
         return loaded.create(name, pretrained=pretrained, **options)
     except ReparamError:
@@ -138,7 +138,7 @@ def _load(source: str) -> Source:
     if not found:
         known = sources()
         listing = f"; known sources: {', '.join(known)}" if known else "; no source is installed"
-        raise UnknownNameError(f"unknown source {source!r}{_near(source, known)}{listing}")
+        raise UnknownNameError(f"unknown source {source!r}{near(source, known)}{listing}")
     try:
         loaded: Source = next(iter(found)).load()
     except ImportError as error:
@@ -158,8 +158,8 @@ def _not_installed(source: str, error: ImportError) -> ReparamError:
     return ReparamError(f"source {source!r} is not available ({error}); install it with: pip install 'reparam[zoo]'")
 
 
-def _near(name: str, known: Sequence[str]) -> str:
+def near(name: str, known: Sequence[str]) -> str:
     """``; did you mean a, b?`` with the nearest known names, or nothing."""
-    near = difflib.get_close_matches(name, known, n=SUGGESTIONS, cutoff=0.6)
-    near += [other for other in known if name and other.startswith(name) and other not in near]
-    return f"; did you mean {', '.join(near[:SUGGESTIONS])}?" if near else ""
+    found = difflib.get_close_matches(name, known, n=SUGGESTIONS, cutoff=0.6)
+    found += [other for other in known if name and other.startswith(name) and other not in found]
+    return f"; did you mean {', '.join(found[:SUGGESTIONS])}?" if found else ""

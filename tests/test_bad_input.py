@@ -208,7 +208,7 @@ def test_model_that_cannot_be_copied() -> None:
 
     model = ready(Stuck())
     before = snapshot(model)
-    with pytest.raises(ReparamError, match=r"cannot be copied \(holds a lock\); pass inplace=True"):
+    with pytest.raises(ReparamError, match=r"cannot be copied \(holds a lock\); inplace=True"):
         reparam.collapse(model)
     assert is_unchanged(model, before)
     assert reparam.collapse(model, inplace=True) is model

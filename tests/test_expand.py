@@ -974,7 +974,7 @@ def test_model_that_cannot_be_copied() -> None:
     model = ready(Stuck())
     before = snapshot(model)
     plan = reparam.plan(model, "acb", example_inputs=maps())
-    with pytest.raises(ReparamError, match=r"cannot be copied \(holds a lock\); pass inplace=True"):
+    with pytest.raises(ReparamError, match=r"cannot be copied \(holds a lock\); inplace=True"):
         plan.apply()
     assert unchanged(model, before)
     assert reparam.expand(model, "acb", inplace=True) is model

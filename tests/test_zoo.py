@@ -21,11 +21,12 @@ from reparam.recipe import Recipe
 from zoo import demo as demonstration
 from zoo import measure as measuring
 from zoo.demo import Case, try_out
-from zoo.digits import Digits, digits, score, train
+from zoo.digits import score, train
 from zoo.families import DEMO, FOLDING, ORDINARY, Network
 from zoo.measure import Row, measure, relative_error, size
 from zoo.randomise import randomise_
 from zoo.render import folding_markdown, insert_between_markers
+from zoo.train.data import Digits, digits
 
 pytest_plugins = ("toy_package",)
 
@@ -292,27 +293,28 @@ def test_a_trial_that_raises_is_a_row(data: Digits) -> None:
 
 @pytest.mark.parametrize("good", [True, False])
 def test_the_demo_reports_and_fails_if_anything_does_not_hold(
-    data: Digits, toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: bool
+    data: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: bool
 ) -> None:
     case = SMALL if good else replace(SMALL, steps=0)
     monkeypatch.setattr(demonstration, "CASES", (case,))
-    monkeypatch.setattr(demonstration, "COLLAPSED", (Network(toy, "fx", shape=(2, 3, 8, 8)),))
+    monkeypatch.setattr(demonstration, "CONVERTED", ("timm:test_resnet",))
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert result.exit_code == (0 if good else 1), result.output
     assert f"{2 if good else 1} of 2 networks hold" in result.output
     assert "The plan: timm:test_resnet,num_classes=10 with acb" in result.output
-    report = (tmp_path / "report.md").read_text()
+    assert "report.html" in result.output.splitlines()[0]
+    assert "test_resnet" in (tmp_path / "zoo" / "report.html").read_text(encoding="utf-8")
+    report = (tmp_path / "training.md").read_text(encoding="utf-8")
     assert ("(FAILED)" in report) == (not good)
     assert ("did not lower the loss" in result.output) == (not good)
     assert "| test_resnet" in report
     assert "297 of 297" in report
-    assert "toy:block" in report
 
 
 def test_the_demo_names_networks_that_exist() -> None:
     pytest.importorskip("timm")
     assert len(demonstration.CASES) == 3
-    assert len(demonstration.COLLAPSED) == 4
+    assert len(demonstration.CONVERTED) == 8
     for case in demonstration.CASES:
         source, _, rest = case.spec.partition(":")
         assert rest.partition(",")[0] in sources.names(source)

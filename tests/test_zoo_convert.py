@@ -25,8 +25,9 @@ import reparam
 from reparam import files, sources
 from reparam.cli import app
 from zoo import convert as converting
-from zoo.convert import Job, Settings, convert
+from zoo.convert import convert
 from zoo.draw import draw, sketch
+from zoo.job import Job, Settings
 from zoo.journal import Folder, Journal, JournalError, read
 from zoo.outcome import (
     KINDS,
@@ -43,6 +44,7 @@ from zoo.outcome import (
     TimedOut,
     from_json,
 )
+from zoo.reference import in_double
 from zoo.run import Running, convert_zoo, select
 from zoo.weights import find_checkpoints
 
@@ -138,7 +140,7 @@ def test_a_model_is_collapsed_proven_measured_and_saved(trouble: Path, tmp_path:
     assert outcome.file is not None
     x = torch.randn(2, 3, 8, 8)
     loaded = files.load_model(tmp_path / outcome.file)
-    again = converting._Work(job("block"), lambda stage: None).prepare().model
+    again = converting.Conversion(job("block"), lambda stage: None).prepare().model
     torch.testing.assert_close(loaded(x), again(x))
     assert outcome.file_bytes == (tmp_path / outcome.file).stat().st_size
 
@@ -204,7 +206,7 @@ def test_a_block_is_a_round_trip_and_a_file_to_train(trouble: Path, tmp_path: Pa
 
 
 def test_branches_that_start_at_zero_are_part_of_the_round_trip(trouble: Path) -> None:
-    model = converting._Work(job("plain", block="acb"), lambda stage: None).prepare().model
+    model = converting.Conversion(job("plain", block="acb"), lambda stage: None).prepare().model
     assert all(bool(parameter.any()) for parameter in model.parameters())
 
 
@@ -307,10 +309,10 @@ def test_a_full_disk_is_a_failure_without_half_a_file(
 
 
 def test_casting_to_double_and_back_changes_no_number(trouble: Path) -> None:
-    work = converting._Work(job("block"), lambda stage: None).prepare()
+    work = converting.Conversion(job("block"), lambda stage: None).prepare()
     before = {name: value.clone() for name, value in work.model.state_dict().items()}
     assert work.view is not None
-    assert converting._in_double(work.model, work.view)[0].dtype == torch.float64
+    assert in_double(work.model, work.view)[0].dtype == torch.float64
     after = work.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from reparam.cli import app
-from zoo.convert import Job, Settings, convert
+from zoo.convert import convert
+from zoo.job import Job, Settings
 from zoo.journal import Journal, JournalError
 from zoo.outcome import (
     KINDS,

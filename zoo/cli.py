@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,11 +21,12 @@ from rich.table import Table
 from reparam import sources
 from zoo.journal import JournalError, read
 from zoo.outcome import KINDS, Converted, Outcome, OutOfMemory, Size, TimedOut
-from zoo.render import console
+from zoo.render import console, write_text
 from zoo.report import write_report
 from zoo.run import Limits, Run, convert_zoo
+from zoo.summary import summary
 
-__all__ = ["app"]
+__all__ = ["app", "follow"]
 
 app = typer.Typer(no_args_is_help=True, help="Convert many models: isolated, resumable, each result proven.")
 
@@ -58,9 +59,11 @@ def convert(
     largest: Annotated[
         float | None, typer.Option("--max-parameters", min=0, help="Millions; larger networks are refused.")
     ] = None,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time the networks, or only prove.")] = True,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 1,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one model.")] = Limits.timeout,
     memory: Annotated[float | None, typer.Option("--memory", help="GiB for one model, libraries aside.")] = None,
+    cluster: Annotated[str | None, typer.Option("--cluster", help="Dask scheduler whose workers convert.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="With --resume: try again what failed.")] = False,
 ) -> None:
@@ -71,37 +74,76 @@ def convert(
         raise typer.BadParameter("name models, or a folder of --weights", param_hint="PATTERN")
     if timeout <= 0 or (memory is not None and memory <= 0):
         raise typer.BadParameter("must be positive", param_hint="--timeout, --memory")
+    _run(
+        patterns or ["*"],
+        out,
+        source=source,
+        block=block,
+        pretrained=pretrained,
+        weights=weights,
+        save=save,
+        max_parameters=None if largest is None else round(largest * 1e6),
+        latency=latency,
+        jobs=jobs,
+        timeout=timeout,
+        memory=memory,
+        resume=resume,
+        retry=retry,
+        cluster=cluster,
+    )
+
+
+@app.command()
+def plan(
+    patterns: Annotated[list[str], typer.Argument(help="Names, shell patterns, or source:name.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")],
+    source: Annotated[str, typer.Option("--source", help="Source of names that do not say theirs.")] = "timm",
+    block: Annotated[
+        str | None, typer.Option("--block", help="Plan to expand, too: a name, or name:option=value.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 1,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one model.")] = Limits.timeout,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+) -> None:
+    """Plan models of any size without numbers: what would fold, what other folds leave, what would get a block."""
+    if timeout <= 0:
+        raise typer.BadParameter("must be positive", param_hint="--timeout")
+    _run(patterns, out, source=source, block=block, jobs=jobs, timeout=timeout, resume=resume, plan=True)
+
+
+def _run(patterns: list[str], out: Path, **options: Any) -> None:
+    """Exit with status 1 if a model failed or differs."""
+    if not all(outcome.ok for outcome in follow(patterns, out, **options)):
+        raise typer.Exit(1)
+
+
+def follow(patterns: Iterable[str], out: Path, **options: Any) -> list[Outcome]:
+    """Convert models, as :func:`zoo.run.convert_zoo` does, on the terminal: with a display, and a report at the end."""
     terminal = console()
     with _display(terminal) as display:
-        outcomes = convert_zoo(
-            patterns or ["*"],
-            source=source,
-            out=out,
-            block=block,
-            pretrained=pretrained,
-            weights=weights,
-            save=save,
-            max_parameters=None if largest is None else round(largest * 1e6),
-            jobs=jobs,
-            timeout=timeout,
-            memory=memory,
-            resume=resume,
-            retry=retry,
-            on_tick=display.tick,
-        )
-        for outcome in outcomes:
+        for outcome in convert_zoo(patterns, out=out, on_tick=display.tick, **options):
             display.show(outcome)
     run = display.run
     every = list(read(out).outcomes.values()) if run is None else run.done
-    terminal.print(f"{_counts(every)}; in {out}", soft_wrap=True, markup=False)
-    if not all(outcome.ok for outcome in every):
-        raise typer.Exit(1)
+    page = write_report(out)
+    terminal.print(f"{_counts(every)}; report: {page}", soft_wrap=True, markup=False)
+    return every
 
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a run, which may go on meanwhile.")]) -> None:
     """Write DIR/report.html: one file with the table, plots and a page for each model."""
     console().print(str(write_report(folder)), soft_wrap=True, markup=False)
+
+
+@app.command("summary")
+def summary_(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs that have come to their end.")],
+    out: Annotated[Path, typer.Option("--out", help="Markdown file to write.")],
+) -> None:
+    """Write what runs show as one Markdown document: totals, tables by family, reasons."""
+    write_text(out, summary(folders))
+    console().print(str(out), soft_wrap=True, markup=False)
 
 
 @app.command()

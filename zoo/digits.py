@@ -1,8 +1,4 @@
-"""Real data that needs no download, and the few steps of training that the demo does on it.
-
-The data are the 1,797 handwritten digits that scikit-learn ships: E. Alpaydin and C. Kaynak, "Optical Recognition of
-Handwritten Digits" (UCI Machine Learning Repository, 1998), the test part.
-"""
+"""The few steps of training that the demo does on handwritten digits."""
 
 from __future__ import annotations
 
@@ -15,21 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import reparam
+from zoo.train.data import Digits
 
-__all__ = ["Digits", "Score", "digits", "score", "train"]
-
-HELD_OUT = 297
-"""Digits that are never trained on."""
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Images ``(n, 3, size, size)`` of mean 0 and deviation 1, float32; labels 0 to 9."""
-
-    train: Tensor
-    train_labels: Tensor
-    test: Tensor
-    test_labels: Tensor
+__all__ = ["Score", "score", "train"]
 
 
 @dataclass(frozen=True)
@@ -39,25 +23,6 @@ class Score:
     loss: float
     accuracy: float
     answers: Tensor
-
-
-def digits(size: int = 32, seed: int = 0) -> Digits:
-    """The digits, upscaled from 8x8 and with three equal channels, as networks for photographs take them.
-
-    Raises :class:`reparam.ReparamError` if scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise reparam.ReparamError(f"the digits need scikit-learn ({error}): pip install 'reparam[zoo]'") from error
-    found = load_digits()
-    images = torch.from_numpy(found.images).float().unsqueeze(1)
-    images = F.interpolate((images - images.mean()) / images.std(), size=(size, size), mode="bilinear")
-    images = images.expand(-1, 3, -1, -1).contiguous()
-    labels = torch.from_numpy(found.target).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    test, rest = order[:HELD_OUT], order[HELD_OUT:]
-    return Digits(images[rest], labels[rest], images[test], labels[test])
 
 
 def train(

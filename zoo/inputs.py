@@ -49,7 +49,7 @@ def find_view(model: nn.Module) -> tuple[View | None, str]:
     tried = ""
     for view in _views(model):
         try:
-            results = view.run(model, view.inputs(2))
+            results = view.run(model, view.inputs(1))
         # Any exception means that the network does not take this input.
         except Exception as error:
             tried = tried or f"{view.shape}: {type(error).__name__}: {error}".splitlines()[0]

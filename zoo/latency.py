@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,19 @@ def _milliseconds(model: nn.Module, view: View, x: Tensor) -> float:
 
 
 def _multiply_adds(model: nn.Module, view: View, x: Tensor) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with _no_gradients(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         view.run(model, x)
     return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _no_gradients(model: nn.Module) -> Iterator[None]:
+    """Torch's counter follows gradients through modules, and fails on a parameter that is passed to one."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

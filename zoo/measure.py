@@ -19,9 +19,10 @@ from torch.nn import functional as F
 import reparam
 from reparam import Counts, sources
 from zoo.families import Baseline, Network
+from zoo.outcome import Size
 from zoo.randomise import randomise_
 
-__all__ = ["TOLERANCE", "Row", "measure", "one_thread", "relative_error", "shipped_fold", "size", "warm_up"]
+__all__ = ["TOLERANCE", "Row", "measure", "one_thread", "relative_error", "shipped_fold", "size", "size_of", "warm_up"]
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,14 @@ def size(model: nn.Module) -> Counts:
     convs = sum(target in FUNCTIONAL_CONVS for target in called)
     norms = sum(target is F.batch_norm for target in called)
     return replace(counts, convs=counts.convs + convs, norms=counts.norms + norms)
+
+
+def size_of(model: nn.Module) -> Size:
+    """Counts of a network, and the bytes of its state, tensors with two names counted once."""
+    counts = size(model)
+    state = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    held = sum(t.nbytes for t in state.values())
+    return Size(counts.parameters, held, counts.convs, counts.norms, counts.linears)
 
 
 def shipped_fold(baseline: Baseline) -> Callable[[nn.Module], nn.Module]:

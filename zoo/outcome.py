@@ -6,7 +6,8 @@ A run folder holds ``journal.jsonl``, ``lock`` and ``models/SOURCE/NAME.*``. The
 ``run``, first, and once more for each ``--resume``::
 
     {"record": "run", "started": "2026-01-31T22:00:00+00:00", "specs": ["timm:resnet18", ...],
-     "settings": {"block": "acb" | null, "pretrained": false, "weights": "DIR" | null, "save": true},
+     "settings": {"block": "acb" | null, "pretrained": false, "weights": "DIR" | null, "save": true,
+                  "max_parameters": 100000000 | null, "latency": true, "plan": false},
      "limits": {"jobs": 2, "timeout": 900.0, "memory": 8.0 | null}, "command": ["zoo", "convert", ...],
      "versions": {"reparam": "0.1.0", "torch": ..., "timm": ..., "torchvision": ..., "python": ...},
      "machine": "AMD EPYC, 2 cores", "done_before": 0}
@@ -28,6 +29,8 @@ converted      ``before``, ``after``: sizes, and ``stock`` with a block (``befor
                ``expanded`` (layers that got a block), ``left`` (reason -> layers that got none), ``file``,
                ``expanded_file`` and ``details``: paths relative to the run folder, null if nothing was saved;
                ``file_bytes``
+planned        ``before``, ``after``: sizes; ``folds``, ``refused``, ``expanded``, ``left`` as above, of what would be;
+               ``others``: what ``timm`` and ``fx``, the folds that others ship, leave: ``{"convs", "norms"}`` or null
 nothing_to_do  ``reason``; ``before``: size or null
 refused        ``reason``: sentence; ``refused``: reason -> layers; ``before``: size or null
 mismatch       ``error``: relative; ``allowed``; ``layer``: where it starts; ``message``
@@ -77,6 +80,7 @@ __all__ = [
     "NothingToDo",
     "OutOfMemory",
     "Outcome",
+    "Planned",
     "Proof",
     "Refused",
     "Size",
@@ -203,6 +207,26 @@ class Converted(Outcome):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Planned(Outcome):
+    """Planned without numbers; see the module's text for the fields."""
+
+    kind: ClassVar[str] = "planned"
+
+    before: Size
+    after: Size
+    folds: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
+    expanded: int = 0
+    left: Mapping[str, int] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, int] | None] = field(default_factory=dict)
+
+    def sentence(self) -> str:
+        text = f"{self.folds} folds, convs {self.before.convs} → {self.after.convs}"
+        text += f", norms {self.before.norms} → {self.after.norms}"
+        return f"{text}, {self.expanded} of {self.expanded + sum(self.left.values())} convs get a block"
+
+
+@dataclass(frozen=True, kw_only=True)
 class NothingToDo(Outcome):
     """There is nothing in the network that could fold, or that a block could replace."""
 
@@ -290,7 +314,7 @@ class OutOfMemory(Outcome):
 
 
 KINDS: dict[str, type[Outcome]] = {
-    cls.kind: cls for cls in (Converted, NothingToDo, Refused, Mismatch, Failed, TimedOut, OutOfMemory)
+    cls.kind: cls for cls in (Converted, Planned, NothingToDo, Refused, Mismatch, Failed, TimedOut, OutOfMemory)
 }
 """Outcomes by the name that the journal has for them, in the order in which they are counted."""
 

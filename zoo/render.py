@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from reparam import Counts
+from reparam.files import FileError
+from reparam.saving import replace_file
 from zoo.measure import Row
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "folding_table",
     "insert_between_markers",
     "markdown_table",
+    "processor",
     "provenance",
     "rich_table",
     "write_text",
@@ -88,14 +91,21 @@ def provenance() -> str:
     names = ("reparam", "torch", "timm", "torchvision")
     versions = ", ".join(f"{name} {_version(name)}" for name in names)
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    machine = f"{_processor()}, {os.cpu_count()} cores"
+    machine = f"{processor()}, {os.cpu_count()} cores"
     return f"Written by the tool on {today}: {versions}, Python {platform.python_version()}; {machine}."
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a report, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    """Write a text beside and rename it, making its folder; on failure nothing is left.
+
+    Raises:
+        FileError: the file system refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{path.parent} cannot be made: {error.strerror or error}") from error
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def insert_between_markers(path: Path, name: str, text: str) -> None:
@@ -143,7 +153,7 @@ def _version(name: str) -> str:
         return "(not installed)"
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

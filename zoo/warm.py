@@ -8,7 +8,7 @@ import importlib
 import torch
 from torch import nn
 
-from zoo import convert
+from zoo import job
 from zoo.inputs import find_view
 from zoo.latency import race
 from zoo.measure import warm_up
@@ -24,5 +24,5 @@ small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
 view, _ = find_view(small)
 if view is not None:
     race(small, small, view)
-convert.versions()
+job.versions()
 del small

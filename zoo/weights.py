@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from reparam import ReparamError
 from reparam.files import FileError, StateFile, is_file_name, load_into, load_state, misfit
+from zoo.job import Ended
+from zoo.outcome import Refused
 
-__all__ = ["Shelf", "fill", "find_checkpoints"]
+__all__ = ["UNTRAINED", "Shelf", "fill", "find_checkpoints", "is_trained", "no_weights"]
 
 GENERIC = ("model", "pytorch_model", "open_clip_pytorch_model", "checkpoint", "model_best", "weights")
 """Names of files that say nothing; the folder's name or its ``config.json`` does."""
@@ -29,6 +31,11 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "model_ema.", "ema_model.", "ema.
 """What training scripts put before every name; the averaged ones are tried like the others."""
 DEPTH = 3
 """How many prefixes may stand one before the other."""
+OFFLINE = ("ConnectionError", "ConnectError", "URLError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "gaierror")
+"""Errors of download libraries that mean that there is no network, by name: none of the libraries is imported here."""
+NO_WEIGHTS = ("No pretrained", "Invalid pretrained config", "no weights")
+"""What sources say of an architecture that nobody has trained."""
+UNTRAINED = "its source has no trained weights for it"
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def fill(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         FileError: unreadable, not a state dict, or of another network; says what is missing.
     """
     content = load_state(path)
-    notes = _wrapper_notes(Path(path), content)
+    notes = _wrapper_notes(content)
     for dropped, tensors in _variants(content.tensors):
         if not misfit(model, tensors):
             if dropped:
@@ -120,26 +127,33 @@ def _variants(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tenso
         todo = longer
 
 
-def _wrapper_notes(path: Path, content: StateFile) -> list[str]:
+def _wrapper_notes(content: StateFile) -> list[str]:
     notes = []
     if content.key:
         others = f"; it also holds {', '.join(map(repr, content.others))}" if content.others else ""
         notes.append(f"took the state dict under {content.key!r}{others}")
-    dropped = _dropped_by_reader(path, content)
-    if dropped:
-        notes.append(f"dropped the prefix {dropped!r}")
+    if content.dropped:
+        notes.append(f"dropped the prefix {content.dropped!r}")
     return notes
 
 
-def _dropped_by_reader(path: Path, content: StateFile) -> str:
-    """The prefix that reading took off the names; asked of the file, whose tensors stay on the disk for that."""
-    if path.suffix == ".safetensors" or not content.tensors:
-        return ""
-    try:
-        raw: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, OSError):
-        return ""  # a file of torch's old format cannot be mapped; its tensors were read all the same
-    raw = raw.get(content.key, raw) if isinstance(raw, dict) else raw
-    name = next(iter(content.tensors))
-    longer = next((str(key) for key in raw if str(key).endswith(name)), name)
-    return longer[: len(longer) - len(name)]
+def no_weights(spec: str, error: ReparamError) -> Exception:
+    """What stands behind trained weights that were not to be had."""
+    chain: list[BaseException] = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(below)
+    names = {cls.__name__ for link in chain for cls in type(link).__mro__}
+    if names & set(OFFLINE):
+        return ReparamError(
+            f"no network access: the trained weights of {spec} are not in the local cache and cannot be downloaded"
+        )
+    if any(word in str(link) for link in chain for word in NO_WEIGHTS):
+        return Ended(Refused, reason=UNTRAINED)
+    return error
+
+
+def is_trained(model: nn.Module) -> bool:
+    """Whether weights were loaded: timm only warns where it knows of none, and keeps the random ones."""
+    config = getattr(model, "pretrained_cfg", None)
+    places = ("url", "file", "hf_hub_id", "state_dict")
+    return not isinstance(config, Mapping) or any(config.get(place) for place in places)

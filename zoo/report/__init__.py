@@ -22,9 +22,9 @@ from statistics import median
 from string import Template
 from typing import Any
 
-from zoo.convert import _write
 from zoo.journal import Content, read
 from zoo.outcome import KINDS, Outcome
+from zoo.render import write_text
 from zoo.report.data import Details, Reason, kind_words, missing, reasons, table, totals
 
 __all__ = ["NAME", "write_report"]
@@ -41,7 +41,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     """
     content = read(folder)
     path = Path(folder) / NAME
-    _write(path, _page(content, Path(folder)))
+    write_text(path, _page(content, Path(folder)))
     return path
 
 

@@ -1,0 +1,178 @@
+"""Writing networks to disk, in the format that :mod:`reparam.files` describes and reads: whole, or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reparam import ReparamError
+from reparam.recipe import Recipe
+
+__all__ = ["NOTE", "SAFE", "TORCH", "FileError", "check_target", "replace_file", "safetensors_torch", "save_model"]
+
+log = logging.getLogger(__name__)
+
+SAFE = (".safetensors",)
+TORCH = (".pt", ".pth")
+NOTE = ("source", "collapsed", "expanded", "reparam", "torch")
+"""Keys of the note; any other key of a ``.safetensors`` file's metadata may be the name of a shared tensor."""
+
+
+class FileError(ReparamError):
+    """A file that cannot be written, or that is not what it should be; the message names it and the fix."""
+
+
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    source: str = "",
+    collapsed: bool = False,
+    expanded: Recipe | None = None,
+) -> Path:
+    """Write the model's state dict to ``path``, atomically: a reader sees the old file or the whole new one.
+
+    Args:
+        model: any module whose state is tensors, on any device.
+        path: ends in ``.safetensors``, ``.pt`` or ``.pth``; its folder must exist.
+        source: the spec that rebuilds the network, kept for :func:`reparam.files.load_model`.
+        collapsed: whether ``model`` is the result of ``collapse`` without ``like=``, which gives ``source`` itself.
+        expanded: how ``model`` was expanded from ``source``; ``load_model`` then expands it the same way.
+
+    Raises:
+        RecipeError: ``expanded`` holds what a file cannot, a predicate for instance.
+        FileError: unknown suffix, a state that a file cannot hold (meta, sparse or quantised tensors, objects
+            that are not tensors), or the file system refuses.
+    """
+    target = check_target(path)
+    tensors, aliases = _share(_plain_state(model, target))
+    state = "yes" if collapsed else "no"
+    # torch.__version__ is a class of its own, which the restricted unpickler refuses.
+    note = {"source": source, "collapsed": state, "reparam": _version(), "torch": str(torch.__version__)}
+    if expanded is not None:
+        note["expanded"] = expanded.to_text()
+    clash = sorted(set(NOTE) & set(aliases))
+    if clash:
+        raise FileError(f"{target}: the model has a shared tensor named {clash[0]!r}, which the file's note needs")
+    if target.suffix.lower() in SAFE:
+        writer = safetensors_torch(target).save_file
+        replace_file(target, lambda temporary: writer(tensors, temporary, metadata=note | aliases))
+    else:
+        # torch.save keeps views of one storage together, so shared tensors stay shared under all their names.
+        whole = tensors | {name: tensors[stored] for name, stored in aliases.items()}
+        replace_file(target, lambda temporary: torch.save({"state_dict": whole, "metadata": note}, temporary))
+    log.info("wrote %s (%d tensors)", target, len(tensors))
+    return target
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The path of a file that :func:`save_model` can write, asked before the work rather than after it.
+
+    Raises:
+        FileError: a suffix that is read only, or unknown, or no such folder.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in SAFE + TORCH:
+        raise FileError(f"{target}: cannot write this kind of file, {target.suffix!r}; use {', '.join(SAFE + TORCH)}")
+    if not target.parent.is_dir():
+        raise FileError(f"{target}: the folder {target.parent} does not exist")
+    return target
+
+
+def replace_file(target: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside the target, flush to the disk, rename; on any failure the target is as it was.
+
+    Args:
+        target: its folder must exist.
+        write: given the path of an empty file, fills it.
+
+    Raises:
+        FileError: the file system refuses.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        write(temporary)
+        # safetensors makes a private file; the permissions are to be those of any new file.
+        temporary.chmod(mode)
+        _flush(temporary)
+        os.replace(temporary, target)
+        if os.name == "posix":
+            _flush(target.parent)
+    except OSError as error:
+        raise FileError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def safetensors_torch(path: Path) -> Any:
+    """The module ``safetensors.torch``, or a message that says how to get it."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise FileError(
+            f"{path}: .safetensors files need the package safetensors: pip install 'reparam[cli]' (or use .pt)"
+        ) from error
+    return safetensors.torch
+
+
+def _plain_state(model: nn.Module, target: Path) -> dict[str, Tensor]:
+    """The model's state dict on the CPU, refused if anything in it is not an ordinary dense tensor."""
+    state: dict[str, Tensor] = {}
+    seen: dict[int, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise FileError(f"{target}: state {name!r} is a {type(value).__name__}, not a tensor; it cannot be stored")
+        if value.is_meta or value.is_quantized or value.layout is not torch.strided:
+            raise FileError(
+                f"{target}: state {name!r} is not an ordinary dense tensor with values; it cannot be stored"
+            )
+        # One tensor under two names is copied once, so that it is still one tensor after the copy.
+        state[name] = seen.setdefault(id(value), value.detach().cpu())
+    return state
+
+
+def _share(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split a state dict into tensors that share no memory and ``other name -> stored name``.
+
+    Equal views of one memory become aliases; tensors that merely overlap are copied (their values are what counts).
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    storages: set[int] = set()
+    for name, value in state.items():
+        memory = value.untyped_storage().data_ptr()
+        view = (memory, value.storage_offset(), value.dtype, tuple(value.shape), value.stride())
+        if value.numel() and view in first:
+            aliases[name] = first[view]
+            continue
+        first[view] = name
+        # torch.save would write the whole memory behind a slice of something larger.
+        part = memory in storages or value.untyped_storage().nbytes() != value.nbytes
+        storages.add(memory)
+        tensors[name] = value.clone(memory_format=torch.contiguous_format) if part else value.contiguous()
+    return tensors, aliases
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or a folder (which makes a rename inside it durable)."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _version() -> str:
+    from reparam import __version__
+
+    return str(__version__)
