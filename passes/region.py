@@ -123,17 +123,33 @@ class Sweep:
     def value(self, node: fx.Node) -> Any:
         """A signal, a size, a constant or a tuple of them; or the refusal that says why not."""
         if node not in self._values:
-            try:
-                self._values[node] = self._evaluate(node)
-            except RefusalError as error:
-                self._values[node] = error.refusal.at(self.flow.unit.name(origin(node)))
+            for source in self._behind(node):
+                try:
+                    self._values[source] = self._evaluate(source)
+                except RefusalError as error:
+                    self._values[source] = error.refusal.at(self.flow.unit.name(origin(source)))
         return self._values[node]
 
+    def _behind(self, node: fx.Node) -> list[fx.Node]:
+        """What ``node`` depends on, in order of execution: affine chains are longer than Python recurses."""
+        found, todo = {node}, [node]
+        while todo:
+            reached = todo.pop()
+            if reached in self.flow.constant or self._is_outside(reached):
+                continue
+            for source in reached.all_input_nodes:
+                if source not in found and source not in self._values:
+                    found.add(source)
+                    todo.append(source)
+        return sorted(found, key=lambda n: self.flow.order[n])
+
+    def _is_outside(self, node: fx.Node) -> bool:
+        return self.flow.order[node] <= self.flow.order[self.entry] or node.op in ("placeholder", "output")
+
     def _evaluate(self, node: fx.Node) -> Any:
-        flow = self.flow
-        if node in flow.constant:
+        if node in self.flow.constant:
             return self.constants.value(node)
-        if flow.order[node] <= flow.order[self.entry] or node.op in ("placeholder", "output"):
+        if self._is_outside(node):
             raise RefusalError(Reason.OTHER_INPUT)
         law = self._law(node)
         args, kwargs = fx.map_arg(node.args, self._input), fx.map_arg(node.kwargs, self._input)
@@ -174,7 +190,7 @@ class Sweep:
         return lambda x: ProbedForms.of(self.flow.unit).apply(module, x)
 
     def _input(self, node: fx.Node) -> Any:
-        value = self.value(node)
+        value = self._values[node]
         if isinstance(value, Refusal):
             raise RefusalError(value.reason, value.message, value.layer)
         return value

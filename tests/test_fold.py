@@ -1075,3 +1075,23 @@ def test_planted_leftover_is_seen() -> None:
         check(
             Case("", lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(6)), IMAGE, "Conv2d 4->6 3x3", norm=True)
         )
+
+
+class LongBranch(nn.Module):
+    """A sum whose one branch is a chain of more affine steps than Python would recurse through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.branch = nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        for _ in range(400):
+            y = y * 1.001
+        return self.main(x) + y
+
+
+def test_a_long_branch_folds() -> None:
+    folded, explanation = reparam.collapse_with_report(LongBranch().double().eval())
+    assert Counts.of(folded).convs == 1
+    assert len(explanation.folds) == 1

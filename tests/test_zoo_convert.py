@@ -38,6 +38,7 @@ from zoo.outcome import (
     NothingToDo,
     Outcome,
     OutOfMemory,
+    Planned,
     Proof,
     Refused,
     Size,
@@ -90,6 +91,9 @@ OUTCOMES: tuple[Outcome, ...] = (
         folds=3,
         refused={"used from more than one place": 1},
         file="models/timm/net.safetensors",
+    ),
+    Planned(
+        **COMMON, before=SIZE, after=SIZE, folds=3, expanded=1, others={"timm": {"convs": 1, "norms": 0}, "fx": None}
     ),
     NothingToDo(**COMMON, reason="no convolution", before=SIZE),
     Refused(**COMMON, reason="all of it", refused={"a": 2}),
@@ -285,7 +289,7 @@ def test_a_wrong_way_back_is_found(trouble: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_failed_proof_names_the_layers(trouble: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(model: nn.Module, **options: Any) -> Any:
-        raise reparam.EquivalenceError("square.0, point.0: the fold differs by 1 (relative 0.5)")
+        raise reparam.EquivalenceError("the fold differs", layer="square.0, point.0", error=0.5)
 
     monkeypatch.setattr(reparam, "collapse_with_report", fail)
     outcome = convert(job("block"))
@@ -654,14 +658,14 @@ def test_a_terminal_sees_what_runs_and_how_long_it_will_take() -> None:
     from zoo.cli import LiveDisplay, _display, _picture
     from zoo.run import Limits, Run
 
-    state = Run(4, Limits(), done=[OUTCOMES[0], OUTCOMES[4]], fresh=1, began=time.monotonic() - 60)
+    state = Run(4, Limits(), done=[OUTCOMES[0], OUTCOMES[5]], fresh=1, began=time.monotonic() - 60)
     running: Any = Running(Job("timm", "resnet18"), None, None, None, stage="collapse", base=1, peak=2 * 10**9)  # type: ignore[arg-type]
     state.running.append(running)
     terminal = Console(force_terminal=True, width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     with terminal.file, _display(terminal) as display:
         assert isinstance(display, LiveDisplay)
         display.tick(state)
-        display.show(OUTCOMES[4])
+        display.show(OUTCOMES[5])
         terminal.print(_picture(state))
     text = terminal.export_text()
     for words in ("timm:resnet18", "collapse", "2.0 GB", "2/4, about 2 min 00 s left", "1 converted, 1 failed"):

@@ -72,7 +72,7 @@ class Config:
         size: pixels of a side; None: the data's own.
         epochs: passes over the training data.
         batch: images per step, over all processes together.
-        optimizer: a name of timm's optimizers.
+        optimizer: a name of timm's optimizers; ``momentum`` is SGD with it, and timm's ``sgd`` is Nesterov's.
         rate: highest learning rate.
         momentum: of the optimizer.
         weight_decay: of kernels, and of what else decays.
@@ -104,7 +104,7 @@ class Config:
     size: int | None = None
     epochs: int = 30
     batch: int = 64
-    optimizer: str = "sgd"
+    optimizer: str = "momentum"
     rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -295,7 +295,9 @@ RECIPES: dict[str, Config] = {
     ),
     "acnet-imagenet": replace(_IMAGENET, block="acb", epochs=100),
     "dbb-imagenet": replace(_IMAGENET, block="dbb"),
-    "doconv-imagenet": replace(_IMAGENET, model="zoo:plain18", block="doconv", batch=1024, rate=0.4, warmup=5.0),
+    "doconv-imagenet": replace(
+        _IMAGENET, model="zoo:plain18", block="doconv", batch=1024, rate=0.4, warmup=5.0, optimizer="sgd"
+    ),
     "orepa-imagenet": replace(_IMAGENET, block="orepa", warmup=5.0, decay_biases=False),
 }
 """Configurations by name. Published ones have the published block and its initialisation. ``imagenet`` is a folder with
