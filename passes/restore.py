@@ -72,6 +72,7 @@ def restore_blocks(model: nn.Module, like: nn.Module, verify: bool) -> tuple[nn.
                 error = prove(region, region.form, folded) if verify else None
             except RefusalError:
                 return None
+            region.form = region.form.to("meta")  # the numbers are in the layer now
             if not isinstance(folded, _ConvNd) or Geometry.of(folded) != Geometry.of(conv):
                 return None
             conv.weight.copy_(folded.weight)

@@ -26,7 +26,8 @@ def convert_zoo(names: Iterable[str], **options: Any) -> Iterator[Any]:
     Args:
         names: names, shell patterns (``"resnet*"``), or specs (``"torchvision:resnet18"``).
         **options: those of :func:`zoo.run.convert_zoo`: ``source``, ``out``, ``block``, ``pretrained``, ``weights``,
-            ``save``, ``jobs``, ``timeout``, ``memory``, ``resume``, ``retry``.
+            ``save``, ``onnx``, ``max_parameters``, ``latency``, ``plan``, ``jobs``, ``timeout``, ``memory``,
+            ``resume``, ``retry``, ``cluster``.
 
     Returns:
         Outcomes, each of a class of :mod:`zoo.outcome`: ``outcome.kind``, ``outcome.ok``, ``outcome.sentence()``.

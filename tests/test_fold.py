@@ -1093,5 +1093,5 @@ class LongBranch(nn.Module):
 
 def test_a_long_branch_folds() -> None:
     folded, explanation = reparam.collapse_with_report(LongBranch().double().eval())
-    assert Counts.of(folded).convs == 1
+    assert reparam.Counts.of(folded).convs == 1
     assert len(explanation.folds) == 1

@@ -13,18 +13,8 @@ from reparam import sources
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
-from zoo.train.config import (
-    PUBLISHED,
-    RECIPES,
-    SOURCES,
-    Config,
-    ConfigError,
-    Published,
-    override,
-    recipe,
-    recipe_text,
-    variant,
-)
+from zoo.train.config import Config, ConfigError, override, variant
+from zoo.train.recipes import PUBLISHED, RECIPES, SOURCES, Published, recipe, recipe_text
 
 
 @pytest.mark.parametrize("config", [Config(gamma=1 / 3, ema=0.99, milestones=(0.3, 0.6, 0.9)), *RECIPES.values()])

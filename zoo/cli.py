@@ -56,9 +56,13 @@ def convert(
     weights: Annotated[Path | None, typer.Option("--weights", help="Folder of checkpoints named for models.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Load trained weights (downloads).")] = False,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the networks, or only the results.")] = True,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Keep each network as an ONNX file, too.")] = False,
     largest: Annotated[
         float | None, typer.Option("--max-parameters", min=0, help="Millions; larger networks are refused.")
     ] = None,
+    outputs: Annotated[
+        bool, typer.Option("--outputs/--no-outputs", help="Compare whole outputs, or only prove each fold.")
+    ] = True,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time the networks, or only prove.")] = True,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 1,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one model.")] = Limits.timeout,
@@ -82,7 +86,9 @@ def convert(
         pretrained=pretrained,
         weights=weights,
         save=save,
+        onnx=onnx,
         max_parameters=None if largest is None else round(largest * 1e6),
+        outputs=outputs,
         latency=latency,
         jobs=jobs,
         timeout=timeout,
@@ -289,7 +295,7 @@ def _facts(outcome: Converted) -> Iterator[str]:
     if outcome.latency is not None:
         shape = "x".join(map(str, outcome.latency.shape))
         yield f"latency on {shape}: {outcome.latency.before:.2f} → {outcome.latency.after:.2f} ms"
-    for file in (outcome.file, outcome.expanded_file):
+    for file in (outcome.file, outcome.onnx_file, outcome.expanded_file):
         if file is not None:
             yield f"file: {file}"
 

@@ -31,6 +31,7 @@ from zoo.inputs import View, find_view, native_view
 from zoo.job import Ended, Job, Tell, Work, attempt, one_line, silent
 from zoo.latency import race
 from zoo.measure import size_of
+from zoo.onnx_file import ExportError, write_onnx
 from zoo.outcome import (
     Converted,
     Latency,
@@ -50,7 +51,7 @@ from zoo.weights import UNTRAINED, fill, is_trained, no_weights
 __all__ = ["Conversion", "convert"]
 
 SEED = 0
-LARGE = 64 << 20
+LARGE = 32 << 20
 """Bytes of a network from which saving memory comes before speed."""
 
 
@@ -85,7 +86,8 @@ class Conversion(Work):
         with self.clock("draw"):
             before = sketch(model) if self.job.folder is not None else None
         stock = size_of(model) if made.plan is not None else made.stock
-        roundtrip = self.roundtrip(model, view, reference) if made.plan is not None else None
+        there_and_back = made.plan is not None and self.job.settings.outputs
+        roundtrip = self.roundtrip(model, view, reference) if there_and_back else None
         gc.collect()  # traced graphs are cycles, and hold weights
         with self.clock("collapse"):
             folded, explanation = reparam.collapse_with_report(model)
@@ -96,6 +98,7 @@ class Conversion(Work):
         gc.collect()
         proof = self.compare(folded, made, reference, explanation, roundtrip)
         after = size_of(folded)
+        onnx_file = self.onnx(folded, view, proof)
         saved = self.save(folded, made.plan)
         drawings = draw(before, explanation.folds) if before is not None else Drawings()
         outcome = Converted(
@@ -109,6 +112,7 @@ class Conversion(Work):
             refused=dict(explanation.reasons()),
             expanded=len(made.plan.expanded) if made.plan is not None else 0,
             left=dict(_left(made.plan)),
+            onnx_file=onnx_file,
             details=self._relative(self.job.path(".json")),
             **saved,
         )
@@ -118,8 +122,10 @@ class Conversion(Work):
     def prepare(self) -> _Prepared:
         """Build, load, expand and, if the weights are random, randomise. Repeatable: it draws from seeds only."""
         model, origin = self.build()
-        with self.clock("inputs"):
-            view, remark = find_view(model)
+        view, remark = None, ""
+        if self.job.settings.outputs:
+            with self.clock("inputs"):
+                view, remark = find_view(model)
         plan = None
         stock = size_of(model)
         self.large = stock.bytes >= LARGE
@@ -235,7 +241,8 @@ class Conversion(Work):
         errors = [fold.error for fold in explanation.folds if fold.error is not None]
         proven = {"folds": len(errors), "fold_error": max(errors, default=0.0), "roundtrip": roundtrip}
         if made.view is None or reference is None:
-            return Proof(**proven, remark=made.remark or "its outputs in float32 and float64 cannot be compared")
+            incomparable = "its outputs in float32 and float64 cannot be compared" if self.job.settings.outputs else ""
+            return Proof(**proven, remark=made.remark or incomparable)
         with self.clock("compare"):
             error = distance(in_double(folded, made.view), reference.outputs)[1]
             if not error <= reference.allowed:
@@ -264,6 +271,28 @@ class Conversion(Work):
         return found or ""
 
     # --------------------------------------------------------------------------------------------- files
+
+    def onnx(self, folded: nn.Module, view: View | None, proof: Proof) -> str | None:
+        """Write the collapsed network as ONNX, too; None, and a note why, if that cannot be done.
+
+        Raises:
+            Ended: the file computes something else.
+        """
+        path = self.job.path(".onnx")
+        if path is None or not self.job.settings.onnx:
+            return None
+        with self.clock("onnx"):
+            if view is None or proof.outputs != "whole":
+                self.notes.append("no ONNX file: its outputs could not be compared with the network's")
+                return None
+            _make_folder(path)
+            try:
+                note = write_onnx(folded, view, proof.allowed, path)
+            except ExportError as error:
+                self.notes.append(f"no ONNX file: {error}")
+                return None
+        self.notes += [note] if note else []
+        return self._relative(path)
 
     def save(self, folded: nn.Module, plan: Plan | None) -> dict[str, Any]:
         """Write the collapsed network; returns the outcome's fields about files."""
@@ -359,7 +388,7 @@ def _randomise(model: nn.Module, view: View | None) -> None:
                 deviation = parameter[0].numel() ** -0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
     try:
-        randomise_(model, SEED, None if view is None else (view.inputs(2),) if view.outputs == "whole" else None)
+        randomise_(model, SEED, None if view is None else view.inputs(2) if view.outputs == "whole" else None)
     # Statistics of a batch are a help: some networks cannot be run in training mode on one this small.
     except (RuntimeError, ValueError):
         randomise_(model, SEED)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,33 +15,36 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["View", "find_view", "native_view"]
 
-SMALL = {1: (256,), 2: (128, 128), 3: (8, 64, 64)}
-"""Enough for networks that take any size: their proof costs a third of that at the usual size."""
+SMALL = {1: (256,), 2: (96, 96), 3: (8, 64, 64)}
+"""Enough for networks that take any size: their proof costs a fifth of that at the usual size."""
 USUAL = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
 
 
 @dataclass(frozen=True)
 class View:
-    """One sample's shape, and which part of the network is run on it.
+    """The shape of one sample's inputs, and which part of the network is run on them.
 
     Args:
-        shape: of one sample, without the batch.
+        shape: of each input of one sample, without the batch.
         outputs: ``"whole"``: what the network returns; ``"features"``: a detector's feature maps and what its head
             makes of them (its boxes are a selection, and empty in an untrained network).
+        count: of the inputs; optical flow is that of two images.
     """
 
     shape: tuple[int, ...]
     outputs: str = "whole"
+    count: int = 1
 
-    def inputs(self, batch: int, seed: int = 0) -> Tensor:
-        """Random numbers, float32, the same for the same seed."""
-        return torch.randn((batch, *self.shape), generator=torch.Generator().manual_seed(seed))
+    def inputs(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+        """Random numbers, float32, the same for the same seed; no two inputs are alike."""
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(torch.randn((batch, *self.shape), generator=generator) for _ in range(self.count))
 
     @torch.no_grad()
-    def run(self, model: nn.Module, x: Tensor) -> list[Tensor]:
+    def run(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """All tensors that come out, whatever they are nested in; a network's own random choices are the same ones."""
         torch.manual_seed(0)
-        result = model(x) if self.outputs == "whole" else _features(model, x)
+        result = model(*inputs) if self.outputs == "whole" else _features(model, *inputs)
         return [value for value in tree_leaves(_plain(result)) if isinstance(value, Tensor)]
 
 
@@ -65,7 +69,7 @@ def native_view(model: nn.Module, view: View) -> View:
     shape = _declared(model)
     if shape is None and len(view.shape) > 1:
         shape = (view.shape[0], *USUAL[len(view.shape) - 1])
-    return view if shape is None else View(shape, view.outputs)
+    return view if shape is None else replace(view, shape=shape)
 
 
 def _views(model: nn.Module) -> Iterator[View]:
@@ -73,7 +77,14 @@ def _views(model: nn.Module) -> Iterator[View]:
     detector = isinstance(getattr(model, "backbone", None), nn.Module) and hasattr(model, "transform")
     for outputs in ("features", "whole") if detector else ("whole",):
         for shape in dict.fromkeys(_shapes(model)):
-            yield View(shape, outputs)
+            yield View(shape, outputs, _count(model))
+
+
+def _count(model: nn.Module) -> int:
+    """How many tensors the network asks for: the positional parameters of its forward that have no default."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return max(sum(p.kind in positional and p.default is p.empty for p in parameters), 1)  # *inputs asks for none
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:

@@ -40,6 +40,10 @@ __all__ = [
 ]
 
 
+PACKAGES = ("reparam", "torch", "timm", "torchvision", "safetensors", "onnx", "onnxscript", "onnxruntime")
+"""Those whose versions decide about results."""
+
+
 class Tell(Protocol):
     """Called with the name of each stage as it begins."""
 
@@ -60,7 +64,9 @@ class Settings:
         pretrained: load the source's trained weights.
         weights: folder of checkpoints.
         save: keep the networks; otherwise only what was found out about them.
+        onnx: keep them as ONNX files, too (:mod:`zoo.onnx_file`).
         max_parameters: larger networks are refused before they are built.
+        outputs: compare whole outputs and the way back to the stock architecture; each fold is proven without it.
         latency: time both networks and count their multiply-adds.
         plan: only plan, on the meta device (:mod:`zoo.plan`).
     """
@@ -69,7 +75,9 @@ class Settings:
     pretrained: bool = False
     weights: str | None = None
     save: bool = True
+    onnx: bool = False
     max_parameters: int | None = None
+    outputs: bool = True
     latency: bool = True
     plan: bool = False
 
@@ -115,6 +123,7 @@ class Work:
         self.began = time.perf_counter()
         self.started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         self.held = memory.reset()
+        self.most = 0
 
     def common(self) -> dict[str, Any]:
         """The fields that every outcome has."""
@@ -125,7 +134,7 @@ class Work:
             "source": self.job.source,
             "started": self.started,
             "seconds": seconds,
-            "peak": max(memory.high_water() - self.held, 0),
+            "peak": self.peak(),
             "versions": versions(),
             "notes": tuple(self.notes),
         }
@@ -135,12 +144,19 @@ class Work:
         """Count the time of a stage; when an error leaves it, ``self.stage`` says where it came from."""
         self.stage = stage
         self.tell(stage)
+        self.peak()
         memory.return_freed(self.large and stage != "latency")
         started = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def peak(self) -> int:
+        """Bytes held at most, beyond those held at the start; stage by stage, since code is loaded on the way."""
+        self.most = max(self.most, memory.high_water() - self.held)
+        memory.reset()
+        return self.most
 
     def run(self) -> Outcome:
         """Do it; raises :class:`Ended` to end early."""
@@ -182,7 +198,7 @@ def finished(job: Job) -> Outcome | None:
 def remove_files(job: Job) -> None:
     """Remove what a model that was not converted has written."""
     block = f".{parse_block(job.settings.block).name}" if job.settings.block else ""
-    for suffix in (".safetensors", f"{block}.safetensors", ".json"):
+    for suffix in (".safetensors", f"{block}.safetensors", ".onnx", ".json"):
         path = job.path(suffix)
         if path is not None:
             path.unlink(missing_ok=True)
@@ -206,6 +222,6 @@ def _versions(names: tuple[str, ...]) -> Mapping[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def versions(names: Iterable[str] = ("reparam", "torch", "timm", "torchvision", "safetensors")) -> dict[str, str]:
+def versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Versions of the packages that are installed, and Python's."""
     return dict(_versions(tuple(names)))

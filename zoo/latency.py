@@ -27,26 +27,26 @@ def race(before: nn.Module, after: nn.Module, view: View) -> tuple[Latency, int,
 
     The first run of each counts multiply-adds and is not timed: it pays for first uses.
     """
-    x = view.inputs(1)
-    work = [_multiply_adds(model, view, x) for model in (before, after)]
+    inputs = view.inputs(1)
+    work = [_multiply_adds(model, view, inputs) for model in (before, after)]
     runs: tuple[list[float], list[float]] = ([], [])
     started = time.perf_counter()
     while not runs[0] or (len(runs[0]) < RUNS and time.perf_counter() - started < BUDGET):
         for model, times in zip((before, after), runs, strict=True):
-            times.append(_milliseconds(model, view, x))
+            times.append(_milliseconds(model, view, inputs))
     medians = [statistics.median(times) for times in runs]
-    return Latency(tuple(x.shape), *medians, *(tuple(round(t, 4) for t in times) for times in runs)), *work
+    return Latency(tuple(inputs[0].shape), *medians, *(tuple(round(t, 4) for t in times) for times in runs)), *work
 
 
-def _milliseconds(model: nn.Module, view: View, x: Tensor) -> float:
+def _milliseconds(model: nn.Module, view: View, inputs: tuple[Tensor, ...]) -> float:
     started = time.perf_counter()
-    view.run(model, x)
+    view.run(model, inputs)
     return (time.perf_counter() - started) * 1e3
 
 
-def _multiply_adds(model: nn.Module, view: View, x: Tensor) -> int:
+def _multiply_adds(model: nn.Module, view: View, inputs: tuple[Tensor, ...]) -> int:
     with _no_gradients(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        view.run(model, x)
+        view.run(model, inputs)
     return int(counter.get_total_flops()) // 2
 
 

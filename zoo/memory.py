@@ -1,4 +1,7 @@
-"""Resident memory of a process, from the system: Python's own tools do not see torch's."""
+"""Resident memory of a process, from the system: Python's own tools do not see torch's.
+
+Pages of files are left out: those are the code of libraries, which a process gets as it first uses them.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,9 @@ LARGE, LARGEST = 4 << 20, 32 << 20
 def resident(pid: int | str = "self") -> int:
     """Bytes that a process holds now; 0 if that cannot be told, or if it is gone."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE
-    except (OSError, IndexError, ValueError):
+        _, held, of_files, *_ = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()
+        return (int(held) - int(of_files)) * PAGE
+    except (OSError, ValueError):
         return 0
 
 
@@ -36,11 +40,13 @@ def reset() -> int:
 
 
 def high_water() -> int:
-    """Bytes that this process held at most since the last :func:`reset`."""
+    """Bytes that this process held at most since the last :func:`reset`, if it loaded no code since it did."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
+        fields = dict(line.partition(":")[::2] for line in lines)
+        most, of_files = (int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssFile"))
+        return most - of_files
+    except (OSError, KeyError):
         scale = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 

@@ -6,8 +6,8 @@ A run folder holds ``journal.jsonl``, ``lock`` and ``models/SOURCE/NAME.*``. The
 ``run``, first, and once more for each ``--resume``::
 
     {"record": "run", "started": "2026-01-31T22:00:00+00:00", "specs": ["timm:resnet18", ...],
-     "settings": {"block": "acb" | null, "pretrained": false, "weights": "DIR" | null, "save": true,
-                  "max_parameters": 100000000 | null, "latency": true, "plan": false},
+     "settings": {"block": "acb" | null, "pretrained": false, "weights": "DIR" | null, "save": true, "onnx": false,
+                  "max_parameters": 100000000 | null, "outputs": true, "latency": true, "plan": false},
      "limits": {"jobs": 2, "timeout": 900.0, "memory": 8.0 | null}, "command": ["zoo", "convert", ...],
      "versions": {"reparam": "0.1.0", "torch": ..., "timm": ..., "torchvision": ..., "python": ...},
      "machine": "AMD EPYC, 2 cores", "done_before": 0}
@@ -16,7 +16,7 @@ A run folder holds ``journal.jsonl``, ``lock`` and ``models/SOURCE/NAME.*``. The
 
     {"record": "outcome", "kind": KIND, "name": "resnet18", "source": "timm", "started": ISO time,
      "seconds": {"build": 0.2, "expand": 0.1, "inputs": ..., "reference": ..., "collapse": ..., "roundtrip": ...,
-                 "latency": ..., "compare": ..., "save": ..., "all": ...},
+                 "latency": ..., "compare": ..., "onnx": ..., "save": ..., "all": ...},
      "peak": bytes resident at most, "versions": as above, "notes": ["dropped the prefix 'module.'", ...], ...}
 
 ``end``, when all models of a run have ended: ``{"record": "end", "finished": ISO time, "seconds": 512.3}``.
@@ -28,7 +28,8 @@ converted      ``before``, ``after``: sizes, and ``stock`` with a block (``befor
                ``proof``; ``latency`` or null; ``folds`` (count), ``refused`` (reason -> layers that stay),
                ``expanded`` (layers that got a block), ``left`` (reason -> layers that got none), ``file``,
                ``expanded_file`` and ``details``: paths relative to the run folder, null if nothing was saved;
-               ``file_bytes``
+               ``onnx_file``: the same, null if none was asked for or, as a note then says, the network cannot be
+               exported; ``file_bytes``: of ``file``
 planned        ``before``, ``after``: sizes; ``folds``, ``refused``, ``expanded``, ``left`` as above, of what would be;
                ``others``: what ``timm`` and ``fx``, the folds that others ship, leave: ``{"convs", "norms"}`` or null
 nothing_to_do  ``reason``; ``before``: size or null
@@ -194,6 +195,7 @@ class Converted(Outcome):
     left: Mapping[str, int] = field(default_factory=dict)
     file: str | None = None
     expanded_file: str | None = None
+    onnx_file: str | None = None
     details: str | None = None
     file_bytes: int = 0
 

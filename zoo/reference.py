@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from passes.differ import coarsest_dtype, distance, tolerance
 from zoo.inputs import View
@@ -43,11 +49,34 @@ def in_double(model: nn.Module, view: View) -> list[Tensor]:
     try:
         for tensor in tensors:
             tensor.data = tensor.data.double()
-        return view.run(model, view.inputs(1).double())
+        inputs = tuple(x.double() for x in view.inputs(1))
+        try:
+            return view.run(model, inputs)
+        except RuntimeError:  # of two dtypes: it makes tensors of its own, and asks for float32
+            with _all_double():
+                return view.run(model, inputs)
     finally:
         for tensor, dtype in zip(tensors, dtypes, strict=True):
             tensor.data = tensor.data.to(dtype)
         _forget(model)
+
+
+@contextmanager
+def _all_double() -> Iterator[None]:
+    """Inside, what would be made in float32, by default or because it is asked for, is made in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Double():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Double(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tree_map(lambda value: torch.float64 if value is torch.float32 else value, (args, kwargs or {}))
+        return (Tensor.double if func is Tensor.float else func)(*given[0], **given[1])
 
 
 def _forget(model: nn.Module) -> None:

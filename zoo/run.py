@@ -22,6 +22,7 @@ from reparam.networks import UsageError
 from reparam.recipe import parse_block
 from zoo.job import Job, Settings, finished, versions
 from zoo.journal import Journal, JournalError
+from zoo.onnx_file import check_packages
 from zoo.outcome import Outcome
 from zoo.weights import find_checkpoints
 from zoo.worker import Engine, Limits, Running, Underway, here, now
@@ -66,7 +67,9 @@ def convert_zoo(
     pretrained: bool = False,
     weights: str | os.PathLike[str] | None = None,
     save: bool = True,
+    onnx: bool = False,
     max_parameters: int | None = None,
+    outputs: bool = True,
     latency: bool = True,
     plan: bool = False,
     jobs: int = 1,
@@ -89,7 +92,9 @@ def convert_zoo(
         pretrained: load the source's trained weights.
         weights: folder of checkpoints; only models that it has one for are converted.
         save: keep the networks, not only their descriptions.
+        onnx: keep them as ONNX files, too, each run by onnxruntime and compared.
         max_parameters: refuse larger networks before they are built.
+        outputs: compare whole outputs and the way back, not only each fold: that takes two thirds of the time.
         latency: time the networks, which says little on a machine that is busy otherwise.
         plan: only plan, without numbers; outcomes are then :class:`zoo.outcome.Planned`.
         jobs: processes at a time; a cluster runs as many as its workers have threads.
@@ -103,7 +108,8 @@ def convert_zoo(
 
     Raises:
         UnknownNameError: a name or pattern that matches nothing, or an unknown source.
-        UsageError: the cluster cannot be reached, has no workers, or they have other versions or other files.
+        UsageError: ``onnx`` without the packages or the options that it needs; the cluster cannot be reached, has no
+            workers, or they have other versions or other files.
         ReparamError: bad options; ``out`` is in use, or holds another run. Errors of models are outcomes.
     """
     limits = Limits(jobs, timeout, memory)
@@ -117,9 +123,16 @@ def convert_zoo(
         raise UsageError(
             "jobs (--jobs) are processes of this machine; a cluster runs as many as its workers have threads"
         )
+    if onnx:
+        if plan or out is None or not save or not outputs:
+            raise UsageError(
+                "an ONNX file (--onnx) is a network that is kept and compared: it needs a run folder, and no plan, "
+                "--no-save or --no-outputs"
+            )
+        check_packages()
     folder = None if out is None else Path(out)
     shelf = None if weights is None else os.fspath(weights)
-    settings = Settings(block, pretrained, shelf, save, max_parameters, latency, plan)
+    settings = Settings(block, pretrained, shelf, save, onnx, max_parameters, outputs, latency, plan)
     wanted = select(names, source, weights)
     todo = [Job(where, name, settings, folder, checkpoint) for where, name, checkpoint in wanted]
     engine = nullcontext(here(jobs)) if cluster is None else _connect(cluster, todo)

@@ -197,7 +197,8 @@ class Details:
             "more": {},
         }
         if isinstance(outcome, Converted):
-            model["files"] = [file for file in (outcome.file, outcome.expanded_file, outcome.details) if file]
+            files = (outcome.file, outcome.onnx_file, outcome.expanded_file, outcome.details)
+            model["files"] = [file for file in files if file]
             if outcome.details:
                 try:
                     self._read(model, json.loads((self.folder / outcome.details).read_text(encoding="utf-8")))
@@ -293,7 +294,7 @@ def _proof_facts(outcome: Converted) -> Iterator[str]:
     proof = outcome.proof
     yield f"{proof.folds} folds proven on their own, largest relative error {proof.fold_error:.1e}"
     if proof.outputs == "none":
-        yield f"outputs were not compared: {proof.remark}"
+        yield "outputs were not compared" + (f": {proof.remark}" if proof.remark else "")
     else:
         yield f"{proof.outputs} outputs compared: error {proof.error:.1e}, noise floor {proof.noise:.1e}, " + (
             f"allowed {proof.allowed:.1e}" + (f"; {proof.remark}" if proof.remark else "")

@@ -19,7 +19,8 @@ from torch import distributed
 from reparam.networks import UsageError
 from zoo.networks import find_spec
 from zoo.render import console
-from zoo.train.config import PLAIN, Config, ConfigError, override, recipe, recipe_text
+from zoo.train.config import PLAIN, Config, ConfigError, override
+from zoo.train.recipes import recipe, recipe_text
 from zoo.train.result import Epoch, Result
 
 __all__ = ["train"]

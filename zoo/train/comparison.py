@@ -40,7 +40,7 @@ class Deployment:
         trained: accuracy of the trained network.
         collapsed: accuracy of the collapsed network.
         parameters: of the collapsed network.
-        milliseconds: for one image on one thread.
+        milliseconds: for one image on one thread, the fastest of a few runs.
         reference: milliseconds of the first variant's collapsed network of the same seed, whose runs took turns.
     """
 

@@ -365,7 +365,8 @@ def _report(lines: dict[str, list[Measurement]], config: Config, command: str) -
     sentences = "".join(f"- {text}\n" for text in _sentences(lines))
     return (
         f"# Training dynamics: {config.model.partition(':')[2] or config.model} on {config.data}\n\n{provenance()} "
-        f"Repeat it with\n\n```sh\n{command}\n```\n\n{steps} steps of SGD with a batch of {config.batch}, a constant "
+        f"Repeat it with\n\n```sh\n{command}\n```\n\n{steps} steps of the optimizer "
+        f"{config.optimizer} with a batch of {config.batch}, a constant "
         f"learning rate of {config.rate:g}, momentum {config.momentum:g} and weight decay {config.weight_decay:g}, in "
         f"float32 on the CPU; all networks start from the same function and see the same batches. Kernels are compared "
         f"with their batch norms folded in, in {len(layers)} layers: {', '.join(layers)}.\n\n"

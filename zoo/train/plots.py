@@ -82,7 +82,7 @@ def _style() -> Iterator[None]:
     try:
         from matplotlib import rc_context
     except ImportError as error:
-        raise ReparamError(f"figures need matplotlib ({error}): pip install 'reparam[zoo]'") from error
+        raise ReparamError(f"figures need matplotlib ({error}): pip install 'reparam[train]'") from error
     with rc_context(STYLE):
         yield
 
@@ -104,7 +104,7 @@ def learning_curves(curves: Mapping[str, Curve], stem: Path) -> tuple[Path, Path
     shown = others or [reference]
     figure, panels = _grid(len(shown), height=2.3)
     for axes, name in zip(panels, shown, strict=True):
-        for each, colour in ((reference, GREY), (name, COLOURS[0])):
+        for each, colour in ({reference: GREY} | {name: COLOURS[0]}).items():
             epochs, values = curves[each]
             mean = values.mean(axis=0)
             axes.plot(epochs, mean, color=colour)
@@ -114,6 +114,7 @@ def learning_curves(curves: Mapping[str, Curve], stem: Path) -> tuple[Path, Path
         axes.set_title(name, color=COLOURS[0])
         axes.set_ylim(*_window(curves))
         axes.label_outer()
+        axes.locator_params(axis="x", integer=True)
         if others:
             epochs, values = curves[reference]
             _name_ends(figure, axes, [(epochs[-1], values[:, -1].mean(), reference, GREY)])
@@ -216,14 +217,21 @@ def _window(curves: Mapping[str, Curve]) -> tuple[float, float]:
 def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, str, Any]]) -> None:
     """Write each line's name behind its end ``(x, y)``, the names moved apart where lines end together."""
     figure.draw_without_rendering()
+    ends = sorted(ends, key=lambda end: end[1])
+    lines = [float(axes.transData.transform(end[:2])[1]) for end in ends]
+    heights: list[float] = []
     gap = 10.5 / 72 * figure.dpi
-    height = -math.inf
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        at = float(axes.transData.transform((x, y))[1])
-        height = max(at, height + gap)
-        offset = (5, (height - at) * 72 / figure.dpi)
-        axes.annotate(name, (x, y), offset, textcoords="offset points", va="center", color=colour, size=8.5,
-                      annotation_clip=False)  # fmt: skip
+    for line in lines:
+        heights.append(max(line, heights[-1] + gap) if heights else line)
+    # What was moved beyond the top comes down again, with what it then meets.
+    top = axes.bbox.y1
+    for index in reversed(range(len(heights))):
+        top = min(heights[index], top)
+        heights[index], top = top, top - gap
+    for (x, y, name, colour), line, height in zip(ends, lines, heights, strict=True):
+        offset = (5, (height - line) * 72 / figure.dpi)
+        style = {"va": "center", "color": colour, "size": 8.5, "annotation_clip": False}
+        axes.annotate(name, (x, y), offset, textcoords="offset points", **style)
 
 
 def _save(figure: Figure, stem: Path) -> tuple[Path, Path]:

@@ -15,9 +15,10 @@ import numpy as np
 
 from zoo.render import markdown_table, write_text
 from zoo.train.comparison import DECIDES, METRICS, Comparison, read_comparison
-from zoo.train.config import PUBLISHED, Published
 from zoo.train.pairs import interval, points, spread, verdict
 from zoo.train.plots import Interval, difference_plot, learning_curves
+from zoo.train.recipes import PUBLISHED, Published
+from zoo.train.result import LAST
 
 __all__ = ["write_documentation", "write_results"]
 
@@ -44,10 +45,10 @@ ACCURACY_LEGEND = (
 COST_LEGEND = (
     "Training seconds and peak memory of a run: means, and medians of the ratios to the first variant's run of the "
     "same seed. M params: million parameters in training, and deployed, which is collapsed with all batch norms "
-    "folded. ms: the deployed network on one image and one thread; its runs took turns with those of the first "
-    "variant's deployed network, the first variant's with its own, which shows the noise. Collapsed: accuracy in "
-    "per cent of the collapsed network of the best weights. Differ: test images, of all seeds, to which "
-    "trained and collapsed network give different answers in float64."
+    "folded. ms: the deployed network on one image and one thread, the fastest of a few runs; its runs took turns "
+    "with those of the first variant's deployed network, the first variant's with its own, which shows the noise. "
+    "Collapsed: accuracy in per cent of the collapsed network of the best weights. Differ: test images, of all seeds, "
+    "to which trained and collapsed network give different answers in float64."
 )
 
 
@@ -117,6 +118,12 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
     if others and len(comparison.seeds) > 1:
         yield _summary(comparison)
     images = comparison.runs[0].deployment.images
+    evaluations = len(comparison.runs[0].epochs)
+    if evaluations < LAST:
+        yield (
+            f"A run has {evaluations} evaluations, so the mean of the last {LAST} is that of all of them, the first "
+            "epochs included: train for longer before believing it."
+        )
     if not comparison.unequal:
         yield (
             f"Each of the {len(comparison.runs)} collapsed networks gives, in float64, the answer of its trained "
@@ -137,8 +144,8 @@ def _summary(comparison: Comparison) -> str:
     worse = sum(each.high < 0 for each in found)
     images = comparison.runs[0].deployment.images
     return (
-        f"Of {len(others)} variants, {better} were more accurate than {comparison.reference} with an interval above "
-        f"zero, {worse} less accurate with one below, and {len(others) - better - worse} cannot be told apart from it. "
+        f"Variants more accurate than {comparison.reference} with an interval above zero: {better}; less accurate with "
+        f"one below: {worse}; that cannot be told apart from it: {len(others) - better - worse}. "
         f"One of the {images:,} test images is {100 / images:.2g} points. The intervals are about other seeds: all "
         "runs have the same network, training recipe and test images, and other ones may say otherwise."
     )
@@ -241,7 +248,7 @@ def _published() -> str:
         [
             f"{each.system}, {each.data}",
             each.network,
-            "–" if each.plain is None else f"{each.plain:g}",
+            "–" if each.plain is None else _as_published(each.plain),
             ", ".join(_published_block(each, text, value) for text, value in each.blocks.items()),
             f"`{each.command}`",
         ]
@@ -258,4 +265,9 @@ def _published() -> str:
 def _published_block(row: Published, text: str, value: float) -> str:
     if row.plain is None:
         return f"{text} {value:+g} points"
-    return f"{text} {value:g} ({points((value - row.plain) / 100)})"
+    return f"{text} {_as_published(value)} ({points((value - row.plain) / 100)})"
+
+
+def _as_published(accuracy: float) -> str:
+    """With the two or three decimals that it was printed with."""
+    return f"{accuracy:.2f}" if accuracy == round(accuracy, 2) else f"{accuracy:.3f}"
