@@ -138,7 +138,7 @@ def expand(
     console.print(f"{len(planned.expanded)} of {len(planned.rows)} convolutions expanded", soft_wrap=True)
     if verify and init == "preserve":
         _check_start(network.model, expanded)
-    _write(expanded, output, network.source, recipe=recipe)
+    _write(expanded, output, network, recipe=recipe)
 
 
 def blocks() -> None:
@@ -185,7 +185,7 @@ def collapse(
     parts = ", ".join(f"{name} {value:.2f}" for name, value in explanation.seconds.items())
     console.print(f"seconds: {seconds:.2f}" + (f" ({parts})" if parts else ""))
     if output is not None:
-        _write(folded, output, network.source, collapsed=like is None)
+        _write(folded, output, network, collapsed=like is None)
     if like is not None and output is not None:
         console.print(f"it loads with strict=True into {escape(network.source)}", soft_wrap=True)
 
@@ -267,8 +267,10 @@ def _check_output(path: Path) -> None:
         raise typer.BadParameter(str(error)) from error
 
 
-def _write(model: nn.Module, path: Path, source: str, *, collapsed: bool = False, recipe: Recipe | None = None) -> None:
-    files.save_model(model, path, source=source, collapsed=collapsed, expanded=recipe)
+def _write(
+    model: nn.Module, path: Path, origin: Network, *, collapsed: bool = False, recipe: Recipe | None = None
+) -> None:
+    files.save_model(model, path, source=origin.source, collapsed=collapsed, expanded=recipe, shape=origin.shape)
     console.print(f"wrote {escape(str(path))} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
 
 

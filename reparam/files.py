@@ -84,6 +84,12 @@ class StateFile:
         return self.metadata.get("collapsed") == "yes"
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample that the network was trained on, ``(C, H, W)`` for images; empty if the file does not say."""
+        sizes = self.metadata.get("shape", "").split("x")
+        return tuple(map(int, sizes)) if all(size.isdecimal() for size in sizes) else ()
+
+    @property
     def recipe(self) -> Recipe | None:
         """How the network was expanded, or None. Raises :class:`FileError` if the note on that is damaged."""
         text = self.metadata.get("expanded", "")

@@ -33,6 +33,7 @@ class Network:
         recipe: how it was expanded from that; None if it was not.
         collapsed: whether it is a collapsed network, so no longer of that architecture.
         notes: what the person should know.
+        shape: of one sample that it was trained on, as far as its file says.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Network:
     recipe: Recipe | None = None
     collapsed: bool = False
     notes: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
 
     def stock(self) -> nn.Module:
         """A new network of the plain architecture, in the dtype of this one."""
@@ -105,7 +107,7 @@ def _from_file(target: str, pretrained: bool, weights: Path | None, key: str | N
         model = _filled(content.recipe.expand(stock), content, weights, content.source, content.recipe)
     else:
         model = files.rebuild(content, target)
-    return Network(model, content.source, content.recipe, content.collapsed, notes)
+    return Network(model, content.source, content.recipe, content.collapsed, notes, content.shape)
 
 
 def _with_weights(target: str, stock: nn.Module, weights: Path, key: str | None, recipe: Recipe | None) -> Network:
@@ -113,7 +115,8 @@ def _with_weights(target: str, stock: nn.Module, weights: Path, key: str | None,
     # A file of `reparam expand`, or of save_model(expanded=), says itself how it was expanded.
     recipe = recipe or content.recipe
     shell = stock if recipe is None else recipe.expand(stock)
-    return Network(_filled(shell, content, weights, target, recipe), target, recipe, notes=_which(content, weights))
+    model, notes = _filled(shell, content, weights, target, recipe), _which(content, weights)
+    return Network(model, target, recipe, notes=notes, shape=content.shape)
 
 
 def _which(content: files.StateFile, weights: Path) -> tuple[str, ...]:

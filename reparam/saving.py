@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 SAFE = (".safetensors",)
 TORCH = (".pt", ".pth")
-NOTE = ("source", "collapsed", "expanded", "reparam", "torch")
+NOTE = ("source", "collapsed", "expanded", "shape", "reparam", "torch")
 """Keys of the note; any other key of a ``.safetensors`` file's metadata may be the name of a shared tensor."""
 
 
@@ -36,6 +36,7 @@ def save_model(
     source: str = "",
     collapsed: bool = False,
     expanded: Recipe | None = None,
+    shape: Sequence[int] = (),
 ) -> Path:
     """Write the model's state dict to ``path``, atomically: a reader sees the old file or the whole new one.
 
@@ -45,6 +46,7 @@ def save_model(
         source: the spec that rebuilds the network, kept for :func:`reparam.files.load_model`.
         collapsed: whether ``model`` is the result of ``collapse`` without ``like=``, which gives ``source`` itself.
         expanded: how ``model`` was expanded from ``source``; ``load_model`` then expands it the same way.
+        shape: of one sample that the network was trained on, for images ``(C, H, W)``; empty if unknown.
 
     Raises:
         RecipeError: ``expanded`` holds what a file cannot, a predicate for instance.
@@ -56,6 +58,8 @@ def save_model(
     state = "yes" if collapsed else "no"
     # torch.__version__ is a class of its own, which the restricted unpickler refuses.
     note = {"source": source, "collapsed": state, "reparam": _version(), "torch": str(torch.__version__)}
+    if shape:
+        note["shape"] = "x".join(map(str, shape))
     if expanded is not None:
         note["expanded"] = expanded.to_text()
     clash = sorted(set(NOTE) & set(aliases))

@@ -464,6 +464,16 @@ def test_a_run_is_evaluated_on_its_own_data(folder: Path) -> None:
     assert f"{100 * best:.2f}" in run("evaluate", folder / "best.safetensors")
 
 
+def test_a_deployed_file_is_evaluated_at_the_size_it_was_trained_at(folder: Path, tmp_path: Path) -> None:
+    deployed, again = tmp_path / "deployed.safetensors", tmp_path / "again.safetensors"
+    run("convert", folder, "-o", deployed)
+    run("collapse", deployed, "-o", again)
+    wanted = f"{100 * score(files.load_model(deployed), load_data('digits', size=8)).top1:.2f}"
+    for file in (deployed, again):
+        assert files.load_state(file).shape == (1, 8, 8)
+        assert wanted in run("evaluate", file, "--data", "digits")
+
+
 def test_grey_images_are_shown_to_networks_for_colours() -> None:
     assert "297 test images" in run("evaluate", "mnist_toy", "mnist_toy,in_chans=3", "--data", "digits", "--size", 8)
 

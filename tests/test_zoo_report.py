@@ -191,7 +191,7 @@ def data_of(page: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def test_every_outcome_has_a_row_and_is_counted(report: Path) -> None:
     rows, more = data_of(report)
     assert len(rows) == len(more["models"]) == len(OUTCOMES) + 1
-    assert {list(KINDS)[row["kind"]] for row in rows} == set(KINDS)
+    assert {list(KINDS)[row["kind"]] for row in rows} == set(KINDS) - {"planned"}  # which runs of another sort have
     text = " ".join(Reader(report).text.split())
     for words in ("11 models: 4 converted and proven", "3 left as they are", "4 failed or differ", "1 timed out"):
         assert words in text

@@ -283,7 +283,7 @@ class Conversion(Work):
             return None
         with self.clock("onnx"):
             if view is None or proof.outputs != "whole":
-                self.notes.append("no ONNX file: its outputs could not be compared with the network's")
+                self.notes.append("no ONNX file: the network's whole outputs could not be compared")
                 return None
             _make_folder(path)
             try:

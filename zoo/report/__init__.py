@@ -96,15 +96,18 @@ def _settings(content: Content) -> Mapping[str, Any]:
 
 def _title(content: Content, folder: Path) -> str:
     block = _settings(content).get("block")
-    return f"Run {folder.resolve().name}: models " + (
-        f"expanded with {block}, then collapsed" if block else "collapsed"
-    )
+    if _settings(content).get("plan"):
+        done = "planned without numbers"
+    else:
+        done = f"expanded with {block}, then collapsed" if block else "collapsed"
+    return f"Run {folder.resolve().name}: models {done}"
 
 
 def _lead(content: Content, outcomes: Sequence[Outcome]) -> str:
     counts = Counter(outcome.kind for outcome in outcomes)
     bad = sum(not outcome.ok for outcome in outcomes)
-    text = f"{_plural(len(outcomes), 'model')}: {counts['converted']:,} converted and proven"
+    done = f"{counts['planned']:,} planned" if counts["planned"] else f"{counts['converted']:,} converted and proven"
+    text = f"{_plural(len(outcomes), 'model')}: {done}"
     idle = counts["nothing_to_do"] + counts["refused"]
     text += f", {idle:,} left as they are with a reason" if idle else ""
     text += f", <strong>{bad:,} failed or differ</strong>" if bad else ", none failed, none differs"

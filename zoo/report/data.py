@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.journal import Content
-from zoo.outcome import KINDS, Converted, Outcome, OutOfMemory, Size, TimedOut
+from zoo.outcome import KINDS, Converted, Outcome, OutOfMemory, Planned, Size, TimedOut
 from zoo.report.layout import below, common_prefix, lay_out, outline, short_layer, text_lines
 
 __all__ = ["COLUMNS", "Details", "Reason", "Totals", "family", "kind_words", "reasons", "table", "totals"]
@@ -69,7 +69,7 @@ def _row(outcome: Outcome) -> list[Any]:
         family(outcome.source, outcome.name),
         list(KINDS).index(outcome.kind),
     ]
-    row.append(outcome.folds if isinstance(outcome, Converted) else None)
+    row.append(outcome.folds if isinstance(outcome, Converted | Planned) else None)
     for name in ("convs", "norms", "parameters"):
         row += [None if size is None else getattr(size, name) for size in (before, after)]
     row += [None, None] if latency is None else [_short(latency.before, 4), _short(latency.after, 4)]

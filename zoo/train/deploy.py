@@ -151,7 +151,8 @@ def convert(
         error = f", max relative error {max(errors):.1e}" if errors else ""
         terminal.print(f"proven: {len(errors)} of {len(explanation.folds)} folds{error}", soft_wrap=True)
     with TemporaryDirectory(prefix=".convert-", dir=output.parent) as folder:
-        draft = save_model(made, Path(folder) / output.name, source=network.source, collapsed=fold_norms)
+        shape = network.shape if chosen is None else chosen.shape
+        draft = save_model(made, Path(folder) / output.name, source=network.source, collapsed=fold_norms, shape=shape)
         # What is judged is the file, not the network that was written to it.
         rebuilt = load_model(draft)
         if chosen is None:

@@ -108,7 +108,7 @@ def find(
         content, notes = _part(target, content, ema)
     else:
         _refuse(target, "holds one set of weights", ema=ema)
-    network = Network(rebuild(content, path), content.source, content.recipe, content.collapsed)
+    network = Network(rebuild(content, path), content.source, content.recipe, content.collapsed, shape=content.shape)
     return Subject(target, network, _run_of(path), notes)
 
 
@@ -191,6 +191,8 @@ def data_for(subject: Subject, name: str | None, size: int | None = None, root: 
     else:
         # Photographs of a folder are cropped as those of ImageNet are for published accuracies, not squeezed.
         augment = "imagenet" if size is not None and name not in DATA_SETS else "none"
+        if size is None and subject.network.shape:
+            size = subject.network.shape[-1]
     assert name is not None
     channels = _channels(subject.network)
     return load_data(name, size=size, augment=augment, channels=channels if channels in (1, 3) else None, root=root)

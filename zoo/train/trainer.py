@@ -303,19 +303,22 @@ class Training:
 
     # --------------------------------------------------------------------------------------------- the disk
 
+    def _save(self, model: nn.Module, path: Path) -> None:
+        save_model(model, path, source=self.source, expanded=self.expansion, shape=self.data.shape)
+
     def _write(self, epoch: Epoch) -> None:
         """The epoch's weights, if they are the best, then the state: from that on the epoch is over."""
         if self.folder is None or not self.main:
             return
         result = self.result()
         if epoch.test_accuracy is not None and _is_record(result.evaluations):
-            save_model(self.model, self.folder.best, source=self.source, expanded=self.expansion)
+            self._save(self.model, self.folder.best)
         if (
             self.averaged is not None
             and epoch.ema_test_accuracy is not None
             and _is_record(result.averaged_evaluations)
         ):
-            save_model(self.averaged.module, self.folder.best_ema, source=self.source, expanded=self.expansion)
+            self._save(self.averaged.module, self.folder.best_ema)
         self.folder.write_state(self._state(), self.config, self.source, self.expansion)
         if self.finished:
             self.folder.write_json("result.json", result.to_json())
