@@ -104,6 +104,13 @@ OUTCOMES: tuple[Outcome, ...] = (
 )
 
 
+def test_a_run_of_an_older_version_can_be_resumed() -> None:
+    assert Settings(block="acb").are({"block": "acb"})  # it knew no further settings
+    assert not Settings(block="acb").are({"block": "dbb"})
+    assert not Settings().are({"plan": True})
+    assert not Settings().are(None)
+
+
 def test_every_kind_of_outcome_goes_through_json() -> None:
     assert {type(outcome) for outcome in OUTCOMES} == set(KINDS.values())
     for outcome in OUTCOMES:

@@ -81,6 +81,10 @@ class Settings:
     latency: bool = True
     plan: bool = False
 
+    def are(self, recorded: Any) -> bool:
+        """Whether a run was recorded with these; what an older version did not know has its default."""
+        return isinstance(recorded, dict) and vars(Settings()) | recorded == vars(self)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -190,7 +194,7 @@ def finished(job: Job) -> Outcome | None:
     path = job.path(".json")
     try:
         details = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
-        return from_json(details["outcome"]) if details and details["settings"] == vars(job.settings) else None
+        return from_json(details["outcome"]) if details and job.settings.are(details["settings"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -257,7 +257,7 @@ def _done(journal: Journal, jobs: Sequence[Job], resume: bool, retry: bool) -> d
     if content.runs and not resume:
         raise JournalError(f"{journal.folder.path} holds a run: go on with it (--resume), or use another folder")
     for run in content.runs:
-        if jobs and run.get("settings") != vars(jobs[0].settings):
+        if jobs and not jobs[0].settings.are(run.get("settings")):
             raise JournalError(
                 f"{journal.folder.path} holds a run with other settings ({_words(run.get('settings'))}); use those, or "
                 "another folder"
