@@ -341,6 +341,13 @@ def test_a_recipe_is_printed_with_what_the_command_line_changes() -> None:
     }
 
 
+def test_a_bare_block_keeps_the_options_that_its_recipe_has() -> None:
+    line = ("--recipe", "acnet-cifar10", "--model", "resnet56", "--print-recipe", "--block")
+    assert "block = acb:gamma=1/3\n" in run(*line, "acb")
+    assert "block = acb:bn=after\n" in run(*line, "acb:bn=after")
+    assert "block = dbb\n" in run(*line, "dbb")
+
+
 # ------------------------------------------------------------------------------------------------- fair comparison
 
 

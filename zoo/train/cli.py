@@ -128,6 +128,8 @@ def _configuration(recipe_name: str | None, fields: dict[str, Any], settings: li
         config = Config() if recipe_name is None else recipe(recipe_name, given.get("model"))
         if given.get("block") in (PLAIN, "none"):
             given["block"] = None
+        elif recipe_name is not None and config.block and given.get("block") == config.block.partition(":")[0]:
+            del given["block"]  # the recipe's own, with the options that were published
         return override(replace(config, **given), settings)
     except ConfigError as error:
         raise UsageError(str(error)) from error
