@@ -160,7 +160,7 @@ def _wrong(region: Region, message: str, error: float = math.nan) -> Equivalence
 
 def _shapes(region: Region, form: ConvForm) -> list[tuple[int, ...]]:
     if region.view.last:
-        return [((2, 3, 5, 7)[: (region.view.rank or 2) - 1]) + (form.in_channels,)]
+        return [((2, 3, 5, 7)[: (region.view.rank or _least_rank(region)) - 1]) + (form.in_channels,)]
     # Just large enough that every tap reads inside for some pixel and, with padding, outside for another.
     least = []
     for i in range(form.n):
@@ -173,6 +173,14 @@ def _shapes(region: Region, form: ConvForm) -> list[tuple[int, ...]]:
     if small or any(s > 1 for s in form.stride):  # what a stride leaves over depends on the size
         shapes.append((1, form.in_channels, *(s + form.n - i for i, s in enumerate(least))))
     return shapes
+
+
+def _least_rank(region: Region) -> int:
+    """Where the rank is not known: a constant (1, 1, C) is for maps of three dimensions."""
+    flow = region.flow
+    constants = Constants(flow, None)
+    read = {c for n in region.between for c in origin(n).all_input_nodes if c in flow.constant}
+    return max(2, *(value.dim() for c in read if isinstance(value := constants.value(c), Tensor)), 0)
 
 
 def _original(region: Region, x: Tensor) -> tuple[Tensor, float]:

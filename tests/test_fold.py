@@ -1095,3 +1095,23 @@ def test_a_long_branch_folds() -> None:
     folded, explanation = reparam.collapse_with_report(LongBranch().double().eval())
     assert reparam.Counts.of(folded).convs == 1
     assert len(explanation.folds) == 1
+
+
+class PositionedAffine(nn.Module):
+    """A scale and a shift of shape (1, 1, C) before a linear layer, as in ResMLP, on maps of unknown rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.full((1, 1, 4), 2.0)), nn.Parameter(torch.ones(1, 1, 4))
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.addcmul(self.shift, self.scale, x))
+
+
+def test_a_parameter_for_three_dimensions_is_proven_on_three() -> None:
+    model = PositionedAffine().double().eval()
+    folded, explanation = reparam.collapse_with_report(model)
+    assert len(explanation.folds) == 1
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    assert torch.allclose(folded(x), model(x), rtol=0, atol=TOLERANCE)
