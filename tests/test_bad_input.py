@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -23,10 +23,14 @@ VERBS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def rejected(model: Any, message: str) -> None:
+NEED_NUMBERS = ("collapse", "collapse inplace", "verify")
+"""The others decide by shapes."""
+
+
+def rejected(model: Any, message: str, verbs: Iterable[str] = VERBS) -> None:
     """Every verb raises, and none leaves a trace."""
     before = snapshot(model) if isinstance(model, nn.Module) else None
-    for verb in VERBS.values():
+    for verb in map(VERBS.__getitem__, verbs):
         with pytest.raises(ReparamError, match=message):
             verb(model)
     assert before is None or is_unchanged(model, before)
@@ -53,10 +57,10 @@ def test_meta_parameters() -> None:
     """Named by their first; a single buffer on the meta device counts as well."""
     with torch.device("meta"):
         model = Net()
-    rejected(model, r"stem\.conv\.weight is on the meta device")
+    rejected(model, r"stem\.conv\.weight is on the meta device", NEED_NUMBERS)
     model = Net()
     model.whole.identity.running_mean = torch.zeros(WIDTH, device="meta")
-    rejected(model, r"whole\.identity\.running_mean is on the meta device")
+    rejected(model, r"whole\.identity\.running_mean is on the meta device", NEED_NUMBERS)
 
 
 def test_lazy_parameters() -> None:

@@ -884,7 +884,6 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled": (lambda: torch.compile(ConvBN()), "expand first, then torch.compile"),
     "data parallel": (lambda: nn.DataParallel(ConvBN()), "expand the model inside first, then wrap it in DataPar"),
     "no parameters": (nn.ReLU, "ReLU has no parameters"),
-    "meta": (lambda: ConvBN().to("meta"), r"conv\.weight is on the meta device and has no numbers"),
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), r"0\.weight is not initialised yet: run the model once"),
     "broken": (_broken, r"stem\.conv\.weight holds NaN"),
 }

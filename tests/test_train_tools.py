@@ -155,6 +155,8 @@ def test_a_file_says_which_prefix_was_dropped(tmp_path: Path, suffix: str) -> No
     path = tmp_path / f"net{suffix}"
     if suffix == ".h5":
         write_hdf5(path, {name: value.numpy() for name, value in wrapped.items()})
+    elif suffix == ".safetensors":
+        save_file(wrapped, path)
     else:
         torch.save(wrapped, path)
     content = files.load_state(path)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from troublesome_package import CODE
 from typer.testing import CliRunner
 
 from reparam import ReparamError
@@ -61,6 +60,8 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("crowd")
     info = folder / "crowd_zoo-1.0.dist-info"
     info.mkdir()
+    from troublesome_package import CODE  # which other modules have as a plugin, to be imported by pytest first
+
     (folder / "crowd_zoo.py").write_text(CODE + MORE)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: crowd-zoo\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[reparam.sources]\ncrowd = crowd_zoo:source\n")

@@ -67,12 +67,12 @@ def _origin(content: Content, outcomes: Sequence[Outcome]) -> str:
     jobs = first["limits"]["jobs"]
     seconds = sum(o.seconds.get("all", 0.0) for o in outcomes)
     took = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{seconds / 60:.0f} minutes"
-    times = "" if len(content.runs) == 1 else f", interrupted and resumed {len(content.runs) - 1} times"
+    parts = "" if len(content.runs) == 1 else f", in {len(content.runs)} parts"
     counts = Counter(o.kind for o in outcomes)
     ends = ", ".join(f"{counts[kind]} {kind_words(kind)}" for kind in KINDS if counts[kind] or not KINDS[kind].ok)
     return (
         f"Written by the tool from the run's journal. Started {first['started'][:10]}: {versions}; {first['machine']}, "
-        f"{jobs} at a time{times}. The models' times add up to {took}.\n\n{len(outcomes)} architectures: {ends}.\n"
+        f"{jobs} at a time{parts}. The models' times add up to {took}.\n\n{len(outcomes)} architectures: {ends}.\n"
     )
 
 
@@ -118,9 +118,12 @@ def _totals(outcomes: Sequence[Converted], block: str | None) -> str:
     worst = max((o.proof.fold_error for o in outcomes), default=math.nan)
     proofs = (
         f"{folds:,} folds, each proven on its own in float64 against the float32 layer that takes its place: largest "
-        f"relative error {worst:.1e}. Whole outputs compared as well in {len(whole):,} networks: largest relative "
-        f"error {whole_worst:.1e}"
+        f"relative error {worst:.1e}"
     )
+    if whole:
+        proofs += (
+            f". Whole outputs compared as well in {len(whole):,} networks: largest relative error {whole_worst:.1e}"
+        )
     back = sum(bool(o.proof.roundtrip) for o in outcomes)
     if back:
         proofs += (
@@ -180,7 +183,9 @@ def _others_that_ended(outcomes: Iterable[Outcome]) -> str:
         if not isinstance(outcome, Converted | Planned):
             sentence = outcome.sentence()
             # Sizes differ from network to network: what they have in common is that they are larger.
-            sentence = "more parameters than the run takes" if "parameters: this run takes" in sentence else sentence
+            sentence = (
+                "more parameters than the run takes" if " M parameters; this run takes " in sentence else sentence
+            )
             found[outcome.kind, sentence].append(outcome.name)
     if not found:
         return ""
