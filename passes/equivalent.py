@@ -62,7 +62,7 @@ class Reading:
 
     def region(self) -> Region:
         """The whole module as a region, for the proof; its form is in float64."""
-        flow, (signal, sweep) = self.flow, self._signal(torch.float64)
+        flow, (signal, _), (_, sweep) = self.flow, self._signal(torch.float64), self._signal(None)
         inner = [n for n in flow.nodes if n.op not in ("placeholder", "output")]
         constants = [n for n in inner if n in flow.constant]
         dying = [n for n in inner if n not in flow.constant]

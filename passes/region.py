@@ -105,7 +105,10 @@ def origin(node: fx.Node) -> fx.Node:
 
 
 class Sweep:
-    """Values of the nodes behind one entry, each an affine function of it or a refusal."""
+    """Values of the nodes behind one entry, each an affine function of it or a refusal.
+
+    On meta tensors (``dtype`` None) all of them are kept; in numbers, those that were asked for.
+    """
 
     def __init__(self, flow: Flow, entry: fx.Node, view: View, channels: int, dtype: torch.dtype | None = None) -> None:
         self.flow = flow
@@ -123,11 +126,18 @@ class Sweep:
     def value(self, node: fx.Node) -> Any:
         """A signal, a size, a constant or a tuple of them; or the refusal that says why not."""
         if node not in self._values:
-            for source in self._behind(node):
+            behind = self._behind(node)
+            last = {source: reader for reader in behind for source in reader.all_input_nodes}
+            for source in behind:
                 try:
                     self._values[source] = self._evaluate(source)
                 except RefusalError as error:
                     self._values[source] = error.refusal.at(self.flow.unit.name(origin(source)))
+                if self.dtype is None:
+                    continue
+                for read in source.all_input_nodes:  # as numbers each value is a kernel: none outlives its last reader
+                    if last[read] is source and read is not self.entry:
+                        self._values.pop(read, None)
         return self._values[node]
 
     def _behind(self, node: fx.Node) -> list[fx.Node]:

@@ -39,7 +39,8 @@ def restore_blocks(model: nn.Module, like: nn.Module, verify: bool) -> tuple[nn.
 
     None if ``model`` is not ``like`` with blocks in the places of convolutions.
     """
-    model, result = _unwrapped(model, like), deep_copy(like).eval()
+    model = _unwrapped(model, like)
+    result = _copy_with_room(like, model)
     have, wanted = dict(model.state_dict(keep_vars=True)), result.state_dict(keep_vars=True)
     convs = {found.path: found for found in find_convs(result)}
     inside = dict(model.named_modules())
@@ -96,6 +97,36 @@ def _unwrapped(model: nn.Module, like: nn.Module) -> nn.Module:
     return model
 
 
+def _copy_with_room(like: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of ``like`` in eval mode; what is on the meta device there gets room where ``model`` is, to be filled.
+
+    Raises :class:`ReparamError` for a buffer on the meta device that no state dict would fill, and ``model`` lacks.
+    """
+    result = deep_copy(like).eval()
+    device = next(model.parameters()).device
+    saved, buffers = result.state_dict().keys(), dict(model.named_buffers())
+    made: dict[int, Tensor] = {}  # a tensor registered twice stays one
+
+    def room(key: str, tensor: Tensor) -> Tensor:
+        if key not in saved:
+            if key not in buffers or buffers[key].shape != tensor.shape:
+                raise ReparamError(f"{key} of like= is in no state dict and on the meta device; build it on the CPU")
+            return buffers[key].clone()
+        # Counters of batches belong to no fold: they begin at zero.
+        new = torch.empty if tensor.is_floating_point() else torch.zeros
+        filled = new(tensor.shape, dtype=tensor.dtype, device=device)
+        return nn.Parameter(filled, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else filled
+
+    for path, module in result.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_meta:
+                    if id(tensor) not in made:
+                        made[id(tensor)] = room(join(path, name), tensor)
+                    table[name] = made[id(tensor)]
+    return result
+
+
 def _names(model: nn.Module) -> dict[int, list[str]]:
     """All paths of each module; one may be registered in several places."""
     names: dict[int, list[str]] = {}
@@ -128,8 +159,9 @@ def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:
     Raises :class:`ReparamError`, naming the layer, where ``collapsed`` has no layer of the same shape for one of
     ``like``'s, or no place for its bias.
     """
-    result = deep_copy(like).eval()
-    have = dict(_unwrapped(collapsed, like).state_dict())
+    collapsed = _unwrapped(collapsed, like)
+    result = _copy_with_room(like, collapsed)
+    have = dict(collapsed.state_dict())
     norms = _norm_behind(result)
     missing = []
     with torch.no_grad():

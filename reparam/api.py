@@ -40,7 +40,8 @@ def collapse(
         example_inputs: a tensor, or a tuple of positional arguments. Optional: each fold is proven without it; with
             it the whole network is compared as well, and layers of unknown rank can be read.
         like: the plain architecture to return instead, its batch norms set to identity, so that the state dict loads
-            with ``strict=True`` into stock code. See :func:`passes.restore.restore`.
+            with ``strict=True`` into stock code. Only its structure counts: it may be on the meta device, where it
+            takes no memory. See :func:`passes.restore.restore`.
         verify: prove every fold in float64, and in the shipped dtype within the rounding of its weights.
         inplace: edit ``model`` itself and return it.
 

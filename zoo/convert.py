@@ -200,10 +200,10 @@ class Conversion(Work):
             EquivalenceError: it computes something else.
         """
         with self.clock("roundtrip"):
-            fresh = sources.create(self.job.spec).eval()
+            fresh = _hollow(sources.create(self.job.spec).eval())
             # Each fold is proven again only where whole outputs cannot be compared.
             restored = reparam.collapse(model, like=fresh, verify=reference is None)
-            fresh.load_state_dict(restored.state_dict(), strict=True)
+            fresh.load_state_dict(restored.state_dict(), strict=True, assign=True)
             del restored
             if view is not None and reference is not None:
                 error = distance(in_double(fresh, view), reference.outputs)[1]
@@ -392,6 +392,14 @@ def _randomise(model: nn.Module, view: View | None) -> None:
     # Statistics of a batch are a help: some networks cannot be run in training mode on one this small.
     except (RuntimeError, ValueError):
         randomise_(model, SEED)
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """Move to the meta device what is in the state dict: a network that is only to be filled holds no numbers."""
+    with torch.no_grad():
+        empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+        model.load_state_dict(empty, strict=True, assign=True)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------- JSON

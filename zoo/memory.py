@@ -17,7 +17,7 @@ __all__ = ["high_water", "reset", "resident", "return_freed"]
 PAGE = os.sysconf("SC_PAGE_SIZE")
 M_MMAP_THRESHOLD = -3
 """glibc's number for the size from which memory is taken from the system, and given back, piece by piece."""
-LARGE, LARGEST = 4 << 20, 32 << 20
+LARGE, LARGEST = 512 << 10, 32 << 20
 """Bytes: a size that few tensors of small networks have, and the largest that glibc takes."""
 
 

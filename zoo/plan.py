@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import reparam
-from reparam import sources
+from reparam import ReparamError, sources
 from reparam.recipe import parse_block
 from zoo.families import Baseline
 from zoo.job import Ended, Job, Tell, Work, attempt, silent
@@ -28,10 +28,14 @@ OTHERS: tuple[Baseline, ...] = ("timm", "fx")
 def skeleton(spec: str) -> nn.Module:
     """The architecture without numbers: the network on the meta device, in eval mode.
 
-    Raises whatever its constructor raises: some ask their weights for values, which are not there.
+    Raises :class:`ReparamError` if it cannot be built.
     """
-    with torch.device("meta"):
-        return sources.create(spec).eval()
+    try:
+        with torch.device("meta"):
+            return sources.create(spec).eval()
+    # Some constructors compute their widths with tensors, and ask those for values: these need numbers for a moment.
+    except ReparamError:
+        return sources.create(spec).eval().to("meta")
 
 
 def plan(job: Job, tell: Tell = silent) -> Outcome:

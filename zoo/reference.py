@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,40 +42,42 @@ def reference_of(model: nn.Module, view: View) -> Reference | None:
 
 
 def in_double(model: nn.Module, view: View) -> list[Tensor]:
-    """Outputs in float64. The model is cast in place and back, which gives each number back exactly."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    dtypes = [t.dtype for t in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.double()
-        inputs = tuple(x.double() for x in view.inputs(1))
-        try:
-            return view.run(model, inputs)
-        except RuntimeError:  # of two dtypes: it makes tensors of its own, and asks for float32
-            with _all_double():
-                return view.run(model, inputs)
-    finally:
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
-        _forget(model)
-
-
-@contextmanager
-def _all_double() -> Iterator[None]:
-    """Inside, what would be made in float32, by default or because it is asked for, is made in float64."""
+    """Outputs in float64; the model stays as it is. See :class:`_Double`."""
+    inputs = tuple(x.double() for x in view.inputs(1))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with _Double():
-            yield
+            return view.run(model, inputs)
     finally:
         torch.set_default_dtype(before)
+        _forget(model)
 
 
 class _Double(TorchFunctionMode):
+    """Inside, each function works in float64, also where a network asks for float32.
+
+    A cast copy of the network would be twice its size; here a weight is cast where it is used, and its copy is gone
+    with the function's call.
+    """
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = tree_map(lambda value: torch.float64 if value is torch.float32 else value, (args, kwargs or {}))
-        return (Tensor.double if func is Tensor.float else func)(*given[0], **given[1])
+        if func in _CASTS:
+            return args[0].double()
+        # What is changed in place must be the tensor itself.
+        kept = args[:1] if _IN_PLACE.fullmatch(getattr(func, "__name__", "")) else ()
+        return func(*kept, *tree_map(_double, args[len(kept) :]), **tree_map(_double, kwargs or {}))
+
+
+_COARSE = (torch.float32, torch.float16, torch.bfloat16)
+_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+_IN_PLACE = re.compile(r"(?!__).*(?<!_)_|__(setitem|i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor))__")
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype in _COARSE else value
+    return torch.float64 if value in _COARSE else value
 
 
 def _forget(model: nn.Module) -> None:
