@@ -58,6 +58,7 @@ class ConvForm:
         groups: number of channel groups.
         mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``: the input's continuation outside.
         widened: whether block structure may have been lost to zeros, so that :meth:`narrowed` is worth a try.
+        ties: of a widened form: how many inputs, and outputs, at least belong together; see :attr:`tied`.
     """
 
     weight: Tensor
@@ -70,6 +71,7 @@ class ConvForm:
     groups: int = 1
     mode: str = "zeros"
     widened: bool = False
+    ties: tuple[int, int] | None = None
 
     # ---------------------------------------------------------------- construction
 
@@ -220,6 +222,23 @@ class ConvForm:
         """How many numbers weight and bias hold."""
         return self.weight.numel() + (0 if self.bias is None else self.out_channels)
 
+    @property
+    def tied(self) -> tuple[int, int]:
+        """The largest number of inputs, and of outputs, known to be in one group; zeros by chance aside.
+
+        A layer ties what its own groups hold. Known from shapes alone, it says how many groups a widened form may
+        turn out to have, where finding the zeros would take the whole matrix.
+        """
+        return self.ties or (self.in_channels // self.groups, self.out_channels // self.groups)
+
+    @property
+    def most_groups(self) -> int:
+        """More groups than this a widened form cannot have."""
+        channels = math.gcd(self.in_channels, self.out_channels)
+        inputs, outputs = self.tied
+        fits = (g for g in _divisors(channels) if g * inputs <= self.in_channels and g * outputs <= self.out_channels)
+        return max(fits, default=1)
+
     def to(self, device: torch.device | str) -> ConvForm:
         """The same form with its numbers elsewhere; on the meta device only the shapes are left."""
         bias = None if self.bias is None else self.bias.to(device)
@@ -260,7 +279,8 @@ class ConvForm:
         else:  # a branch that already fills the grid is copied once, and the other added in place
             weight = whole.weight.clone() if whole.weight is outer.weight else whole.weight
             weight[grid.place(small)].add_(small.weight)
-        return replace(whole, weight=weight, bias=bias, widened=self.widened or other.widened)
+        widened = self.widened or other.widened
+        return replace(whole, weight=weight, bias=bias, widened=widened, ties=_ties(self, other) if widened else None)
 
     def then(self, outer: ConvForm) -> ConvForm:
         """``outer`` applied to the result of this form."""
@@ -318,9 +338,10 @@ class ConvForm:
             return self
         dense = self._widen(1)
         rows = torch.tensor(order, device=dense.weight.device)
-        return replace(
-            dense, weight=dense.weight[rows], bias=None if dense.bias is None else dense.bias[rows], widened=True
-        )
+        bias = None if dense.bias is None else dense.bias[rows]
+        # Rows may be taken from anywhere: each has the inputs of its group, if all groups are alike.
+        ties = (1 if self.widened else self.tied[0], 1)
+        return replace(dense, weight=dense.weight[rows], bias=bias, widened=True, ties=ties)
 
     @staticmethod
     def concat(forms: Sequence[ConvForm]) -> ConvForm:
@@ -334,7 +355,8 @@ class ConvForm:
         if any(f.bias is not None for f in aligned):
             zero = [f.weight.new_zeros(f.out_channels) if f.bias is None else f.bias for f in aligned]
             bias = torch.cat(zero)
-        return replace(aligned[0], weight=torch.cat([f.weight for f in aligned]), bias=bias, widened=True)
+        weight = torch.cat([f.weight for f in aligned])
+        return replace(aligned[0], weight=weight, bias=bias, widened=True, ties=_ties(*forms))
 
     def narrowed(self) -> ConvForm:
         """The same map with the largest number of groups its zeros allow."""
@@ -345,7 +367,7 @@ class ConvForm:
         for groups in sorted(_divisors(math.gcd(self.in_channels, self.out_channels)), reverse=True):
             blocks = used.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).any(3).any(1)
             if not bool((blocks & ~torch.eye(groups, dtype=torch.bool, device=blocks.device)).any()):
-                return replace(self._regroup_from_dense(dense, groups), widened=False)
+                return replace(self._regroup_from_dense(dense, groups), widened=False, ties=None)
         return self
 
     # ---------------------------------------------------------------- evaluation
@@ -501,6 +523,7 @@ def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:
             "goi,gi->go", per_group.unflatten(0, (outer.groups, -1)), inner.bias.unflatten(0, (outer.groups, -1))
         ).flatten()
         bias = passed if bias is None else passed + bias
+    widened = inner.widened or outer.widened
     return ConvForm(
         weight,
         bias,
@@ -511,8 +534,15 @@ def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:
         up=tuple(u * v for u, v in zip(inner.up, outer.up, strict=True)),
         groups=groups,
         mode=inner.mode,
-        widened=inner.widened or outer.widened,
+        widened=widened,
+        # A widened map may leave some of its inputs unread, and with them what ties the inputs of the one before it.
+        ties=(1 if outer.widened else inner.tied[0], outer.tied[1]) if widened else None,
     )
+
+
+def _ties(*forms: ConvForm) -> tuple[int, int]:
+    """What is tied in one of several branches over the same input is tied in all of them together."""
+    return max(f.tied[0] for f in forms), max(f.tied[1] for f in forms)
 
 
 Product = Callable[[Tensor, Tensor], Tensor]

@@ -10,7 +10,6 @@ Planning is linear in the size of the graph: the walk is bounded, and values are
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -193,18 +192,19 @@ def _weigh(flow: Flow, sweep: Sweep, result: fx.Node, form: ConvForm, dead: set[
     between = _between(flow, sweep.entry, result)
     dying = _dying(flow, between, result, form, sweep, dead)
     signals = [s for n in dying if isinstance(s := sweep.value(n), Signal)]
-    if not any(s.conv for s in signals) or _is_planned(dying, sweep.entry):
+    convs = {n for n in dying if isinstance(s := sweep.value(n), Signal) and s.conv}
+    if not convs or _is_planned(dying, sweep.entry):
         return None
     constants = _dying_constants(flow, dying, dead)
     numbers = _numbers(flow, [*dying, *constants], dead)
     work = sum(s.work * s.form.rate for s in signals)
     best = form.numbers, form.multiply_adds
     if form.widened:  # zeros may turn out to be block structure; decided with numbers
-        groups = math.gcd(form.in_channels, form.out_channels) // form.groups
+        groups = form.most_groups // form.groups
         best = form.weight.numel() // groups + (form.numbers - form.weight.numel()), form.multiply_adds / groups
     if best[0] > numbers or best[1] > work:
         return Refusal(Reason.LARGER, cost_message(form, numbers, work), flow.unit.name(origin(result)))
-    if (best[0], best[1]) == (numbers, work):
+    if best == (numbers, work) and len(convs) == 1:
         return None
     return Region(
         flow,
@@ -221,7 +221,7 @@ def _weigh(flow: Flow, sweep: Sweep, result: fx.Node, form: ConvForm, dead: set[
         biases=sum(s.bias for s in signals),
         conv_first=_begins_with_conv(sweep, between),
         after_conv=is_conv(flow, sweep.entry),
-        convs={n for n in dying if isinstance(s := sweep.value(n), Signal) and s.conv},
+        convs=convs,
     )
 
 

@@ -110,11 +110,12 @@ def plan(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 1,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one model.")] = Limits.timeout,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="With --resume: try again what failed.")] = False,
 ) -> None:
     """Plan models of any size without numbers: what would fold, what other folds leave, what would get a block."""
     if timeout <= 0:
         raise typer.BadParameter("must be positive", param_hint="--timeout")
-    _run(patterns, out, source=source, block=block, jobs=jobs, timeout=timeout, resume=resume, plan=True)
+    _run(patterns, out, source=source, block=block, jobs=jobs, timeout=timeout, resume=resume, retry=retry, plan=True)
 
 
 def _run(patterns: list[str], out: Path, **options: Any) -> None:
