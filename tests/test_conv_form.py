@@ -505,6 +505,46 @@ def test_narrowed_finds_the_most_groups(first: int, second: int, n: int) -> None
     assert ConvForm.identity(12, n).then(shuffled).narrowed().groups == first
 
 
+@settings(deadline=None)
+@given(
+    cuts=st.lists(st.sampled_from([3, 6, 9]), unique=True, max_size=3),
+    inside=st.lists(st.sampled_from([1, 3]), min_size=4, max_size=4),
+    front=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    behind=st.sampled_from([None, 1, 2, 3, 4, 6, 12]),
+    shuffle=st.sampled_from([None, 2, 3, 4]),
+    added=st.sampled_from([None, 1, 3, 12]),
+)
+def test_shapes_alone_bound_the_groups_that_zeros_show(
+    cuts: list[int], inside: list[int], front: int, behind: int | None, shuffle: int | None, added: int | None
+) -> None:
+    """Split channels, a layer for each part, put together, shuffled, then another: what planning hopes for holds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def layer(channels: int, groups: int) -> ConvForm:
+        shape = (channels, channels // groups, 3)
+        return ConvForm.conv(torch.rand(shape, generator=generator, dtype=torch.float64) + 1, groups=groups)
+
+    whole = layer(12, front)
+    edges = [0, *sorted(cuts), 12]
+    parts = [
+        replace(whole, bias=None)
+        .rows(range(a, b))
+        .then(ConvForm.conv(integers(b - a, (b - a) // g, 1, seed=g, low=1), groups=g))
+        for a, b, g in zip(edges, edges[1:], inside, strict=False)
+    ]
+    form = ConvForm.concat(parts)
+    if added is not None:
+        form = form + layer(12, added)
+    if shuffle is not None:
+        form = form.rows([i + j * (12 // shuffle) for i in range(12 // shuffle) for j in range(shuffle)])
+    if behind is not None:
+        form = form.then(ConvForm.conv(integers(12, 12 // behind, 1, seed=5, low=1), groups=behind))
+    planned = form.to("meta")
+    assert form.narrowed().groups <= planned.most_groups
+    if behind == 1:  # nothing comes back behind a layer that mixes all channels
+        assert planned.most_groups == 1
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_channel_shuffle_and_back_is_the_identity_on_forms(groups: int) -> None:
     form = conv(4, 6, (3, 3), groups=groups, padding=1)

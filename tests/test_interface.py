@@ -567,6 +567,46 @@ def test_like_that_computes_something_else() -> None:
         reparam.collapse(ready(Stock()), like=like, example_inputs=images())
 
 
+class Positions(Stock):
+    """With a buffer that no state dict holds, and one weight in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.rand(4), persistent=False)
+        self.again = self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.block(self.stem(x)).mean((2, 3))) + self.shift
+
+
+class TrainingPositions(Positions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = BranchedResidual()
+
+
+@pytest.mark.parametrize(("trained", "stock"), [(Stock, Stock), (Training, Stock), (TrainingPositions, Positions)])
+def test_like_without_numbers_gives_the_same(trained: type[Stock], stock: type[Stock]) -> None:
+    """On the meta device the architecture takes no memory; what comes back holds all of its numbers."""
+    model = ready(trained())
+    with torch.device("meta"):
+        like = stock()
+    result = reparam.collapse(model, like=like)
+    assert all(tensor.is_meta for tensor in like.state_dict().values())
+    assert close(result(images()), model(images()))
+    wanted = reparam.collapse(model, like=stock()).state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in result.state_dict().items())
+    if stock is Positions:
+        assert result.again.weight is result.head.weight
+
+
+def test_like_without_numbers_that_nothing_fills() -> None:
+    with torch.device("meta"):
+        like = Positions()
+    with pytest.raises(ReparamError, match="shift of like= is in no state dict and on the meta device"):
+        reparam.collapse(ready(Training()), like=like)
+
+
 def test_like_keeps_the_dtype_it_was_given() -> None:
     """Numbers are cast to the architecture's dtype, where the norms are identities as well."""
     model = ready(Stock()).double()

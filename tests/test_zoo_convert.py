@@ -13,20 +13,23 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import reparam
+from passes.differ import distance
 from reparam import files, sources
 from reparam.cli import app
 from zoo import convert as converting
 from zoo.convert import convert
 from zoo.draw import draw, sketch
+from zoo.inputs import View
 from zoo.job import Job, Settings
 from zoo.journal import Folder, Journal, JournalError, read
 from zoo.outcome import (
@@ -319,13 +322,45 @@ def test_a_full_disk_is_a_failure_without_half_a_file(
     assert not [path for path in Folder(tmp_path).models.rglob("*") if path.is_file()]
 
 
-def test_casting_to_double_and_back_changes_no_number(trouble: Path) -> None:
+def test_outputs_in_double_are_those_of_a_cast_copy_and_leave_the_network_alone(trouble: Path) -> None:
     work = converting.Conversion(job("block"), lambda stage: None).prepare()
     before = {name: value.clone() for name, value in work.model.state_dict().items()}
     assert work.view is not None
-    assert in_double(work.model, work.view)[0].dtype == torch.float64
+    got = in_double(work.model, work.view)
     after = work.model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(value.dtype == before[name].dtype and torch.equal(value, before[name]) for name, value in after.items())
+    copy = deepcopy(work.model).double()
+    assert distance(got, work.view.run(copy, tuple(x.double() for x in work.view.inputs(1))))[1] < 1e-14
+
+
+def test_what_a_network_does_in_another_dtype_is_in_double_too() -> None:
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(3, 1, 1))
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1  # the buffer itself, in its own dtype
+            made = torch.arange(8, dtype=torch.float32) / 7
+            return (x.float() * self.scale.half() + made.to(torch.bfloat16)).to(torch.float32)
+
+    model, view = Casting(), View((3, 8, 8))
+    result = in_double(model, view)[0]
+    x = view.inputs(1)[0].double()
+    assert torch.equal(result, x * model.scale.detach().double() + torch.arange(8).double() / 7)
+    assert (model.count.dtype, float(model.count)) == (torch.float32, 1.0)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"block": "acb"}])
+def test_converting_takes_less_than_three_times_the_network(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The network that is collapsed, blocks included; its process holds the libraries besides."""
+    (outcome,) = convert_zoo(["resnet50"], out=tmp_path, latency=False, **settings)
+    assert isinstance(outcome, Converted), outcome
+    assert outcome.proof.outputs == "whole"
+    assert outcome.peak < 3 * outcome.before.bytes
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

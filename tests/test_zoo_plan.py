@@ -43,6 +43,13 @@ def test_a_plan_without_numbers_is_what_happens_with_them(name: str) -> None:
     assert found.expanded == len(reparam.plan(model, "acb").expanded)
 
 
+def test_a_constructor_that_asks_tensors_for_values_gets_them() -> None:
+    """Torchvision's RegNets compute their widths so."""
+    found = planned("torchvision:regnet_y_400mf", block="acb")
+    assert found.before == size_of(sources.create("torchvision:regnet_y_400mf"))
+    assert all(parameter.is_meta for parameter in skeleton("torchvision:regnet_y_400mf").parameters())
+
+
 def test_other_folds_are_counted_by_what_they_leave() -> None:
     found = planned("timm:repvgg_a0").others
     model = sources.create("timm:repvgg_a0").eval()
@@ -123,6 +130,16 @@ def test_a_summary_names_the_largest_error_and_each_failure(tmp_path: Path) -> N
     assert "| resnet | 2 | 6 → 2 | 6 → 0 | 4 | 6e-06 |" in text
     assert "2 converted, 0 mismatch, 1 failed" in text
     assert "| failed | 1 | collapse: it broke | vgg11 |" in text
+
+
+def test_a_summary_says_what_large_networks_took(tmp_path: Path) -> None:
+    mib = 1 << 20
+    sizes = {name: Size(1, size * mib, 1, 1, 0) for name, size in (("resnet18", 100), ("resnet34", 200), ("vgg11", 1))}
+    peaks = {"resnet18": 200 * mib, "resnet34": 700 * mib, "vgg11": 50 * mib}
+    write_run(tmp_path, [converted(name, before=sizes[name], peak=peaks[name]) for name in sizes])
+    text = summary([tmp_path])
+    assert "Peak memory of the 2 networks of 64 MiB or more" in text
+    assert "median 2.8, largest 3.5 (resnet34), 1 below 3" in text
 
 
 def test_a_run_that_is_not_at_its_end_has_no_summary(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from zoo.render import markdown_table
 from zoo.report.data import Reason, family, kind_words, missing, reasons
 
 __all__ = ["summary"]
+
+LARGE = 64 << 20
+"""Bytes of a network from which its peak memory says something about it."""
 
 FOLDS = {"timm": "timm's `reparameterize_model`", "fx": "`torch.fx.experimental.optimization.fuse`"}
 
@@ -129,7 +133,21 @@ def _totals(outcomes: Sequence[Converted], block: str | None) -> str:
         proofs += (
             f". {back:,} collapsed state dicts load into the stock architecture with `strict=True` and compute the same"
         )
-    return f"{markdown_table(('together', 'convs', 'norms', 'M parameters'), rows)}\n{proofs}.\n" + _remarks(outcomes)
+    table = markdown_table(("together", "convs", "norms", "M parameters"), rows)
+    return f"{table}\n{proofs}.\n{_memory(outcomes)}{_remarks(outcomes)}"
+
+
+def _memory(outcomes: Iterable[Converted]) -> str:
+    """What large networks took, relative to their own size; of a small one it is mostly what tracing takes."""
+    taken = sorted((o.peak / o.before.bytes, o.name) for o in outcomes if o.peak and o.before.bytes >= LARGE)
+    if not taken:
+        return ""
+    (most, name), median = taken[-1], statistics.median(ratio for ratio, _ in taken)
+    below = sum(ratio < 3 for ratio, _ in taken)
+    return (
+        f"\nPeak memory of the {len(taken):,} networks of {LARGE >> 20} MiB or more, libraries aside, relative to the "
+        f"network that is collapsed: median {median:.1f}, largest {most:.1f} ({name}), {below:,} below 3.\n"
+    )
 
 
 def _remarks(outcomes: Iterable[Converted]) -> str:
