@@ -4,8 +4,9 @@ A network with random weights is made a meaningful test first (:mod:`zoo.randomi
 almost the identity, and the branches of a block that keeps the function are zero. What is saved for training is the
 expanded network as it was before that.
 
-No more than two networks of the model's size are held at any time: float64 is reached in place and left again, which is
-exact, and the original is gone before its collapse is compared with what the original computed.
+No more than two networks of the model's size are held at any time: float64 is reached operation by operation, the stock
+network of the way back is hollow until it is filled, and the original is gone before its collapse is compared with what
+the original computed.
 """
 
 from __future__ import annotations
