@@ -99,7 +99,10 @@ def _plan_totals(outcomes: Sequence[Planned], block: str | None) -> str:
         fails = sum(not o.others.get(fold) for o in outcomes)
         rows.append([FOLDS[fold], *(f"{left[part]:,}" for part in parts), str(fails)])
     table = markdown_table(("all networks together", "convs", "norms", "networks that it fails on"), rows)
-    text = f"{table}\nA network on which another fold raises an error counts as built.\n"
+    text = (
+        f"{table}\nA network on which another fold raises an error counts as built. fx gives a graph back, in which "
+        "convolutions that are calls of functions (blur pooling, conditional convolutions) are seen and counted too.\n"
+    )
     if block:
         eligible = sum(o.expanded for o in outcomes)
         networks = sum(bool(o.expanded) for o in outcomes)
