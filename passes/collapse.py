@@ -20,20 +20,20 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from passes.copies import independent, shadow
-from passes.differ import first_difference, outputs
-from passes.emit import all_finite, emit, target_of
-from passes.equivalence import Expected, compare_outputs, expect, prove
-from passes.flow import Flow
-from passes.hazards import Memory
-from passes.modes import kept_modes
-from passes.placement import Layout, place
-from passes.plan import plan_unit
+from passes.algebra.lowering import all_finite, emit, target_of
+from passes.fold.aliasing import Memory
+from passes.fold.edits import Surgeon
+from passes.fold.placement import Layout, place
+from passes.fold.regions import Region, fold_of, origin
+from passes.fold.selection import plan_unit
+from passes.graph.capture import Unit, retrace, trace_units
+from passes.graph.copies import independent, shadow
+from passes.graph.dataflow import Flow
+from passes.graph.modes import kept_modes
+from passes.proof.prove import Expected, compare_outputs, expect, prove
+from passes.proof.run import first_difference, outputs
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
-from passes.region import Region, fold_of, origin
 from passes.report import Counts, Explanation
-from passes.surgery import Surgeon
-from passes.trace import Unit, retrace, trace_units
 
 __all__ = ["check_model", "collapse_model", "explain_model"]
 

@@ -1,7 +1,7 @@
 """The expansion compiler: find convolutions by dataflow, choose a block for each, plan, and put the blocks in place.
 
 A plan touches nothing: every block is built on the meta device first, and must fold back into just the convolution that
-it replaces, by the laws of :mod:`passes.conv_form`. What does not is left alone with the reason.
+it replaces, by the laws of :mod:`passes.algebra.conv_form`. What does not is left alone with the reason.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from passes.blocks.parts import is_block
-from passes.blocks.registry import Block
-from passes.build import Cost, build, check_preserved, signature, site_of, try_on_meta
+from passes.algebra.geometry import Geometry
+from passes.blocks.kit.layers import is_block
+from passes.blocks.kit.registry import Block
 from passes.collapse import check_model
-from passes.copies import deep_copy
-from passes.geometry import Geometry
-from passes.positions import positions_of
+from passes.fold.edits import Surgeon
+from passes.graph.copies import deep_copy
 from passes.refusal import Reason, Refusal, ReparamError
-from passes.select import Blocks, Where, block_chooser, selector
-from passes.sites import Found, find_convs, remainder
-from passes.surgery import Surgeon
 from passes.table import section
+from passes.training.build import Cost, build, check_preserved, signature, site_of, try_on_meta
+from passes.training.discovery import Found, find_convs, remainder
+from passes.training.filters import Blocks, Where, block_chooser, selector
+from passes.training.positions import positions_of
 
 __all__ = ["Cost", "Plan", "PlanRow", "make_plan"]
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from passes.kernel_conv import KernelConv
+from passes.blocks.kit.kernel_conv import KernelConv
 from passes.refusal import Refusal
 from passes.table import section
 

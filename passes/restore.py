@@ -18,18 +18,18 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from passes.copies import deep_copy
-from passes.emit import emit, target_of
-from passes.equivalence import prove
-from passes.equivalent import Reading
-from passes.flow import Flow
-from passes.geometry import Geometry
-from passes.modes import kept_modes
+from passes.algebra.geometry import Geometry
+from passes.algebra.lowering import emit, target_of
+from passes.fold.regions import fold_of
+from passes.graph.capture import join, trace_units
+from passes.graph.copies import deep_copy
+from passes.graph.dataflow import Flow
+from passes.graph.modes import kept_modes
+from passes.proof.prove import prove
 from passes.refusal import RefusalError, ReparamError
-from passes.region import fold_of
 from passes.report import Counts, Explanation
-from passes.sites import find_convs, plain_norm
-from passes.trace import join, trace_units
+from passes.training.discovery import find_convs, plain_norm
+from passes.training.equivalent import Reading
 
 __all__ = ["restore", "restore_blocks"]
 

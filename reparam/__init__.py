@@ -11,10 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from passes.blocks.registry import Block, BlockInfo, block, blocks
-    from passes.blocks.site import Site
-    from passes.equivalence import Equivalence, EquivalenceError
+    from passes.blocks.kit.builder import Site
+    from passes.blocks.kit.registry import Block, BlockInfo, block, blocks
     from passes.expand import Plan
+    from passes.proof.prove import Equivalence, EquivalenceError
     from passes.refusal import Reason, Refusal, ReparamError
     from passes.report import Counts, Explanation, Fold
     from reparam.api import collapse, collapse_with_report, explain, guess_inputs, verify
@@ -50,7 +50,7 @@ __all__ = [
 
 _HOME = {
     "passes.blocks": ("Block", "BlockInfo", "Site", "block", "blocks"),
-    "passes.equivalence": ("Equivalence", "EquivalenceError"),
+    "passes.proof.prove": ("Equivalence", "EquivalenceError"),
     "passes.refusal": ("Reason", "Refusal", "ReparamError"),
     "passes.report": ("Counts", "Explanation", "Fold"),
     "passes.expand": ("Plan",),

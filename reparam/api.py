@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.collapse import check_model, collapse_model, explain_model
-from passes.copies import deep_copy
-from passes.equivalence import Equivalence, compare
+from passes.graph.copies import deep_copy
+from passes.proof.prove import Equivalence, compare
 from passes.refusal import ReparamError
 from passes.report import Explanation
 from passes.restore import restore, restore_blocks

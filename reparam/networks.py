@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import reparam
-from passes.sites import Found, find_convs, plain_norm
+from passes.training.discovery import Found, find_convs, plain_norm
 from reparam import ReparamError, files, sources
 from reparam.recipe import Recipe
 

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from passes.blocks.parts import ChannelScale
-from passes.equivalent import Reading
+from passes.blocks.kit.layers import ChannelScale
 from passes.expand import Plan, make_plan
 from passes.refusal import RefusalError, ReparamError
-from passes.select import Blocks, Where
+from passes.training.equivalent import Reading
+from passes.training.filters import Blocks, Where
 from reparam.api import as_tuple, ordinary_tensors
 
 __all__ = ["equivalent_conv", "expand", "param_groups", "plan"]

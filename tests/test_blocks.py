@@ -25,13 +25,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparam
+from passes.algebra.geometry import Geometry
 from passes.blocks import doconv as doconv_file
 from passes.blocks import ecb as ecb_file
 from passes.blocks import orepa as orepa_file
-from passes.blocks.parts import BranchSum, ChannelScale, IdentityConv, WindowMean, is_block
-from passes.blocks.registry import unregister
-from passes.geometry import Geometry
-from passes.kernel_conv import KernelConv
+from passes.blocks.kit.kernel_conv import KernelConv
+from passes.blocks.kit.layers import BranchSum, ChannelScale, IdentityConv, WindowMean, is_block
+from passes.blocks.kit.registry import unregister
 from passes.refusal import Reason, ReparamError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

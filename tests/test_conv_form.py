@@ -1,7 +1,7 @@
 """The laws of ConvForm, each exact to the last bit: small integers in float64 and ``==``.
 
 Every check compares three things: what torch's own layers compute, the form's ``apply``, and the sum in the
-docstring of :mod:`passes.conv_form` written out index by index. A failing property prints :class:`Geometry`
+docstring of :mod:`passes.algebra.conv_form` written out index by index. A failing property prints :class:`Geometry`
 values; pasting them into ``Geometry(...).form()`` rebuilds the same weights.
 """
 
@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from passes import conv_form
-from passes.conv_form import ConvForm, Ints
+from passes.algebra import conv_form
+from passes.algebra.conv_form import ConvForm, Ints
 from passes.refusal import Reason, RefusalError
 
 CONV = {0: F.linear, 1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

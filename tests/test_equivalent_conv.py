@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import reparam
-from passes.blocks.parts import is_block
+from passes.blocks.kit.layers import is_block
 from reparam import ReparamError
 
 

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 import reparam
-from passes.blocks.parts import is_block
-from passes.blocks.registry import unregister
+from passes.blocks.kit.layers import is_block
+from passes.blocks.kit.registry import unregister
 from reparam import Block, Plan, Reason, ReparamError
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import passes.collapse
 import reparam
-from passes.surgery import Surgeon
+from passes.fold.edits import Surgeon
 from reparam import Counts, EquivalenceError, Reason, ReparamError
 
 SURGERIES = {"slot": ConvBN, "whole": lambda: nn.Sequential(Parallel()), "rewritten": Activated}
@@ -242,7 +242,7 @@ def test_failure_midway_leaves_the_model_untouched(stage: str, inplace: bool, mo
         "emit": (passes.collapse, "emit", 3),
         "prove": (passes.collapse, "prove", 3),
         "operate": (Surgeon, "replace", 3),
-        "rewrite": (passes.surgery, "rewrite_forward", 0),
+        "rewrite": (passes.fold.edits, "rewrite_forward", 0),
         "second unit": (Surgeon, "operate", 1),
         "compare": (passes.collapse, "compare_outputs", 0),
     }

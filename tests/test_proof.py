@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import passes.collapse
 import reparam
-from passes.conv_form import ConvForm
-from passes.surgery import Surgeon
+from passes.algebra.conv_form import ConvForm
+from passes.fold.edits import Surgeon
 from reparam import EquivalenceError, ReparamError
 
 Damage = Callable[[nn.Module], nn.Module | None]

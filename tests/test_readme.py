@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import reparam
-from passes.blocks import registry
+from passes.blocks.kit import registry
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

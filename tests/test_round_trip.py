@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 import passes.expand
 import reparam
-from passes.blocks.parts import ChannelScale, is_block
-from passes.online import OnlineSum
+from passes.blocks.kit.layers import ChannelScale, is_block
+from passes.training.online import OnlineSum
 from reparam import Block, ReparamError
 
 BLOCKS: dict[str, str | Block] = {

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 import reparam
-from passes.blocks.parts import is_block
-from passes.differ import coarsest_dtype, distance, tolerance
+from passes.blocks.kit.layers import is_block
+from passes.proof.run import coarsest_dtype, distance, tolerance
 from passes.refusal import Reason
 from reparam import Explanation, Plan, ReparamError, files, sources
 from reparam.recipe import Recipe, parse_block

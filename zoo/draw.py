@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
 
-from passes.trace import Unit, call_of, join, trace_units
+from passes.graph.capture import Unit, call_of, join, trace_units
 from reparam import Fold
 
 __all__ = ["Drawings", "Sketch", "draw", "sketch"]

@@ -4,8 +4,9 @@ The file takes batches of any size where the network does: it is exported with a
 one. A network that fixes its batch is exported, and run, with one sample. The sample has the size that the network is
 made for.
 
-What the file computes may differ from the network by what the proof allows its outputs (:func:`passes.differ.tolerance`
-of the network's own noise floor): onnxruntime adds in another order than torch, in the same dtype.
+What the file computes may differ from the network by what the proof allows its outputs
+(:func:`passes.proof.run.tolerance` of the network's own noise floor): onnxruntime adds in another order than torch, in
+the same dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.differ import distance
+from passes.proof.run import distance
 from reparam import ReparamError
 from reparam.networks import UsageError
 from reparam.saving import replace_file

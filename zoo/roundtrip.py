@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import reparam
-from passes.blocks.parts import is_block
+from passes.blocks.kit.layers import is_block
 from passes.expand import PlanRow
 from passes.refusal import Reason
 from reparam import Plan

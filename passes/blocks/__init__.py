@@ -1,8 +1,8 @@
 """Training-time blocks, one file each. A block is a declaration: it lists its branches and holds no folding code."""
 
 from passes.blocks import acb, dbb, doconv, ecb, largekernel, mobileone, orepa, qarepvgg, repvgg
-from passes.blocks.registry import Block, BlockInfo, block, blocks
-from passes.blocks.site import Site
+from passes.blocks.kit.builder import Site
+from passes.blocks.kit.registry import Block, BlockInfo, block, blocks
 
 __all__ = [
     "Block",

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from passes.blocks.registry import block
-from passes.blocks.site import Site
+from passes.blocks.kit.builder import Site
+from passes.blocks.kit.registry import block
 from passes.refusal import ReparamError
 
 __all__ = ["acb"]

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from passes.blocks.registry import block
-from passes.blocks.site import Site
-from passes.kernel_conv import KernelConv
+from passes.blocks.kit.builder import Site
+from passes.blocks.kit.kernel_conv import KernelConv
+from passes.blocks.kit.registry import block
 
 __all__ = ["DOConv", "doconv"]
 

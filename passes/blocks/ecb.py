@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from passes.blocks.registry import block
-from passes.blocks.site import Site
-from passes.geometry import Geometry
-from passes.kernel_conv import KernelConv
+from passes.algebra.geometry import Geometry
+from passes.blocks.kit.builder import Site
+from passes.blocks.kit.kernel_conv import KernelConv
+from passes.blocks.kit.registry import block
 
 __all__ = ["ScaledFilter", "ecb"]
 

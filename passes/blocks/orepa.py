@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from passes.blocks.parts import IdentityConv
-from passes.blocks.registry import block
-from passes.blocks.site import Site
+from passes.blocks.kit.builder import Site
+from passes.blocks.kit.layers import IdentityConv
+from passes.blocks.kit.registry import block
 
 __all__ = ["frequency_prior", "orepa"]
 

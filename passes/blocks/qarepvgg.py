@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from passes.blocks.registry import block
-from passes.blocks.site import Site
+from passes.blocks.kit.builder import Site
+from passes.blocks.kit.registry import block
 
 __all__ = ["qarepvgg"]
 

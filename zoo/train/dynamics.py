@@ -36,7 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 import reparam
-from passes.sites import find_convs, plain_norm
+from passes.training.discovery import find_convs, plain_norm
 from reparam import ReparamError
 from zoo.measure import one_thread
 from zoo.networks import find_spec

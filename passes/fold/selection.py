@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.conv_form import ConvForm
-from passes.flow import ENTRY, Flow
+from passes.algebra.conv_form import ConvForm
+from passes.fold.regions import Region, Sweep, cost_message, origin
+from passes.graph.dataflow import ENTRY, Flow
+from passes.laws.layouts import is_conv, views
+from passes.laws.values import Signal
 from passes.refusal import Reason, Refusal, RefusalError
-from passes.region import Region, Sweep, cost_message, origin
-from passes.signal import Signal
-from passes.views import is_conv, views
 
 __all__ = ["find_regions", "plan_unit"]
 

@@ -15,9 +15,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
-from passes.flow import Flow
+from passes.fold.regions import Region, origin
+from passes.graph.dataflow import Flow
 from passes.refusal import Reason, Refusal
-from passes.region import Region, origin
 
 __all__ = ["Memory"]
 

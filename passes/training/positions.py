@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.copies import deep_copy
-from passes.modes import kept_modes
+from passes.graph.copies import deep_copy
+from passes.graph.modes import kept_modes
 from passes.refusal import ReparamError
-from passes.sites import Found
+from passes.training.discovery import Found
 
 __all__ = ["positions_of"]
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from passes.conv_form import ConvForm, Ints
-from passes.copies import deep_copy
-from passes.peek import watched
+from passes.algebra.conv_form import ConvForm, Ints
+from passes.graph.capture import Unit
+from passes.graph.copies import deep_copy
+from passes.laws.laws import module_law
+from passes.laws.values import Signal, View, settle
+from passes.laws.watch import watched
 from passes.refusal import Reason, Refusal, RefusalError
-from passes.signal import Signal, View, settle
-from passes.trace import Unit
-from passes.transfer import module_law
 
 __all__ = ["CarriedForm", "ProbedForms", "probe"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import fx
 
-from passes.placement import Layout, Rewrite, nodes_in
+from passes.fold.placement import Layout, Rewrite, nodes_in
+from passes.fold.regions import Region, origin
+from passes.graph.capture import Call, call_of
 from passes.refusal import Reason, RefusalError
-from passes.region import Region, origin
-from passes.trace import Call, call_of
 
 __all__ = ["new_forward", "unchanged"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.conv_form import ConvForm, Ints
+from passes.algebra.conv_form import ConvForm, Ints
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Dim", "Signal", "View", "crop", "merge", "move", "per_channel", "settle"]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.conv_form import ConvForm, _swap_in_out
-from passes.geometry import CONVS, PADS
-from passes.probe import CarriedForm
+from passes.algebra.conv_form import ConvForm, _swap_in_out
+from passes.algebra.geometry import CONVS, PADS
+from passes.laws.probe import CarriedForm
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Target", "all_finite", "emit", "target_of"]

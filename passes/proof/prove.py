@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.conv_form import ConvForm
-from passes.copies import deep_copy
-from passes.differ import FLOAT64_TOLERANCE, coarsest_dtype, distance, first_difference, outputs, tolerance
-from passes.emit import Target, emit
-from passes.flow import Constants
-from passes.probe import CarriedForm
+from passes.algebra.conv_form import ConvForm
+from passes.algebra.lowering import Target, emit
+from passes.fold.regions import Region, origin
+from passes.graph.copies import deep_copy
+from passes.graph.dataflow import Constants
+from passes.laws.probe import CarriedForm
+from passes.proof.run import FLOAT64_TOLERANCE, coarsest_dtype, distance, first_difference, outputs, tolerance
 from passes.refusal import Reason, RefusalError, ReparamError
-from passes.region import Region, origin
 
 __all__ = ["Equivalence", "EquivalenceError", "Expected", "compare", "compare_outputs", "expect", "prove"]
 

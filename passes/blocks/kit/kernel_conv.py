@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from passes.geometry import Geometry
+from passes.algebra.geometry import Geometry
 
 __all__ = ["KernelConv"]
 

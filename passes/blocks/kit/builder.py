@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.blocks.parts import ChannelScale, IdentityConv, WindowMean
-from passes.conv_form import Ints
-from passes.geometry import CONVS, PADS, Geometry, flat_pads
+from passes.algebra.conv_form import Ints
+from passes.algebra.geometry import CONVS, PADS, Geometry, flat_pads
+from passes.blocks.kit.layers import ChannelScale, IdentityConv, WindowMean
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Site"]

@@ -9,11 +9,11 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from passes.flow import Constants, Flow
-from passes.probe import ProbedForms
+from passes.fold.regions import Region
+from passes.graph.dataflow import Constants, Flow
+from passes.laws.probe import ProbedForms
+from passes.laws.values import View
 from passes.refusal import Reason, RefusalError
-from passes.region import Region
-from passes.signal import View
 
 __all__ = ["is_conv", "views"]
 

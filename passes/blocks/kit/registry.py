@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from passes.blocks.site import Site
+from passes.blocks.kit.builder import Site
 from passes.refusal import ReparamError
 
 __all__ = ["Block", "BlockInfo", "block", "blocks", "unregister"]

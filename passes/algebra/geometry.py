@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from passes.conv_form import ConvForm, Ints
+from passes.algebra.conv_form import ConvForm, Ints
 
 __all__ = ["CONVS", "PADS", "Geometry", "flat_pads"]
 

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from passes.modes import kept_modes
+from passes.graph.capture import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
+from passes.graph.modes import kept_modes
+from passes.laws.laws import is_shape_query
 from passes.refusal import Reason, Refusal
-from passes.trace import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
-from passes.transfer import is_shape_query
 
 __all__ = ["Found", "Norm", "find_convs", "plain_norm", "remainder"]
 

@@ -1,7 +1,7 @@
 """One block in the place of one convolution: built, read on the meta device, and seen to keep the function.
 
-A block is tried without numbers first: it must fold, by the laws of :mod:`passes.conv_form`, into just the convolution
-that it replaces.
+A block is tried without numbers first: it must fold, by the laws of :mod:`passes.algebra.conv_form`, into just the
+convolution that it replaces.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.blocks.parts import BranchSum, silence, stand_in
-from passes.blocks.registry import Block
-from passes.blocks.site import Site
-from passes.emit import target_of
-from passes.equivalent import Reading
-from passes.modes import kept_modes
-from passes.online import OnlineSum, scales_for_norms
+from passes.algebra.lowering import target_of
+from passes.blocks.kit.builder import Site
+from passes.blocks.kit.layers import BranchSum, silence, stand_in
+from passes.blocks.kit.registry import Block
+from passes.graph.modes import kept_modes
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
-from passes.sites import Found, plain_norm
+from passes.training.discovery import Found, plain_norm
+from passes.training.equivalent import Reading
+from passes.training.online import OnlineSum, scales_for_norms
 
 __all__ = ["Cost", "build", "check_preserved", "signature", "site_of", "try_on_meta"]
 

@@ -14,14 +14,14 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from passes.conv_form import ConvForm
-from passes.flow import Constants, Flow
-from passes.probe import ProbedForms
+from passes.algebra.conv_form import ConvForm
+from passes.graph.capture import call_of
+from passes.graph.dataflow import Constants, Flow
+from passes.laws.laws import METHODS, function_law, module_law
+from passes.laws.probe import ProbedForms
+from passes.laws.values import Dim, Signal, View
 from passes.refusal import Reason, Refusal, RefusalError
 from passes.report import Fold
-from passes.signal import Dim, Signal, View
-from passes.trace import call_of
-from passes.transfer import METHODS, function_law, module_law
 
 __all__ = ["Region", "Sweep", "cost_message", "fold_of", "origin"]
 

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from passes.copies import deep_copy
+from passes.graph.capture import Unit
+from passes.graph.copies import deep_copy
+from passes.laws.laws import is_affine, is_shape_query
 from passes.refusal import Reason, RefusalError
-from passes.trace import Unit
-from passes.transfer import is_affine, is_shape_query
 
 __all__ = ["ENTRY", "Constants", "Flow", "holder_tensors"]
 

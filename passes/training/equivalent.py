@@ -13,15 +13,15 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
 
-from passes.conv_form import ConvForm
-from passes.flow import Flow
-from passes.geometry import Geometry
-from passes.modes import kept_modes
+from passes.algebra.conv_form import ConvForm
+from passes.algebra.geometry import Geometry
+from passes.fold.regions import Region, Sweep
+from passes.graph.capture import trace_units
+from passes.graph.dataflow import Flow
+from passes.graph.modes import kept_modes
+from passes.laws.layouts import views
+from passes.laws.values import Signal
 from passes.refusal import Reason, Refusal, RefusalError
-from passes.region import Region, Sweep
-from passes.signal import Signal
-from passes.trace import trace_units
-from passes.views import views
 
 __all__ = ["KernelProgram", "Reading"]
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.blocks.parts import BranchSum, ChannelScale
-from passes.equivalent import KernelProgram
-from passes.geometry import Geometry
+from passes.algebra.geometry import Geometry
+from passes.blocks.kit.layers import BranchSum, ChannelScale
+from passes.training.equivalent import KernelProgram
 
 __all__ = ["OnlineSum", "scales_for_norms"]
 

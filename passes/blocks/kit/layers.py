@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.geometry import Geometry
-from passes.kernel_conv import KernelConv
+from passes.algebra.geometry import Geometry
+from passes.blocks.kit.kernel_conv import KernelConv
 from passes.refusal import Reason, RefusalError, ReparamError
 
 __all__ = [

@@ -17,10 +17,10 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from passes.flow import Flow
+from passes.fold.regions import Region, origin
+from passes.graph.capture import Call, call_of
+from passes.graph.dataflow import Flow
 from passes.refusal import Reason, RefusalError
-from passes.region import Region, origin
-from passes.trace import Call, call_of
 
 __all__ = ["Layout", "Placement", "Rewrite", "nodes_in", "place"]
 

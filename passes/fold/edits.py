@@ -1,6 +1,6 @@
 """Surgery: put the folded layers into the caller's own model and disturb as little as possible.
 
-:class:`Surgeon` carries out what :mod:`passes.placement` decided, and can take everything back.
+:class:`Surgeon` carries out what :mod:`passes.fold.placement` decided, and can take everything back.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.forward import new_forward
-from passes.placement import Layout, Placement, Rewrite
-from passes.region import Region
-from passes.rewritten import rewrite_forward
-from passes.trace import Call, call_of, join
+from passes.fold.forward import new_forward
+from passes.fold.placement import Layout, Placement, Rewrite
+from passes.fold.regions import Region
+from passes.fold.rewritten import rewrite_forward
+from passes.graph.capture import Call, call_of, join
 
 __all__ = ["Surgeon"]
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from passes.blocks.registry import Block
-from passes.geometry import Geometry
+from passes.algebra.geometry import Geometry
+from passes.blocks.kit.registry import Block
 from passes.refusal import Reason, Refusal, ReparamError
 
 __all__ = ["Blocks", "Where", "block_chooser", "selector"]

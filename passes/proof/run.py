@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from passes.copies import deep_copy
+from passes.graph.copies import deep_copy
 
 __all__ = ["FLOAT64_TOLERANCE", "coarsest_dtype", "distance", "first_difference", "outputs", "tolerance"]
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes.conv_form import ConvForm
+from passes.algebra.conv_form import ConvForm
+from passes.laws.values import Dim, Signal, channel_axis_is, crop, merge, move, per_channel, settle
 from passes.refusal import Reason, RefusalError
-from passes.signal import Dim, Signal, channel_axis_is, crop, merge, move, per_channel, settle
 
 __all__ = ["FUNCTIONS", "METHODS", "MODULES", "Weights", "is_affine", "is_shape_query", "module_law"]
 

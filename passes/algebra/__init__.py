@@ -1,0 +1,1 @@
+"""The algebra of convolutions: tensors in and out, no graph."""

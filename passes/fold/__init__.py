@@ -1,0 +1,1 @@
+"""What to change: regions, their selection, placement and edits."""

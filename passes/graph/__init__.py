@@ -1,0 +1,1 @@
+"""What a network does: captured graphs and the facts about them."""

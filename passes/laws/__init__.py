@@ -1,0 +1,1 @@
+"""How each operation acts on a convolution's form."""

@@ -1,0 +1,1 @@
+"""Running networks, comparing them, and proving each fold."""

@@ -1,0 +1,1 @@
+"""Which convolutions get a block, and how the block is trained."""
