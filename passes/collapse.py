@@ -27,9 +27,9 @@ from passes.fold.placement import Layout, place
 from passes.fold.regions import Region, fold_of, origin
 from passes.fold.selection import plan_unit
 from passes.graph.capture import Unit, retrace, trace_units
-from passes.graph.copies import independent, shadow
+from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.dataflow import Flow
-from passes.graph.modes import kept_modes
+from passes.graph.modes import evaluate, has_own_modes, kept_modes
 from passes.proof.prove import Expected, compare_outputs, expect, prove
 from passes.proof.run import first_difference, outputs
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
@@ -55,11 +55,12 @@ def collapse_model(
     wanted = None
     if example_inputs is not None:
         wanted = _run_examples(model, example_inputs, explanation, verify)
-    result = model if inplace else shadow(model)
-    training = [(m, m.training) for m in result.modules()]
+    # What the model's own eval() computes is computed on tensors of the result alone.
+    result = model if inplace else deep_copy(model) if model.training and has_own_modes(model) else shadow(model)
     surgeons: list[Surgeon] = []
+    # A module that stays in training mode while the model is evaluated does so on purpose.
+    uneval = evaluate(result) if model.training else lambda: None
     try:
-        result.eval()
         with _no_collection():
             _compile(result, example_inputs, explanation, surgeons, verify)
         if not inplace:
@@ -71,8 +72,7 @@ def collapse_model(
     except BaseException:
         for surgeon in reversed(surgeons):
             surgeon.undo()
-        for module, mode in training:
-            module.training = mode
+        uneval()
         raise
     explanation.after = Counts.of(result)
     return result, explanation
@@ -86,7 +86,11 @@ def explain_model(model: nn.Module, example_inputs: tuple[Any, ...] | None = Non
     """
     check_model(model, numbers=False)
     explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan", "fold"), 0.0))
-    with kept_modes(model):
+    if model.training and has_own_modes(model):
+        model = deep_copy(model)
+    with kept_modes(model, training=None):
+        if model.training:
+            evaluate(model)
         for unit in _traced(model, explanation):
             _compile_unit(model, unit, _ranks(unit, example_inputs), explanation, None, verify=False)
     return explanation
@@ -99,7 +103,7 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
     if next(model.parameters(), None) is None:
         raise ReparamError(f"{type(model).__name__} has no parameters")
     for name, module in model.named_modules():
-        if "quantized" in type(module).__module__:
+        if _is_quantised(module):
             raise ReparamError(f"{name} is quantised: rewrite the model first, quantise the result")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
@@ -112,6 +116,13 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
         if tensor.is_floating_point() and not all_finite(tensor):
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "an infinite value"
             raise ReparamError(f"{name} holds {kind}: the model is broken before any fold; restore an older checkpoint")
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """A layer of torch's quantised ones; ``FloatFunctional`` adds floats, and only is made ready to be one of them."""
+    home = type(module).__module__.split(".")
+    floats = any(base.__name__ in ("FloatFunctional", "FXFloatFunctional") for base in type(module).__mro__)
+    return home[0] == "torch" and "quantized" in home and not floats
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -46,7 +46,9 @@ class ScaledFilter(KernelConv):
 
     def __init__(self, site: Site, taps: tuple[tuple[int, ...], ...]) -> None:
         like = site.conv.weight
-        conv = site.filters(torch.tensor(taps, dtype=like.dtype).expand(site.out_channels, 3, 3), bias=True)
+        conv = site.filters(
+            torch.tensor(taps, dtype=like.dtype, device="cpu").expand(site.out_channels, 3, 3), bias=True
+        )
         super().__init__(Geometry.of(conv), conv.bias)
         self.register_buffer("filter", conv.weight.detach())
         self.scale = nn.Parameter(like.new_empty((site.out_channels, 1, 1, 1)).normal_(std=1e-3))

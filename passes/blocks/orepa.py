@@ -42,8 +42,8 @@ def frequency_prior(channels: int, kernel: tuple[int, ...]) -> Tensor:
     Shape ``(channels, height, width)``; the prior of frequency channel attention that OREPA takes over.
     """
     half = channels // 2
-    number = torch.arange(channels)
-    down, across = (torch.arange(k) + 0.5 for k in kernel)
+    number = torch.arange(channels, device="cpu")
+    down, across = (torch.arange(k, device="cpu") + 0.5 for k in kernel)
     rows = torch.cos(math.pi / kernel[0] * (number[:half, None] + 1) * down)
     columns = torch.cos(math.pi / kernel[1] * (number[half:, None] + 1 - half) * across)
     return torch.cat([rows[:, :, None].expand(-1, *kernel), columns[:, None, :].expand(-1, *kernel)])

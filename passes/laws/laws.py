@@ -99,7 +99,9 @@ def _batch_norm(
 ) -> Signal:  # fmt: skip
     """F1: ``a = gamma / sqrt(var + eps)``, ``y = a x + (beta - a mean)``."""
     signal = _signal(x)
-    if training or running_mean is None or running_var is None:
+    if training:
+        raise RefusalError(Reason.BATCH_STATISTICS, "batch norm in training mode uses the batch's own statistics")
+    if running_mean is None or running_var is None:
         raise RefusalError(Reason.BATCH_STATISTICS)
     mean, var = _constant(running_mean), _constant(running_var)
     if mean.shape[0] != signal.form.out_channels:
@@ -468,7 +470,7 @@ def _module_conv_transpose(n: int) -> Law:
 
 def _module_batch_norm(m: Any, read: Weights, x: Any) -> Signal:
     mean, var = read(m, "running_mean"), read(m, "running_var")
-    return _batch_norm(x, mean, var, read(m, "weight"), read(m, "bias"), False, m.momentum, m.eps)
+    return _batch_norm(x, mean, var, read(m, "weight"), read(m, "bias"), m.training, m.momentum, m.eps)
 
 
 def _module_pool(n: int) -> Law:

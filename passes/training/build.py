@@ -19,6 +19,7 @@ from passes.algebra.lowering import target_of
 from passes.blocks.kit.builder import Site
 from passes.blocks.kit.layers import BranchSum, silence, stand_in
 from passes.blocks.kit.registry import Block
+from passes.graph.attributes import carry_attributes
 from passes.graph.modes import kept_modes
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.training.discovery import Found, plain_norm
@@ -86,9 +87,11 @@ def build(layer: str, site: Site, block: Block, online: bool) -> nn.Module:
     if not online and len(branches) == 1:
         (alone,) = branches.values()
         stand_in(alone, str(block), conv)
+        carry_attributes(conv, alone)
         return alone
     module = (OnlineSum if online else BranchSum)(str(block), branches, conv)
     module.training = conv.training
+    carry_attributes(conv, module)
     return module
 
 
@@ -148,7 +151,8 @@ def check_preserved(layer: str, site: Site, module: nn.Module) -> None:
     reach = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
     pads = [sorted(pair) for pair in zip(g.lead, g.trail, strict=True)]
     sizes = [max(r - p[0], p[1] + 1) + s for r, p, s in zip(reach, pads, g.stride, strict=True)]
-    x = torch.randn((1, g.in_channels, *sizes), generator=torch.Generator().manual_seed(0)).to(weight)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn((1, g.in_channels, *sizes), generator=random, device="cpu").to(weight)
     with kept_modes(site.conv, module), torch.no_grad():
         wanted = site.conv(x)
         if site.norm_taken and site.norm is not None:

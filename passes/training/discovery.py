@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from passes.graph.attributes import carry_attributes
 from passes.graph.capture import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
 from passes.graph.modes import kept_modes
 from passes.laws.laws import is_shape_query
@@ -249,6 +250,7 @@ def remainder(norm: nn.Module, rest: tuple[str, ...]) -> nn.Module:
     )
     left = nn.Sequential(kept) if kept else nn.Identity()
     left.training = norm.training
+    carry_attributes(norm, left)
     return left
 
 

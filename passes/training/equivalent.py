@@ -33,6 +33,7 @@ class Reading:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         with kept_modes(module):
             units, untraced = trace_units(_Holder(module).eval())
         if not units or units[0].path:
@@ -56,7 +57,8 @@ class Reading:
     def multiply_adds(self) -> float:
         """Multiply-adds of all layers inside, per output position."""
         signal, sweep = self._signal(None)
-        behind = (sweep.value(n) for n in self.flow.nodes if n not in self.flow.constant)
+        with kept_modes(self.module):
+            behind = [sweep.value(n) for n in self.flow.nodes if n not in self.flow.constant]
         work = sum(s.work * s.form.rate for s in behind if isinstance(s, Signal) and s is not sweep.value(self.entry))
         return work / signal.form.rate
 
@@ -78,7 +80,8 @@ class Reading:
 
     def _signal(self, dtype: torch.dtype | None) -> tuple[Signal, Sweep]:
         sweep = Sweep(self.flow, self.entry, self.view, self.channels, dtype)
-        value = sweep.value(self.result)
+        with kept_modes(self.module):
+            value = sweep.value(self.result)
         if isinstance(value, Refusal):
             raise RefusalError(value.reason, value.message, value.layer)
         if not isinstance(value, Signal) or value.ids is not None:

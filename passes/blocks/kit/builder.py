@@ -216,7 +216,9 @@ class Site:
     def average(self, channels: int, *, padded: bool = False) -> nn.Module:
         """Mean over the main kernel's window (F4); ``padded`` when nothing in front of it has done the padding."""
         g = self.geometry
-        if padded and (g.lead != g.trail or g.mode != "zeros"):
+        # Torch's 3-d pooling refuses a map smaller than its kernel, however much it pads: a convolution does not.
+        refuses = self.n == 3 and any(g.lead)
+        if padded and (g.lead != g.trail or g.mode != "zeros" or refuses):
             return self.row(**self._aligning(g.lead, g.trail), pool=self._mean(channels, (0,) * self.n))
         return self._mean(channels, g.lead) if padded else self.trimmed(self._mean(channels, (0,) * self.n))
 

@@ -1,0 +1,34 @@
+"""Plain attributes of a layer that other code may ask for, carried over to what stands in its place.
+
+``y.view(n, bn.num_features, -1)`` has to work when the norm has become part of a convolution. Tensors are no such
+attributes: code that reads one keeps the layer where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["carry_attributes"]
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size, Enum)
+
+
+def carry_attributes(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the plain public attributes of ``old`` that it does not have itself.
+
+    Numbers, strings and such, tuples of them, and parameters that are None (``bias`` of a layer without one).
+    """
+    absent = [name for table in (old._parameters, old._buffers) for name, tensor in table.items() if tensor is None]
+    for name, value in [*vars(old).items(), *((name, None) for name in absent)]:
+        if not name.startswith("_") and not hasattr(new, name) and _plain(value):
+            setattr(new, name, value)
+
+
+def _plain(value: Any) -> bool:
+    items: Iterable[Any] = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(item, _PLAIN) for item in items)
