@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,9 +28,11 @@ from passes.fold.selection import plan_unit
 from passes.graph.capture import Unit, retrace, trace_units
 from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.dataflow import Flow
+from passes.graph.inputs import Example
 from passes.graph.modes import evaluate, has_own_modes, kept_modes
-from passes.proof.prove import Expected, compare_outputs, expect, prove
-from passes.proof.run import first_difference, outputs
+from passes.proof.prove import prove
+from passes.proof.run import outputs
+from passes.proof.verify import Expected, compare, compare_outputs, expect
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.report import Counts, Explanation
 
@@ -137,8 +138,8 @@ def _run_examples(model: nn.Module, inputs: tuple[Any, ...], explanation: Explan
     try:
         with _clock(explanation, "proof"):
             if verify:
-                return expect(model, inputs)
-            outputs(model, inputs, None)
+                return expect(model, Example(inputs))
+            outputs(model, Example(inputs), None)
             return None
     except ReparamError:
         raise
@@ -149,9 +150,9 @@ def _run_examples(model: nn.Module, inputs: tuple[Any, ...], explanation: Explan
 
 def _compare(reference: nn.Module | None, wanted: Expected, result: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Compare whole networks; edited in place, the reference is gone and the difference cannot be located."""
-    outcome = compare_outputs(wanted, result, inputs)
+    outcome = compare_outputs(wanted, result, Example(inputs))
     if not outcome.ok and reference is not None:
-        outcome = replace(outcome, first_difference=first_difference(reference, result, inputs))
+        outcome = compare(reference, result, Example(inputs))
     outcome.raise_if_different()
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from passes.blocks.kit.builder import Site
     from passes.blocks.kit.registry import Block, BlockInfo, block, blocks
     from passes.expand import Plan
-    from passes.proof.prove import Equivalence, EquivalenceError
+    from passes.proof.compare import Equivalence, EquivalenceError, Verdict
     from passes.refusal import Reason, Refusal, ReparamError
     from passes.report import Counts, Explanation, Fold
     from reparam.api import collapse, collapse_with_report, explain, guess_inputs, verify
@@ -34,6 +34,7 @@ __all__ = [
     "Refusal",
     "ReparamError",
     "Site",
+    "Verdict",
     "block",
     "blocks",
     "collapse",
@@ -50,7 +51,7 @@ __all__ = [
 
 _HOME = {
     "passes.blocks": ("Block", "BlockInfo", "Site", "block", "blocks"),
-    "passes.proof.prove": ("Equivalence", "EquivalenceError"),
+    "passes.proof.compare": ("Equivalence", "EquivalenceError", "Verdict"),
     "passes.refusal": ("Reason", "Refusal", "ReparamError"),
     "passes.report": ("Counts", "Explanation", "Fold"),
     "passes.expand": ("Plan",),

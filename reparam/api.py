@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from passes.collapse import check_model, collapse_model, explain_model
-from passes.graph.copies import deep_copy
-from passes.proof.prove import Equivalence, compare
+from passes.graph.inputs import Example, as_example, likely
+from passes.proof.compare import Equivalence
+from passes.proof.run import run, runner_of
+from passes.proof.verify import compare
 from passes.refusal import ReparamError
 from passes.report import Explanation
 from passes.restore import restore, restore_blocks
@@ -78,7 +79,7 @@ def collapse_with_report(
             folded, explanation = collapse_model(model, example_inputs=inputs, verify=verify, inplace=False)
             outcome = restore(folded, like), explanation
         if verify and inputs is not None:
-            compare(model, outcome[0], inputs).raise_if_different()
+            compare(model, outcome[0], Example(inputs)).raise_if_different()
         return outcome
 
 
@@ -108,11 +109,9 @@ def verify(reference: nn.Module, candidate: nn.Module, example_inputs: Any = Non
     """
     check_model(reference)
     check_model_shape(candidate)
-    inputs = as_tuple(example_inputs)
-    if inputs is None:
-        inputs = guess_inputs(reference)
+    example = as_example(example_inputs, reference) or Example(guess_inputs(reference), made_up=True)
     try:
-        return compare(reference, candidate, inputs)
+        return compare(reference, candidate, example)
     except ReparamError:
         raise
     # Both models are user code: whatever they raise means that they do not take these inputs.
@@ -127,39 +126,22 @@ def check_model_shape(candidate: Any) -> None:
 
 
 def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
-    """Random input for a model that does not come with one, of batch size 2, in its dtype and on its device.
+    """Random inputs for a model that does not come with any, of batch size 2, in its dtype and on its device.
 
-    The size is the one in the model's ``pretrained_cfg`` or ``default_cfg`` (timm), else the first of a few common
-    sizes that the model takes. Raises :class:`ReparamError` if none is taken.
+    The size is small if the model takes that, else the one in its ``pretrained_cfg`` or ``default_cfg`` (timm), or the
+    usual one. Raises :class:`ReparamError` if none is taken.
     """
     check_model(model)
-    first = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
     tried = []
-    for shape in _likely_shapes(model):
-        x = torch.randn(shape, generator=generator).to(first.device, first.dtype)
+    for example in likely(model):
         try:
-            with torch.no_grad():
-                deep_copy(model).eval()(x)
+            run(runner_of(model, double=False), example, double=False)
         # Any exception means that the model does not take this shape.
         except Exception as error:
-            tried.append(f"{shape}: {error}".splitlines()[0])
+            tried.append(f"{example}: {error}".splitlines()[0])
             continue
-        return (x,)
+        return example.args
     raise ReparamError("no input shape could be guessed; pass example_inputs. Tried " + "; ".join(tried))
-
-
-def _likely_shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    for name in ("pretrained_cfg", "default_cfg"):
-        cfg = getattr(model, name, None)
-        size = cfg.get("input_size") if isinstance(cfg, dict) else None
-        if size is not None:
-            return [(2, *size)]
-    conv = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
-    if conv is not None:
-        return [(2, conv.in_channels, *(s,) * len(conv.kernel_size)) for s in (64, 224, 32)]
-    linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
-    return [(2, linear.in_features), (2, 4, linear.in_features)] if linear is not None else [(2, 3, 64, 64)]
 
 
 def as_tuple(inputs: Any) -> tuple[Any, ...] | None:

@@ -139,7 +139,7 @@ def test_half_precision_overflow(what: str, value: str, inplace: bool) -> None:
         (),
         "an image",
         torch.zeros(2, 3, 12, 12, dtype=torch.int64),
-        {"x": images()},
+        {"image": images()},
     ],
     ids=["channels", "too many", "too few", "text", "integers", "dict"],
 )
@@ -167,7 +167,7 @@ def test_no_inputs_can_be_guessed() -> None:
                 raise ValueError("77 only")
             return super().forward(x)
 
-    with pytest.raises(ReparamError, match=r"pass example_inputs\. Tried \(2, 8, 64, 64\): 77 only"):
+    with pytest.raises(ReparamError, match=r"pass example_inputs\. Tried made-up input 2x8x64x64: 77 only"):
         reparam.verify(Picky(), Picky())
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 import reparam
 from passes.blocks.kit.layers import is_block
-from passes.proof.run import coarsest_dtype, distance, tolerance
+from passes.proof.compare import coarsest_dtype, distance, tolerance
 from passes.refusal import Reason
 from reparam import Explanation, Plan, ReparamError, files, sources
 from reparam.recipe import Recipe, parse_block

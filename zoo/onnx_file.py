@@ -5,8 +5,8 @@ one. A network that fixes its batch is exported, and run, with one sample. The s
 made for.
 
 What the file computes may differ from the network by what the proof allows its outputs
-(:func:`passes.proof.run.tolerance` of the network's own noise floor): onnxruntime adds in another order than torch, in
-the same dtype.
+(:func:`passes.proof.compare.tolerance` of the network's own noise floor): onnxruntime adds in another order than
+torch, in the same dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.proof.run import distance
+from passes.proof.compare import distance
 from reparam import ReparamError
 from reparam.networks import UsageError
 from reparam.saving import replace_file

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from passes.proof.run import coarsest_dtype, distance, tolerance
+from passes.proof.compare import coarsest_dtype, distance, tolerance
 from zoo.inputs import View
 
 __all__ = ["Reference", "in_double", "reference_of", "weakness"]

@@ -1,18 +1,14 @@
-"""The numeric proof that a rewrite changed nothing.
+"""The numeric proof of one fold; it needs no example input.
 
-A region needs no example input. Two things are checked, which together leave no room for a tolerance that hides
-something: each number of the emitted layer is the exact one rounded once, to its dtype; and the emitted layer with the
-exact numbers in it computes in float64 what the original layers compute, on random tensors of several sizes.
-
-A whole model is compared on example inputs; its tolerance is ten times the noise floor, which is how far the
-reference in the candidate's dtype is from the reference in float64.
+Two things are checked, which together leave no room for a tolerance that hides something: each number of the emitted
+layer is the exact one rounded once, to its dtype; and the emitted layer with the exact numbers in it computes in
+float64 what the original layers compute, on random tensors of several sizes.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,63 +20,14 @@ from passes.fold.regions import Region, origin
 from passes.graph.copies import deep_copy
 from passes.graph.dataflow import Constants
 from passes.laws.probe import CarriedForm
-from passes.proof.run import FLOAT64_TOLERANCE, coarsest_dtype, distance, first_difference, outputs, tolerance
-from passes.refusal import Reason, RefusalError, ReparamError
+from passes.proof.compare import FLOAT64_TOLERANCE, EquivalenceError
+from passes.refusal import Reason, RefusalError
 
-__all__ = ["Equivalence", "EquivalenceError", "Expected", "compare", "compare_outputs", "expect", "prove"]
+__all__ = ["prove"]
 
 
 ROWS = 64
 """Output channels whose numbers are compared at a time."""
-
-
-class EquivalenceError(ReparamError):
-    """A rewrite changed what the network computes; the message names where and by how much.
-
-    Args:
-        message: for a person.
-        layer: path where the difference starts, or the layers that were folded; empty if that is not known.
-        error: size of the difference, relative where it has something to be relative to; NaN for other shapes.
-    """
-
-    def __init__(self, message: str, *, layer: str = "", error: float = math.nan) -> None:
-        super().__init__(message)
-        self.layer, self.error = layer, error
-
-
-@dataclass(frozen=True)
-class Equivalence:
-    """Outcome of a comparison.
-
-    Args:
-        ok: whether the largest relative difference is within ``tolerance``.
-        max_abs: largest absolute difference of any output, computed in float64.
-        max_rel: the same relative to the largest magnitude of that output.
-        tolerance: what ``max_rel`` may be.
-        noise: relative distance of the reference in the candidate's dtype from itself in float64; None for float64.
-        first_difference: path of the module where the difference starts; None if there is none.
-    """
-
-    ok: bool
-    max_abs: float
-    max_rel: float
-    tolerance: float
-    noise: float | None = None
-    first_difference: str | None = None
-
-    def raise_if_different(self) -> None:
-        """Raise :class:`EquivalenceError` unless ``ok``."""
-        if not self.ok:
-            where = f", first at {self.first_difference}" if self.first_difference is not None else ""
-            raise EquivalenceError(
-                f"the networks differ by {self.max_abs:.3g} "
-                f"(relative {self.max_rel:.3g}, allowed {self.tolerance:.3g}){where}",
-                layer=self.first_difference or "",
-                error=self.max_rel,
-            )
-
-
-# ------------------------------------------------------------------ regions
 
 
 def prove(region: Region, form: ConvForm, layer: nn.Module) -> float:
@@ -224,42 +171,3 @@ def _needed(entry: fx.Node, result: fx.Node) -> set[fx.Node]:
                 seen.add(node)
                 todo.append(node)
     return seen
-
-
-# ------------------------------------------------------------------ whole models
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a model returns on some inputs, in float64, and how far its own dtype is from that."""
-
-    outputs: list[Tensor]
-    noise: float | None
-
-
-def expect(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype | None = None) -> Expected:
-    """What to expect of a model that should compute what ``model`` computes, shipped in ``dtype`` (default: its own).
-
-    Raises :class:`ReparamError` if there is nothing to compare.
-    """
-    dtype = dtype or coarsest_dtype(model)
-    wanted = outputs(model, inputs)
-    if not any(t.numel() for t in wanted):
-        raise ReparamError("nothing to compare: the model returns no numbers for these inputs")
-    noise = None if dtype == torch.float64 else distance(outputs(model, inputs, dtype), wanted)[1]
-    return Expected(wanted, noise)
-
-
-def compare(reference: nn.Module, candidate: nn.Module, inputs: tuple[Any, ...]) -> Equivalence:
-    """Compare two models on ``inputs``, in float64; see :class:`Equivalence`."""
-    result = compare_outputs(expect(reference, inputs, coarsest_dtype(candidate)), candidate, inputs)
-    if result.ok:
-        return result
-    return replace(result, first_difference=first_difference(reference, candidate, inputs))
-
-
-def compare_outputs(expected: Expected, candidate: nn.Module, inputs: tuple[Any, ...]) -> Equivalence:
-    """As :func:`compare`, when the reference is not at hand; without the place of the first difference."""
-    max_abs, max_rel = distance(outputs(candidate, inputs), expected.outputs)
-    allowed = tolerance(expected.noise, coarsest_dtype(candidate))
-    return Equivalence(max_rel <= allowed, max_abs, max_rel, allowed, expected.noise)

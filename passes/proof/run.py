@@ -1,206 +1,285 @@
-"""Running whole networks on copies, how far their outputs are apart, and where they part.
+"""Running networks on copies, so that nothing of the caller's is disturbed, in float64 or as they are.
 
-A folded convolution gives what its batch norm gave, so it differs from the original convolution of the same name and
-nothing is wrong: the difference is healed before it gets anywhere. Where the networks really part is a module with
-the same input and another output whose difference reaches the end. To know what reaches what, the tensors of one run
-are followed from operation to operation.
+A run sees what a caller can see: what comes back, what a forward leaves behind on its modules, how far the generators
+of random numbers were moved, and which modules took part. In float64 every operation works in float64, also where the
+network asks for float32 by name: what is left of a difference is then not rounding.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator
+import hashlib
+import random
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from passes.graph.copies import deep_copy
+from passes.graph.inputs import Example, copied
+from passes.proof.state import Marks, changes
 
-__all__ = ["FLOAT64_TOLERANCE", "coarsest_dtype", "distance", "first_difference", "outputs", "tolerance"]
-
-FLOAT64_TOLERANCE = 1e-10
-"""Largest relative difference between two float64 computations of the same thing."""
-
-Version = tuple[int, int]
-"""A tensor as it was at one moment: identity and how often it had been changed in place."""
+__all__ = ["Double", "Run", "in_dtype", "outputs", "run", "runner_of", "surroundings"]
 
 
-def outputs(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype | None = torch.float64) -> list[Tensor]:
-    """All tensors that ``model`` returns, run on a copy in eval mode and in ``dtype`` (None: as it is)."""
-    return _run(_runner(model, dtype), inputs, dtype)
+@dataclass(frozen=True)
+class Run:
+    """One call of a network.
+
+    Args:
+        value: what it returned.
+        left: attributes and buffers that the call changed or added, by path and name.
+        generators: digest of the random generators' states after the call.
+        ran: paths of the modules that took part.
+        cast: whether a number had to be cast for the call to be in float64 throughout.
+    """
+
+    value: Any
+    left: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    generators: str = ""
+    ran: frozenset[str] = frozenset()
+    cast: bool = False
 
 
-def distance(got: list[Tensor], wanted: list[Tensor]) -> tuple[float, float]:
-    """Largest absolute and relative difference; infinite for different shapes or where either is not finite."""
-    if [t.shape for t in got] != [t.shape for t in wanted]:
-        return math.inf, math.inf
-    max_abs = max_rel = 0.0
-    for g, w in zip(map(_real, got), map(_real, wanted), strict=True):
-        if not w.is_floating_point():
-            gap = 0.0 if torch.equal(g, w) else math.inf
-            max_abs, max_rel = max(max_abs, gap), max(max_rel, gap)
-        elif w.numel():
-            gap = float((g.double() - w.double()).abs().max())
-            if not math.isfinite(gap):
-                return math.inf, math.inf
-            max_abs = max(max_abs, gap)
-            max_rel = max(max_rel, gap / max(float(w.abs().max()), 1e-300))
-    return max_abs, max_rel
+def runner_of(
+    model: nn.Module,
+    *,
+    double: bool = True,
+    training: bool | None = False,
+    exact: Mapping[int, Tensor] | None = None,
+) -> nn.Module:
+    """A copy of ``model`` to be run.
 
-
-def tolerance(noise: float | None, dtype: torch.dtype) -> float:
-    """What a relative difference may be: ten times the noise floor, but no less than 64 units in the last place."""
-    if noise is None:
-        return FLOAT64_TOLERANCE
-    least = 64 * torch.finfo(dtype).eps
-    return max(10 * noise, least) if math.isfinite(noise) else least
-
-
-def coarsest_dtype(model: nn.Module) -> torch.dtype:
-    """The floating-point dtype with the fewest digits among the parameters."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float64)
-
-
-def first_difference(reference: nn.Module, candidate: nn.Module, inputs: tuple[Any, ...]) -> str:
-    """Path of the innermost module where a difference starts that reaches the output; "(model)" if in none."""
-    dtype = coarsest_dtype(candidate)
-    wanted, got = _Record.of(reference, inputs), _Record.of(candidate, inputs)
-    rough = None if dtype == torch.float64 else _Record.of(reference, inputs, dtype)
-    starts: list[str] = []
-    same: set[Version] = set()
-    for name in [name for name in wanted.calls if name in got.calls]:
-        ours, theirs = wanted.calls[name], got.calls[name]
-        own = rough.calls.get(name, ours) if rough is not None else None
-        same_in = _same(theirs.given, ours.given, own.given if own is not None else None, dtype)
-        same_out = _same(theirs.result, ours.result, own.result if own is not None else None, dtype)
-        same |= set(ours.given_versions) if same_in else set()
-        same |= set(ours.result_versions) if same_out else set()
-        if same_in and not same_out:
-            starts.append(name)
-    return next((name for name in starts if wanted.reaches_end(name, same)), "(model)")
-
-
-def _same(got: list[Tensor], wanted: list[Tensor], rough: list[Tensor] | None, dtype: torch.dtype) -> bool:
-    noise = None if rough is None else distance([t.double() for t in rough], wanted)[1]
-    return distance(got, wanted)[1] <= tolerance(noise, dtype)
-
-
-@dataclass
-class _CallRecord:
-    """Copies of what a module was given and returned in its first call, and which tensors those were."""
-
-    given: list[Tensor]
-    given_versions: list[Version]
-    result: list[Tensor]
-    result_versions: list[Version]
-
-
-@dataclass
-class _Record(TorchFunctionMode):
-    """One run of a model: its module calls in order of completion, and which tensor was made from which."""
-
-    calls: dict[str, _CallRecord] = field(default_factory=dict)
-    made: dict[Version, set[Version]] = field(default_factory=lambda: defaultdict(set))
-    ends: set[Version] = field(default_factory=set)
-    alive: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    @classmethod
-    def of(cls, model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype = torch.float64) -> _Record:
-        record = cls()
-        runner = _runner(model, dtype)
-        for name, module in runner.named_modules():
-            if name:
-                record._watch(name, module)
-        with record:
-            record.ends = set(record._versions(_run(runner, inputs, dtype)))
-        return record
-
-    def reaches_end(self, name: str, same: set[Version]) -> bool:
-        """Whether what a module returned reaches an output other than through tensors known to be the same."""
-        todo = [v for v in self.calls[name].result_versions if v not in same]
-        seen = set(todo)
-        while todo:
-            version = todo.pop()
-            if version in self.ends:
-                return True
-            following = self.made.get(version, set()) - same - seen
-            seen |= following
-            todo += following
-        return False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        sources = list(self._versions((args, kwargs)))
-        result = func(*args, **kwargs)
-        self._link(sources, result)
-        return result
-
-    def _watch(self, name: str, module: nn.Module) -> None:
-        before: list[tuple[list[Tensor], list[Version]]] = []
-
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given = (args, kwargs)
-            before.append((_tensors(given, clone=True), list(self._versions(given))))
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            given, versions = before.pop()
-            self._link(versions, output)
-            if name not in self.calls:
-                made = list(self._versions(output))
-                self.calls[name] = _CallRecord(given, versions, _tensors(output, clone=True), made)
-
-        module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave)
-
-    def _link(self, sources: list[Version], result: Any) -> None:
-        for version in self._versions(result):
-            for source in sources:
-                if source != version:
-                    self.made[source].add(version)
-
-    def _versions(self, value: Any) -> Iterator[Version]:
-        for tensor in _tensors(value):
-            self.alive.append(tensor)  # so that its identity is not given to another
-            yield id(tensor), tensor._version
-
-
-def _runner(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    runner = deep_copy(model).eval()
-    if dtype is None:
+    Args:
+        model: is not changed, and not run: a model's own ``train`` and ``eval`` may compute, so they run on the copy.
+        double: in float64, else as it is.
+        training: the mode; a model that is in evaluation already keeps each module's own. None: as it is.
+        exact: float64 numbers to use instead of a tensor of ``model``, by its id.
+    """
+    runner = deep_copy(model)
+    if training is not None and runner.training != training:
+        runner.train(training)
+    if not double:
         return runner
     if any(p.device.type == "mps" for p in model.parameters()):  # no float64 there
         runner = runner.cpu()
-    return runner.to(dtype)
+    runner = runner.to(torch.float64)
+    if exact:
+        for ours, theirs in zip(_tables(runner), _tables(model), strict=True):
+            for name, tensor in theirs.items():
+                if tensor is not None and id(tensor) in exact and name in ours:
+                    number = exact[id(tensor)].to(ours[name].device, torch.float64)
+                    ours[name].data = number.reshape(ours[name].shape)
+    return runner
 
 
-def _run(runner: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype | None) -> list[Tensor]:
-    """Networks that draw random numbers get the same ones each time, and the caller's random state stays."""
-    device = next((p.device for p in runner.parameters()), None)
-
-    def prepared(value: Any) -> Any:
-        if dtype is None or not isinstance(value, Tensor):
-            return value
-        value = value.cpu() if value.device.type == "mps" and device is not None else value
-        return value.to(dtype) if value.is_floating_point() else value
-
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _tensors(runner(*tree_map(prepared, inputs)))
+def _tables(model: nn.Module) -> Iterator[dict[str, Any]]:
+    for module in model.modules():
+        yield module._parameters
+        yield module._buffers
 
 
-def _tensors(value: Any, *, clone: bool = False) -> list[Tensor]:
-    found = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
-    return [t.detach().clone() for t in found] if clone else found
+@torch.no_grad()
+def run(runner: nn.Module, example: Example, *, double: bool = True, within: Any = None) -> Run:
+    """Call a network, see what it does, and leave the caller's generators and settings as they were.
+
+    Args:
+        runner: a copy; it is changed by what its forward writes.
+        example: the call; its tensors are copied.
+        double: in float64 throughout.
+        within: a context to call it in, which may watch the operations.
+    """
+    args, kwargs = copied((example.args, dict(example.kwargs)))
+    if double:
+        args, kwargs = tree_map(_double, (args, kwargs))
+    seen = _Seen(runner)
+    mode = Double() if double else _Watch()
+    before = Marks(runner)
+    with surroundings(runner) as generators, seen, mode, within or nullcontext():
+        value = runner(*args, **kwargs)
+    ran = seen.paths() | _owners(runner, mode.used)
+    return Run(value, changes(runner, before), generators[0], ran, mode.cast)
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def outputs(model: nn.Module, example: Example, dtype: torch.dtype | None = torch.float64) -> Any:
+    """What ``model`` returns, run on a copy in eval mode and in ``dtype`` (None: as it is)."""
+    if dtype == torch.float64:
+        return run(runner_of(model), example).value
+    runner = runner_of(model, double=False)
+    if dtype is not None:
+        runner, example = runner.to(dtype), in_dtype(example, dtype)
+    return run(runner, example, double=False).value
+
+
+def in_dtype(example: Example, dtype: torch.dtype) -> Example:
+    """The same call with its numbers in ``dtype``."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    args, kwargs = tree_map(cast, copied((example.args, dict(example.kwargs))))
+    return Example(args, kwargs, example.made_up)
+
+
+# ------------------------------------------------------------------ surroundings
+
+
+@contextmanager
+def surroundings(model: nn.Module) -> Iterator[list[str]]:
+    """The same surroundings for every run, whatever the caller has set; its generators are restored.
+
+    Yields a list that holds, afterwards, one digest of where the generators ended.
+    """
+    devices = {p.device for p in [*model.parameters(), *model.buffers()]} or {torch.device("cpu")}
+    kinds = {d.type for d in devices if d.type in ("cpu", "cuda", "xpu")} | {"cpu"}
+    ends: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in sorted(kinds):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type == "meta":
+            stack.enter_context(min(devices, key=str))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # the user's own code warns when the user runs it
+        stack.enter_context(_generators(devices, ends))
+        yield ends
+
+
+@contextmanager
+def _generators(devices: set[torch.device], ends: list[str]) -> Iterator[None]:
+    """Seed all generators that a forward may draw from: torch's, Python's and NumPy's; restore them after."""
+    numpy: Any = sys.modules.get("numpy")
+    cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
+    python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
+    main = torch.default_generator.get_state()
+    others = [torch.cuda.get_rng_state(i) for i in cuda]
+    try:
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        if numpy is not None:
+            numpy.random.seed(0)
+        for i in cuda:
+            torch.cuda.default_generators[i].manual_seed(0)
+        yield
+    finally:
+        end = hashlib.sha256(torch.default_generator.get_state().numpy().tobytes())
+        end.update(repr(random.getstate()).encode())
+        if numpy is not None:
+            end.update(repr(numpy.random.get_state()[1:]).encode())
+            end.update(numpy.random.get_state()[1].tobytes())
+        for i in cuda:
+            end.update(torch.cuda.get_rng_state(i).numpy().tobytes())
+        ends.append(end.hexdigest())
+        torch.default_generator.set_state(main)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
+        for i, state in zip(cuda, others, strict=True):
+            torch.cuda.set_rng_state(state, i)
+
+
+# ------------------------------------------------------------------ float64
+
+
+_COARSE = (torch.float32, torch.float16, torch.bfloat16)
+_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+_IN_PLACE = re.compile(r"(?!__).*(?<!_)_|__(setitem|i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor))__")
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which parameters operations read: a module whose forward is called past its hooks is seen as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: set[int] = set()
+        self.cast = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.note(args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+    def note(self, args: Any, kwargs: Any) -> None:
+        for value in (*args, *(kwargs or {}).values()):
+            if isinstance(value, nn.Parameter):
+                self.used.add(id(value))
+
+
+class Double(_Watch):
+    """Inside, each function works in float64, also where a network asks for float32.
+
+    A tensor of a coarser dtype is cast where it is used; ``cast`` says whether that happened.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.note(args, kwargs)
+        if func in _CASTS:
+            self.cast = True
+            return args[0].double()
+        # What is changed in place must be the tensor itself.
+        kept = args[:1] if _IN_PLACE.fullmatch(getattr(func, "__name__", "")) else ()
+        args = (*kept, *tree_map(self._double, args[len(kept) :]))
+        result = func(*args, **tree_map(self._double, kwargs or {}))
+        return result if kept else tree_map(self._double, result) if _is_coarse(result) else result
+
+    def _double(self, value: Any) -> Any:
+        new = _double(value)
+        self.cast |= new is not value
+        return new
+
+
+def _is_coarse(result: Any) -> bool:
+    if isinstance(result, Tensor):
+        return result.dtype in _COARSE
+    return isinstance(result, (list, tuple)) and any(isinstance(r, Tensor) and r.dtype in _COARSE for r in result)
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if value.dtype in _COARSE:
+            return value.double()
+        return value.to(torch.complex128) if value.dtype == torch.complex64 else value
+    return torch.float64 if value in _COARSE else value
+
+
+# ------------------------------------------------------------------ who took part
+
+
+class _Seen:
+    """Which modules are called while it is entered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._found, self._handles = model, set[str](), list[Any]()
+
+    def __enter__(self) -> None:
+        for path, module in self._model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+
+                def note(module: nn.Module, args: Any, path: str = path) -> None:
+                    self._found.add(path)
+
+                self._handles.append(module.register_forward_pre_hook(note))
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def paths(self) -> frozenset[str]:
+        return frozenset(self._found)
+
+
+def _owners(model: nn.Module, used: set[int]) -> frozenset[str]:
+    """Paths of the modules that hold one of the parameters, and of those around them."""
+    found = set[str]()
+    for path, module in model.named_modules():
+        if any(p is not None and id(p) in used for p in module._parameters.values()):
+            parts = path.split(".")
+            found |= {".".join(parts[:i]) for i in range(len(parts) + 1)}
+    return frozenset(found)

@@ -1,0 +1,85 @@
+"""What a forward leaves behind on the modules: attributes, buffers and containers that it changed or added."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from passes.graph.inputs import copied
+
+__all__ = ["Marks", "changes"]
+
+_TABLES = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes that every module has: its own tables and hooks."""
+
+_DEPTH = 4
+"""How deep containers are looked into."""
+
+
+class Marks:
+    """How all attributes and tensors of a model were at one moment; what they hold is kept, so that ids stay theirs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept: list[Any] = []
+        self.of = {(path, name): self.mark(value) for path, name, value in _values(model)}
+
+    def mark(self, value: Any, depth: int = _DEPTH) -> Any:
+        """Equal for equal content: identity and version of tensors, the numbers themselves, parts of containers."""
+        if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
+            return type(value), value
+        self._kept.append(value)
+        if isinstance(value, Tensor):
+            return id(value), 0 if value.is_inference() else value._version, value.data_ptr() if _dense(value) else 0
+        if depth and isinstance(value, Mapping):
+            return type(value), tuple((_key(k), self.mark(v, depth - 1)) for k, v in value.items())
+        if depth and isinstance(value, (list, tuple, deque)):
+            return type(value), tuple(self.mark(v, depth - 1) for v in value)
+        if isinstance(value, (set, frozenset)):
+            return type(value), frozenset(map(_key, value))
+        own = getattr(value, "__dict__", None)
+        if depth and own and not isinstance(value, (nn.Module, type)) and not callable(value):
+            return id(value), tuple((k, self.mark(v, depth - 2 if depth > 1 else 0)) for k, v in own.items())
+        return id(value)
+
+
+def changes(model: nn.Module, before: Marks) -> dict[tuple[str, str], Any]:
+    """What differs from ``before``, copied as it is now; :data:`GONE` for what was deleted."""
+    found: dict[tuple[str, str], Any] = {}
+    now = set()
+    for path, name, value in _values(model):
+        now.add((path, name))
+        if (path, name) not in before.of or before.of[path, name] != before.mark(value):
+            found[path, name] = copied(value)
+    return {**found, **dict.fromkeys(before.of.keys() - now, GONE)}
+
+
+GONE = "(deleted)"
+
+
+def _values(model: nn.Module) -> Any:
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name not in _TABLES:
+                yield path, name, value
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                yield path, name, tensor
+
+
+def _key(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+def _dense(tensor: Tensor) -> bool:
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # sparse tensors and wrappers have no memory of their own
+        return False
+    return True
