@@ -47,6 +47,7 @@ class Reason(Enum):
     KERNEL_OF_ONE = "a kernel of one tap"
     COMPUTED = "its weight is computed by a parametrization"
     OWN_FORWARD = "its class does more than convolve"
+    ARGUMENT = "an optional argument changes what uses it"
     MODES = "training and evaluation use it differently"
     NEVER_CALLED = "nothing calls it"
     NOT_FINITE = "the result is not finite"

@@ -274,3 +274,200 @@ def test_a_norm_left_in_training_mode_is_not_folded(inplace: bool) -> None:
     assert {r.layer: r.message for r in report.refusals} == said
     assert [r.training for r in collapsed.modules() if isinstance(r, nn.BatchNorm2d)] == [True]
     torch.testing.assert_close(collapsed(double()), wanted, rtol=1e-10, atol=1e-10)
+
+
+# ------------------------------------------------------------------ other ways to call a forward
+
+
+class TwoNorms(nn.Module):
+    """A convolution with two norms; ``choose`` is its forward's way to one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
+        self.bn, self.bn_aux = nn.BatchNorm2d(WIDTH), nn.BatchNorm2d(WIDTH)
+        self.norms = nn.ModuleDict({"day": nn.BatchNorm2d(WIDTH), "night": nn.BatchNorm2d(WIDTH)})
+        self.listed = nn.ModuleList(nn.BatchNorm2d(WIDTH) for _ in range(3))
+
+
+class Flag(TwoNorms):
+    def forward(self, x: Tensor, aux: bool = False) -> Tensor:
+        y = self.conv(x)
+        return self.bn_aux(y) if aux else self.bn(y)
+
+
+class Optional(TwoNorms):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.conv(x)
+        return self.bn(y) if mask is None else self.bn_aux(y * mask)
+
+
+class Keyword(TwoNorms):
+    def forward(self, x: Tensor, *, domain: str = "day") -> Tensor:
+        return self.norms[domain](self.conv(x))
+
+
+class Compared(TwoNorms):
+    def forward(self, x: Tensor, mode: str = "plain") -> Tensor:
+        y = self.conv(x)
+        return self.bn_aux(y) if mode == "adversarial" else self.bn(y)
+
+
+class Index(TwoNorms):
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        return self.listed[domain](self.conv(x))
+
+
+class Sources(TwoNorms):
+    """The norm also reads what is not the convolution's."""
+
+    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
+        return self.bn(x if skip else self.conv(x))
+
+
+class Returned(TwoNorms):
+    def forward(self, x: Tensor, features: bool = False) -> Any:
+        y = self.conv(x)
+        return (self.bn(y), y) if features else self.bn(y)
+
+
+class Together(TwoNorms):
+    """Only both flags at once change anything."""
+
+    def forward(self, x: Tensor, one: bool = False, other: bool = False) -> Tensor:
+        y = self.conv(x)
+        return self.bn_aux(y) if one and other else self.bn(y)
+
+
+class Passed(nn.Module):
+    """The flag goes on to a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Flag()
+
+    def forward(self, x: Tensor, aux: bool | None = None) -> Tensor:
+        return F.relu(self.body(x, bool(aux)))
+
+
+class Depends(TwoNorms):
+    """What the other way does cannot be traced."""
+
+    def forward(self, x: Tensor, aux: bool = False) -> Tensor:
+        y = self.conv(x)
+        if aux:
+            return self.bn_aux(y) if float(y.detach().sum()) > 0 else self.bn_aux(-y)
+        return self.bn(y)
+
+
+class InTraining(TwoNorms):
+    """Evaluation leaves the convolution out, not the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x) if self.training else x)
+
+
+OTHER_CALLS: dict[str, tuple[type[nn.Module], tuple[Any, ...], dict[str, Any], str]] = {
+    "flag": (Flag, (True,), {}, "with aux=True the norm bn is not what alone reads it"),
+    "tensor": (Optional, (torch.rand(WIDTH, 1, 1).double(),), {}, "with mask the norm bn is not what alone reads it"),
+    "keyword": (Keyword, (), {"domain": "night"}, ""),
+    "compared": (Compared, ("adversarial",), {}, "with mode='adversarial' the norm bn"),
+    "index": (Index, (2,), {}, "with domain=1 the norm listed.0 is not what alone reads it"),
+    "other source": (Sources, (True,), {}, "with skip=True the norm bn reads something else"),
+    "returned": (Returned, (True,), {}, "with features=True the norm bn is not what alone reads it"),
+    "two flags": (Together, (True, True), {}, "with one=True, other=True the norm bn"),
+    "passed on": (Passed, (True,), {}, "the norm body.bn is not what alone reads it"),
+    "untraceable": (Depends, (True,), {}, "with aux=True what reads it cannot be traced"),
+    "modes": (InTraining, (), {}, "in evaluation the norm bn reads something else"),
+}
+
+
+@pytest.mark.parametrize("block", ["acb", "dbb", "doconv"])
+@pytest.mark.parametrize("case", OTHER_CALLS)
+def test_a_norm_that_another_call_needs_stays(case: str, block: str) -> None:
+    """The convolution gets a block, the norm stays outside, with the reason; both calls compute what they did."""
+    kind, more, named, why = OTHER_CALLS[case]
+    model = exact(kind())
+    plan = reparam.plan(model, block)
+    (row,) = plan.expanded
+    assert row.found.norm is None
+    assert why in str(row.found.norm_stays)
+    expanded = plan.apply()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in expanded.get_submodule(row.layer).modules())
+    computes(model, expanded, double())
+    for training in (False, True):
+        wanted, got = (copy.deepcopy(m).train(training)(double(), *more, **named) for m in (model, expanded))
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    back = reparam.collapse(expanded, like=model)
+    torch.testing.assert_close(back(double(), *more, **named), model(double(), *more, **named), rtol=1e-10, atol=1e-10)
+
+
+class Harmless(nn.Module):
+    """Optional arguments that change nothing about who reads what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = ConvBN()
+        self.extra = ConvBN()
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0, extra: bool = False, kind: str = "sum",
+        levels: tuple[int, ...] = (), size: int = 3,
+    ) -> Any:  # fmt: skip
+        y = self.body(x)
+        if mask is not None:
+            y = y * mask
+        y = y * scale + size
+        if extra:
+            y = F.relu(self.extra(y))
+        if kind == "both":
+            return y, x
+        return y
+
+
+def test_arguments_that_change_nothing() -> None:
+    """Norms go into the blocks; so does that of a convolution that only another call runs."""
+    model = exact(Harmless())
+    plan = reparam.plan(model, "acb")
+    assert [(r.layer, r.found.norm.path) for r in plan.expanded] == [
+        ("body.conv", "body.norm"), ("extra.conv", "extra.norm"),
+    ]  # fmt: skip
+    expanded = plan.apply()
+    computes(model, expanded, double())
+    computes(model, expanded, double(), None, 2.0, True, "both")
+
+
+class Twice(TwoNorms):
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        y = self.conv(x)
+        return self.conv(y) if again else y
+
+
+def test_a_convolution_that_another_call_uses_twice() -> None:
+    refusal = reparam.plan(exact(Twice()), "acb").rows[0].refusal
+    assert refusal.message == "it is called more than once with again=True"
+
+
+class ReadsWeight(TwoNorms):
+    def forward(self, x: Tensor, penalty: bool = False) -> Any:
+        y = self.bn(self.conv(x))
+        return (y, self.conv.weight.square().sum()) if penalty else y
+
+
+def test_a_weight_that_another_call_reads() -> None:
+    refusal = reparam.plan(exact(ReadsWeight()), "acb").rows[0].refusal
+    assert refusal.message == "the code around it reads its weight or bias itself"
+
+
+class Raises(TwoNorms):
+    """Rejects every value but its default."""
+
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+        if groups != 1:
+            raise NotImplementedError("not in this version")
+        return self.bn(self.conv(x))
+
+
+def test_a_call_that_cannot_be_looked_into_counts_as_another_way() -> None:
+    (row,) = reparam.plan(exact(Raises()), "acb").expanded
+    assert "with groups what reads it cannot be traced" in row.found.norm_stays.message

@@ -1,7 +1,8 @@
 """Where a model convolves, and which batch norm belongs to which convolution: by dataflow, never by registration order.
 
-The graphs of evaluation and of training are both read. A norm belongs to a convolution when it is the only reader in
-every graph in which the convolution runs. Code that reads a layer's tensors itself would no longer find them: such a
+The graphs of evaluation and of training are both read, and those of calls with other values for optional arguments
+(:mod:`passes.graph.variants`). A norm belongs to a convolution when it is the only reader in every graph in which the
+convolution runs, and runs in no other. Code that reads a layer's tensors itself would no longer find them: such a
 convolution is left alone, such a norm stays where it is.
 """
 
@@ -20,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from passes.graph.attributes import carry_attributes
 from passes.graph.capture import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
 from passes.graph.modes import kept_modes
+from passes.graph.variants import variants
 from passes.laws.laws import is_shape_query
 from passes.refusal import Reason, Refusal
 
@@ -36,31 +38,58 @@ class Norm:
 
 @dataclass(frozen=True)
 class Found:
-    """A convolution of a model: its path, the norm that alone reads it, or the reason why it must be left alone."""
+    """A convolution of a model: its path, the norm that alone reads it, or the reason why it must be left alone.
+
+    ``norm_stays`` says why a norm that reads it does not belong to it.
+    """
 
     path: str
     conv: _ConvNd
     norm: Norm | None = None
     refusal: Refusal | None = None
+    norm_stays: Refusal | None = None
 
 
 def find_convs(model: nn.Module) -> list[Found]:
     """Every convolution module of ``model``, in order of registration; the model is not changed."""
     seen: list[_Uses] = []
+    other: list[_Uses] = []
     for training in (False, True):
         with kept_modes(model, training=training):
-            seen.append(_Uses(model))
+            units, untraced = trace_units(model)
+            seen.append(_Uses(units, untraced, "in training" if training else "in evaluation"))
+            other += [uses for unit in units for uses in _other_calls(unit)]
     places = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found = []
     for path, module in model.named_modules():
         if isinstance(module, _ConvNd):
-            refusal = _intrinsic(module, places, owners) or _usage(path, module, seen)
-            norms = {u.norms[id(module)] for u in seen if id(module) in u.norms}
-            norm = norms.pop() if refusal is None and len(norms) == 1 else None
-            if norm is not None and not _ordinary(model.get_submodule(norm.path), places, owners):
-                norm = None
-            found.append(Found(path, module, norm, None if refusal is None else refusal.at(path)))
+            refusal = _intrinsic(module, places, owners) or _usage(path, module, seen, other)
+            if refusal is not None:
+                found.append(Found(path, module, refusal=refusal.at(path)))
+                continue
+            norm = _norm_of(module, [*seen, *other])
+            if isinstance(norm, Norm):
+                norm = _stays(model.get_submodule(norm.path), places, owners) or norm
+            if isinstance(norm, Refusal):
+                found.append(Found(path, module, norm_stays=norm.at(path)))
+            else:
+                found.append(Found(path, module, norm))
+    return found
+
+
+def _other_calls(unit: Unit) -> list[_Uses]:
+    """What calls with other values for optional arguments show; nothing where there is no convolution to ask about."""
+    if not any(n.op == "call_module" and isinstance(unit.module(n), _ConvNd) for n in unit.graph.nodes):
+        return []
+    found = []
+    for variant in variants(unit):
+        if variant.unit is None:
+            untraced = [Refusal(Reason.UNTRACEABLE, f"{Reason.UNTRACEABLE.value}: {variant.why}", unit.path)]
+            found.append(_Uses([], untraced, f"with {variant.given}", unit))
+            continue
+        hidden = [r.at(join(unit.path, at)) for at, r in variant.unit.opaque.items() if at not in unit.opaque]
+        found.append(_Uses([variant.unit], hidden, f"with {variant.given}", unit))
     return found
 
 
@@ -81,22 +110,25 @@ def _intrinsic(conv: _ConvNd, places: Counter[int], owners: Counter[int]) -> Ref
     return None
 
 
-def _usage(path: str, conv: _ConvNd, seen: list[_Uses]) -> Refusal | None:
-    """What speaks against it in the graphs of evaluation and training."""
-    for uses in seen:
+def _usage(path: str, conv: _ConvNd, seen: list[_Uses], other: list[_Uses]) -> Refusal | None:
+    """What speaks against it in the graphs of evaluation and training, and in those of other calls."""
+    for uses in [*seen, *other]:
+        when = "" if uses in seen else f" {uses.how}"
         if id(conv) in uses.shared:
-            return Refusal(Reason.SHARED, "a module around it is called more than once")
+            return Refusal(Reason.SHARED, f"a module around it is called more than once{when}")
         if uses.calls[id(conv)] > 1:
-            return Refusal(Reason.SHARED, "it is called more than once")
+            return Refusal(Reason.SHARED, f"it is called more than once{when}")
+    for uses in seen:
         # What one mode shows says nothing about the other, if code that cannot be read runs there.
         if not uses.calls[id(conv)] and (hidden := uses.untraced_around(path)) is not None:
             return hidden
-    if any(u.reads(path) for u in seen):
+    if any(u.reads(path) for u in [*seen, *other]):
         return Refusal(Reason.CODE, "the code around it reads its weight or bias itself")
-    running = [u for u in seen if u.calls[id(conv)]]
+    running = [u for u in [*seen, *other] if u.calls[id(conv)]]
     if not running:
         return Refusal(Reason.NEVER_CALLED, Reason.NEVER_CALLED.value)
-    if len({u.norms[id(conv)] for u in running}) > 1 and len({u.readers[id(conv)] for u in running}) > 1:
+    modes = [u for u in seen if u.calls[id(conv)]]
+    if len({u.norm(conv) for u in modes}) > 1 and len({u.readers[id(conv)] for u in modes}) > 1:
         return Refusal(Reason.MODES, "in training another layer reads it than in evaluation")
     if any(id(conv) in u.unit_of[id(conv)].pinned for u in running):
         return Refusal(Reason.UNTRACEABLE, "code that cannot be traced calls it")
@@ -105,39 +137,76 @@ def _usage(path: str, conv: _ConvNd, seen: list[_Uses]) -> Refusal | None:
     return None
 
 
-def _ordinary(norm: nn.Module, places: Counter[int], owners: Counter[int]) -> bool:
-    """Whether a norm may be moved: running statistics, no hooks, no parametrization, registered once."""
+def _norm_of(conv: _ConvNd, ways: list[_Uses]) -> Norm | Refusal | None:
+    """The norm that alone reads a convolution whenever that runs, and reads nothing else; or why it does not."""
+    running = [w for w in ways if w.calls[id(conv)]]
+    norm = next((n for w in running if (n := w.norm(conv)) is not None), None)
+    if norm is None:
+        said = (w.norms[id(conv)] for w in running)
+        return next((n for n in said if isinstance(n, Refusal)), None)
+    for uses in ways:
+        reason = Reason.MODES if uses.around is None else Reason.ARGUMENT
+        if uses.calls[id(conv)]:
+            if uses.norm(conv) != norm:
+                return Refusal(reason, f"{uses.how} the norm {norm.path} is not what alone reads it")
+        elif uses.norm_calls[norm.path]:
+            return Refusal(reason, f"{uses.how} the norm {norm.path} reads something else")
+        elif uses.around is not None and not uses.units:
+            # The code of modules inside is not touched by arguments that they are not given.
+            if any(uses.around is w.unit_of.get(id(conv)) and id(conv) in w.own_code for w in running):
+                return Refusal(reason, f"{uses.how} what reads it {uses.untraced[0].message}")
+        elif (hidden := uses.untraced_around(norm.path)) is not None:
+            return Refusal(hidden.reason, f"{uses.how} its norm may be used otherwise {hidden.message}")
+    return norm
+
+
+def _stays(norm: nn.Module, places: Counter[int], owners: Counter[int]) -> Refusal | None:
+    """Why a norm may not be moved."""
     own = [*norm._parameters.values(), *norm._buffers.values()]
-    return (
-        isinstance(norm, _BatchNorm)
-        and norm.running_var is not None
-        and not has_hooks(norm)
-        and not hasattr(norm, "parametrizations")
-        and places[id(norm)] == 1
-        and all(owners[id(p)] == 1 for p in own if isinstance(p, nn.Parameter))
-    )
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        return Refusal(Reason.BATCH_STATISTICS, "its norm has no running statistics")
+    if has_hooks(norm):
+        return Refusal(Reason.HOOK, "its norm has a hook")
+    if hasattr(norm, "parametrizations"):
+        return Refusal(Reason.COMPUTED, "its norm's weight is computed by a parametrization")
+    if places[id(norm)] != 1 or any(owners[id(p)] != 1 for p in own if isinstance(p, nn.Parameter)):
+        return Refusal(Reason.SHARED, "its norm, or the norm's weight, is registered in more than one place")
+    return None
 
 
 class _Uses:
-    """How often each convolution is called in one mode of the model, and which norm alone reads it."""
+    """How often each convolution is called in one mode of the model, or one way to call a part, and what reads it.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        units: their graphs.
+        untraced: what could not be read.
+        how: when that is, in words.
+        around: the unit that is called in another way than with defaults; None for the whole model.
+    """
+
+    def __init__(self, units: list[Unit], untraced: list[Refusal], how: str, around: Unit | None = None) -> None:
+        self.units, self.untraced, self.how, self.around = units, untraced, how, around
         self.calls: Counter[int] = Counter()
-        self.norms: dict[int, Norm | None] = {}
+        self.norms: dict[int, Norm | Refusal | None] = {}
+        self.norm_calls: Counter[str] = Counter()
         self.readers: dict[int, frozenset[str]] = {}
         self.unit_of: dict[int, Unit] = {}
+        self.own_code: set[int] = set()
         self.shared: set[int] = set()
         self.named: set[int] = set()
-        self.units, self.untraced = trace_units(model)
         self.tensors_read = {join(unit.path, name) for unit in self.units for name in unit.read}
         for unit in self.units:
             leaves = Counter(str(n.target) for n in unit.graph.nodes if n.op == "call_module")
             entered = Counter(id(call.module) for call in unit.calls)
+            norms = [call.path for call in unit.calls if isinstance(call.module, _BatchNorm)]
+            self.norm_calls.update(join(unit.path, path) for path in norms)
             for at, refusal in unit.opaque.items():
                 if refusal.reason is Reason.SHARED:
                     self.shared |= {id(m) for m in unit.root.get_submodule(at).modules()}
             for node in unit.graph.nodes:
                 conv = unit.module(node) if node.op == "call_module" else None
+                if isinstance(conv, _BatchNorm):
+                    self.norm_calls[join(unit.path, str(node.target))] += 1
                 if isinstance(conv, _ConvNd):
                     self.calls[id(conv)] += 1
                     self.unit_of[id(conv)] = unit
@@ -145,6 +214,13 @@ class _Uses:
                     self.readers[id(conv)] = frozenset(_where_read(unit, reader) for reader in _readers(node))
                     if node.kwargs:
                         self.named.add(id(conv))
+                    if any(_meeting(node, reader).parent is None for reader in _readers(node)):
+                        self.own_code.add(id(conv))
+
+    def norm(self, conv: _ConvNd) -> Norm | None:
+        """The norm that alone reads a convolution that runs."""
+        found = self.norms[id(conv)]
+        return found if isinstance(found, Norm) else None
 
     def reads(self, path: str) -> bool:
         """Whether traced code reads a tensor of the layer at ``path`` instead of calling the layer."""
@@ -159,7 +235,9 @@ class _Uses:
             return None
         return Refusal(nearest.reason, f"inside {nearest.layer or 'the model'}, {nearest.message}")
 
-    def _norm_behind(self, unit: Unit, conv: fx.Node, leaves: Counter[str], entered: Counter[int]) -> Norm | None:
+    def _norm_behind(
+        self, unit: Unit, conv: fx.Node, leaves: Counter[str], entered: Counter[int]
+    ) -> Norm | Refusal | None:
         """The batch norm that alone reads a convolution, as a layer or inside a class that also activates."""
         readers = _readers(conv)
         if len(readers) != 1:
@@ -167,9 +245,17 @@ class _Uses:
         (reader,) = readers
         if reader.op == "call_module":
             path, norm = join(unit.path, str(reader.target)), unit.module(reader)
-            once = leaves[str(reader.target)] == 1 and id(norm) not in unit.pinned
-            is_norm = isinstance(norm, _BatchNorm) and str(reader.target) not in unit.opaque
-            return Norm(path) if once and is_norm and not self.reads(path) else None
+            if not isinstance(norm, _BatchNorm):
+                return None
+            if str(reader.target) in unit.opaque:
+                return unit.opaque[str(reader.target)].at(path)
+            if leaves[str(reader.target)] != 1:
+                return Refusal(Reason.SHARED, f"the norm {path} is called more than once")
+            if id(norm) in unit.pinned:
+                return Refusal(Reason.UNTRACEABLE, f"code that cannot be traced calls the norm {path}")
+            if self.reads(path):
+                return Refusal(Reason.CODE, f"other code reads the tensors of the norm {path}")
+            return Norm(path)
         call = call_of(reader)
         if not isinstance(call.module, _BatchNorm) or not _normalises(reader, conv, call):
             return None
@@ -177,6 +263,12 @@ class _Uses:
             return None
         rest = _rest(unit, reader, call)
         return None if rest is None else Norm(join(unit.path, call.path), rest)
+
+
+def _meeting(conv: fx.Node, reader: fx.Node) -> Call:
+    """The innermost call whose code gives one layer's output to another."""
+    around = list(call_of(reader).chain())
+    return next(call for call in call_of(conv).chain() if call in around)
 
 
 def _within(path: str, around: str) -> bool:
