@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from passes.algebra.conv_form import ConvForm
 from passes.graph.capture import call_of
 from passes.graph.dataflow import Constants, Flow
-from passes.laws.laws import METHODS, function_law, module_law
+from passes.laws.laws import law_of
 from passes.laws.probe import ProbedForms
 from passes.laws.values import Dim, Signal, View
 from passes.refusal import Reason, Refusal, RefusalError
@@ -187,11 +187,12 @@ class Sweep:
                 return self._probed(module, self.flow.unit.opaque[path])
             if id(module) in self.flow.unit.pinned:
                 raise RefusalError(Reason.SHARED)
-            law = module_law(module)
-            return None if law is None else lambda *a: law(module, self.constants.read, *a)
-        if node.op == "call_method":
-            return METHODS.get(str(node.target))
-        return function_law(node.target)
+        if node in self.flow.refused:
+            refusal = self.flow.refused[node]
+            raise RefusalError(refusal.reason, refusal.message)
+        if node not in self.flow.affine:
+            return None
+        return law_of(self.flow.operations.get(node), self.flow.modules.get(node), self.constants.read)
 
     def _probed(self, module: nn.Module, refusal: Refusal) -> Callable[..., Any]:
         if refusal.reason is not Reason.UNTRACEABLE:

@@ -1,29 +1,25 @@
-"""The dataflow of one traced unit: what is constant, who holds which weight, how many dimensions a value has."""
+"""The dataflow of one traced unit: what each node does, what is constant, who holds which weight, what dominates."""
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import fx
 
 from passes.graph.capture import Unit
-from passes.graph.copies import deep_copy
-from passes.laws.laws import is_affine, is_shape_query
-from passes.refusal import Reason, RefusalError
+from passes.graph.constants import Constants, find_constants, holder_tensors
+from passes.graph.memory import memory_of
+from passes.graph.opset import Kind, Operation, argument, is_shape_query, operation_of
+from passes.graph.shapes import cast_to, shapes_of
+from passes.refusal import Reason, Refusal
 
 __all__ = ["ENTRY", "Constants", "Flow", "holder_tensors"]
 
 ENTRY = "entry"
 """The virtual node in front of all inputs in the dominator tree."""
-
-_RANDOM = {torch.rand, torch.randn, torch.randint, torch.bernoulli, torch.normal, torch.rand_like, torch.randn_like}
 
 
 class Flow:
@@ -41,21 +37,22 @@ class Flow:
         self.nodes: list[fx.Node] = list(unit.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.modules = {n: unit.module(n) for n in self.nodes if n.op == "call_module"}
-        self.constant = self._find_constants()
-        self.tensors = {n: holder_tensors(unit, n) for n in self.nodes if n.op in ("call_module", "get_attr")}
+        self.held = {n: unit.attribute(str(n.target)) for n in self.nodes if n.op == "get_attr"}
+        self.operations: dict[fx.Node, Operation] = {
+            n: op for n in self.nodes if (op := operation_of(n, self.modules.get(n))) is not None
+        }
+        self.memory = memory_of(self.nodes, self.operations, self.modules, unit.opaque)
+        written = self._written()
+        self.constant = find_constants(unit, self.operations, self.held, written)
+        self.tensors = {n: holder_tensors(value) for n, value in [*self.modules.items(), *self.held.items()]}
         self.holders: dict[int, set[fx.Node]] = defaultdict(set)
         for node, tensors in self.tensors.items():
             for tensor in tensors:
                 self.holders[id(tensor)].add(node)
-        self.affine = {
-            n for n in self.nodes if is_affine(n.op, n.target, self.modules.get(n)) or self._may_be_probed(n)
-        }
-        self.rank = self._find_ranks(list(ranks))
-        self.channels: dict[fx.Node, int] = {}
-        for node in self.nodes:
-            count = self._channels_of(node)
-            if count is not None:
-                self.channels[node] = count
+        shapes = shapes_of(self.nodes, self.operations, self.modules, self.held, self.constant, ranks)
+        self.rank, self.channels, self.dtype = shapes.rank, shapes.channels, shapes.dtype
+        self.refused = self._refused(written)
+        self.affine = {n for n in self.nodes if self._has_law(n) or self._may_be_probed(n)}
 
     def add(self, node: fx.Node, after: fx.Node) -> None:
         """Enter a node that stands for a fold, at the place of the result it replaces."""
@@ -71,11 +68,6 @@ class Flow:
     def shape_only(self, user: fx.Node) -> bool:
         """Whether ``user`` asks only for its input's shape."""
         return is_shape_query(user.op, user.target, user.args)
-
-    def _may_be_probed(self, node: fx.Node) -> bool:
-        refusal = self.unit.opaque.get(str(node.target)) if node.op == "call_module" else None
-        alone = len(node.args) == 1 and not node.kwargs
-        return refusal is not None and refusal.reason is Reason.UNTRACEABLE and alone
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """Nodes that ``node`` depends on, for their data or their shape; constants left out."""
@@ -97,210 +89,50 @@ class Flow:
                 graph.add_edge(source, node)
         return dict(nx.immediate_dominators(graph, ENTRY))
 
-    def _find_constants(self) -> set[fx.Node]:
-        constant: set[fx.Node] = set()
+    def _has_law(self, node: fx.Node) -> bool:
+        operation = self.operations.get(node)  # graphs of aten calls are not read yet
+        return operation is not None and operation.affine and not isinstance(node.target, torch._ops.OpOverload)
+
+    def _may_be_probed(self, node: fx.Node) -> bool:
+        refusal = self.unit.opaque.get(str(node.target)) if node.op == "call_module" else None
+        alone = len(node.args) == 1 and not node.kwargs
+        return refusal is not None and refusal.reason is Reason.UNTRACEABLE and alone
+
+    def _written(self) -> set[fx.Node]:
+        """Values made of weights that the forward changes, and those read under an older name after a change."""
+        found: set[fx.Node] = set()
+        for base, changes in self.memory.writes.items():
+            values = self.memory.members[base]
+            last = max(self.order[change] for change in changes)
+            stale = any(
+                self.order[user] > self.order[change] > self.order[value]
+                for value in values
+                if self.order[value] < last
+                for user in value.users
+                for change in changes
+            )
+            if stale or any(value.op == "get_attr" for value in values):
+                found.update(values)
+        return found
+
+    def _refused(self, written: set[fx.Node]) -> dict[fx.Node, Refusal]:
+        """What must not be folded although it has a law: casts, promotions, weights that the forward changes."""
+        refused: dict[fx.Node, Refusal] = {}
+        changed = {id(self.held[n]) for n in written if n in self.held}
         for node in self.nodes:
-            if node.op == "get_attr":
-                if isinstance(self.unit.attribute(str(node.target)), Tensor):
-                    constant.add(node)
-            elif node.op in ("placeholder", "output") or node.target in _RANDOM:
-                continue
-            elif all(n in constant for n in node.all_input_nodes):
-                opaque = node.op == "call_module" and str(node.target) in self.unit.opaque
-                if not opaque and (node.all_input_nodes or node.op == "call_module"):
-                    constant.add(node)
-        return constant
+            operation = self.operations.get(node)
+            if changed and any(id(t) in changed for t in self.tensors.get(node, ())):
+                refused[node] = Refusal(Reason.IN_PLACE, "its weights are changed by a forward")
+            elif operation is not None and operation.kind is Kind.CAST and not self._is_no_cast(node, operation):
+                refused[node] = Refusal(Reason.ATTRIBUTE, "a cast or a move between devices")
+            elif operation is not None and operation.kind is Kind.ARITHMETIC and node in self.dtype:
+                given = {self.dtype.get(n) for n in self.inputs(node)} - {None, self.dtype[node]}
+                if given and operation.affine:
+                    refused[node] = Refusal(Reason.ATTRIBUTE, f"gives {self.dtype[node]} for {given.pop()}")
+        return refused
 
-    def _find_ranks(self, given: list[int | None]) -> dict[fx.Node, int | None]:
-        rank: dict[fx.Node, int | None] = {}
-        for node in self.nodes:
-            if node.op == "placeholder":
-                rank[node] = given.pop(0) if given else None
-            else:
-                rank[node] = self._rank_of(node, rank)
-        return rank
-
-    def _channels_of(self, node: fx.Node) -> int | None:
-        """Size of dimension 1 of a feature map, where a convolution or batch norm in front of it says so."""
-        module = self.modules.get(node)
-        if module is not None and (_spatial(module) is not None or isinstance(module, _BatchNorm)):
-            return int(getattr(module, "out_channels", None) or module.num_features)  # type: ignore[arg-type]
-        held = node.args[1] if len(node.args) > 1 and node.op == "call_function" else None
-        if (
-            isinstance(held, fx.Node)
-            and held.op == "get_attr"
-            and isinstance(self.unit.attribute(str(held.target)), Tensor)
-        ):
-            shape = self.unit.attribute(str(held.target)).shape
-            if node.target in (F.conv1d, F.conv2d, F.conv3d) or (node.target is F.batch_norm and len(shape) == 1):
-                return int(shape[0])
-        counts = {self.channels.get(n) for n in node.all_input_nodes}  # with a constant, broadcasting may change it
-        keeps = (type(module).__module__ in _SAME_CHANNELS) if module is not None else node.target in _ELEMENTWISE_ONE
-        return counts.pop() if keeps and len(counts) == 1 and not isinstance(module, nn.GLU) else None
-
-    def _rank_of(self, node: fx.Node, rank: dict[fx.Node, int | None]) -> int | None:
-        inputs = [rank.get(n) for n in node.all_input_nodes if n not in self.constant]
-        same = inputs[0] if inputs else None
-        module = self.modules.get(node)
-        if module is not None:
-            n = _spatial(module)
-            if n is not None:
-                return n + 2
-            if isinstance(module, nn.Flatten):
-                return module.start_dim + 1 if module.end_dim == -1 and module.start_dim >= 0 else None
-            return same if type(module).__module__ in _SAME_RANK else None
-        if node.op == "call_method" and node.target in ("view", "reshape"):
-            return len(node.args) - 1 if len(node.args) > 2 else None
-        if node.target in ("flatten", torch.flatten):
-            start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
-            end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
-            if not isinstance(start, int) or not isinstance(end, int) or start < 0:
-                return None
-            if end == -1:
-                return start + 1
-            return same - (end - start) if same is not None and end >= 0 else None
-        if node.target in ("mean", "sum", "amax", torch.mean, torch.sum, torch.amax):
-            return _reduced(node, same)
-        if node.target in _CONV_RANK:
-            return _CONV_RANK[node.target]
-        if node.target in ("reshape_as", "view_as") and len(node.all_input_nodes) == 2:
-            return rank.get(node.all_input_nodes[1])
-        known = [r for r in inputs if r is not None]
-        if node.target in _ELEMENTWISE:
-            return max(known) if len(known) == len(inputs) and known else None
-        if node.target in _KEEPS_RANK:
-            return same
-        return None
-
-
-class Constants:
-    """Values that depend on parameters only: in ``dtype`` for folding, meta tensors (``None``) for planning."""
-
-    def __init__(self, flow: Flow, dtype: torch.dtype | None) -> None:
-        self.flow = flow
-        self.dtype = dtype
-        self._values: dict[fx.Node, Any] = {}
-
-    def value(self, node: fx.Node) -> Any:
-        """Value of a constant node."""
-        if node not in self._values:
-            self._values[node] = self._compute(node)
-        return self._values[node]
-
-    def read(self, module: nn.Module, name: str) -> Tensor | None:
-        """A layer's weight; one that is computed on each access is computed in float64, or differentiably."""
-        plain = module._parameters.get(name, module._buffers.get(name))
-        if plain is not None or name in module._parameters or name in module._buffers:
-            return None if plain is None else self._cast(plain)
-        exact = module if torch.is_grad_enabled() else deep_copy(module).double()
-        value = _computed(exact, name)
-        return None if value is None else self._cast(value)
-
-    def _compute(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            held = self.flow.unit.attribute(str(node.target))
-            value = self._cast(held)
-            # An expression may work in place; the model's own weight must never be what it works on.
-            return value.clone() if isinstance(value, Tensor) and _share_memory(value, held) else value
-        args = fx.map_arg(node.args, self.value)
-        kwargs = fx.map_arg(node.kwargs, self.value)
-        try:
-            if node.op == "call_module":
-                module = self.flow.modules[node]
-                real = Constants(self.flow, self.dtype or torch.float64)
-                args = fx.map_arg(node.args, real.value)
-                module = module if torch.is_grad_enabled() else deep_copy(module).double()
-                return self._cast(module(*args, **fx.map_arg(node.kwargs, real.value)))
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
-        # User code on constants may fail in any way, on meta tensors above all; then the weight is not known.
-        except Exception as error:
-            raise RefusalError(Reason.NOT_AFFINE, f"weight expression failed: {error}".splitlines()[0]) from error
-
-    def _cast(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if not torch.is_grad_enabled():
-            value = value.detach()
-        if not value.is_floating_point():
-            return value
-        if self.dtype is None:
-            return torch.empty(value.shape, dtype=torch.float64, device="meta")
-        if value.device.type == "mps":  # no float64 there
-            value = value.cpu()
-        return value.to(self.dtype)
-
-
-def holder_tensors(unit: Unit, node: fx.Node) -> list[Tensor]:
-    """Floating-point parameters and buffers that a node holds."""
-    if node.op == "call_module":
-        module = unit.module(node)
-        tensors: list[Any] = [*module.parameters(), *module.buffers()]
-    else:
-        tensors = [unit.attribute(str(node.target))]
-    return [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; those that hold none do not."""
-    if a.device.type == "meta" or isinstance(a, FakeTensor):
-        return False
-    return a.data_ptr() == b.data_ptr()
-
-
-def _computed(module: nn.Module, name: str) -> Tensor | None:
-    """A weight behind torch.nn.utils' weight_norm or spectral_norm hooks, or behind a parametrization."""
-    for hook in module._forward_pre_hooks.values():
-        if getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
-            extra = {"do_power_iteration": False} if "n_power_iterations" in vars(hook) else {}
-            return hook.compute_weight(module, **extra)  # type: ignore[no-any-return]
-    value = getattr(module, name, None)
-    return value if isinstance(value, Tensor) else None
-
-
-def _spatial(module: nn.Module) -> int | None:
-    for n, kinds in enumerate(_BY_DIMENSION, start=1):
-        if isinstance(module, kinds):
-            return n
-    return None
-
-
-def _reduced(node: fx.Node, rank: int | None) -> int | None:
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if rank is None or dims is None:
-        return None
-    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    return rank if keep else rank - (len(dims) if isinstance(dims, (tuple, list)) else 1)
-
-
-_BY_DIMENSION = (
-    (nn.Conv1d, nn.ConvTranspose1d),
-    (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d),
-    (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d),
-)
-_SAME_RANK = {
-    f"torch.nn.modules.{name}" for name in ("activation", "dropout", "linear", "batchnorm", "normalization", "pooling")
-}
-_SAME_CHANNELS = {f"torch.nn.modules.{name}" for name in ("activation", "dropout", "linear", "pooling")}
-_ELEMENTWISE_ONE = {
-    F.relu, F.gelu, F.silu, F.hardswish, F.dropout, F.relu6, F.leaky_relu, F.hardsigmoid, torch.relu, torch.sigmoid,
-    torch.tanh, "relu", "relu_", "sigmoid", "tanh", "contiguous", "clone", operator.add, operator.iadd, torch.add,
-    F.max_pool2d, F.avg_pool2d,
-}  # fmt: skip
-_CONV_RANK: dict[Any, int] = {
-    F.conv1d: 3, F.conv2d: 4, F.conv3d: 5, F.conv_transpose1d: 3, F.conv_transpose2d: 4, F.conv_transpose3d: 5,
-    torch.conv1d: 3, torch.conv2d: 4, torch.conv3d: 5,
-    F.avg_pool2d: 4, F.max_pool2d: 4, F.adaptive_avg_pool2d: 4,
-}  # fmt: skip
-_ELEMENTWISE = {
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.imul, torch.add, torch.mul,
-    "add", "mul", "add_", "mul_", "sub", "div",
-}  # fmt: skip
-_KEEPS_RANK = {
-    F.linear, F.relu, F.gelu, F.silu, F.hardswish, F.dropout, F.layer_norm, F.batch_norm, F.softmax, torch.relu,
-    torch.sigmoid, torch.tanh, F.normalize, "transpose", "permute", "contiguous", "clone", "sigmoid", "tanh", "relu",
-    "softmax", torch.transpose, torch.permute, operator.neg, "chunk", torch.chunk, F.pad, "to", "float",
-    F.leaky_relu, F.hardsigmoid, F.relu6, torch.flip, torch.roll,
-}  # fmt: skip
+    def _is_no_cast(self, node: fx.Node, operation: Operation) -> bool:
+        """Whether a cast is to the dtype that its input has anyway."""
+        given = [*node.args[1:], *(v for k, v in node.kwargs.items() if k != "memory_format")]
+        wanted, value = cast_to(node, operation, self.dtype), argument(node, 0, "self")
+        return (not given and operation.id == "to") or (wanted is not None and wanted == self.dtype.get(value))

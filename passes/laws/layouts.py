@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
-from torch import fx, nn
-from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
+from torch import fx
 
-from passes.fold.regions import Region
 from passes.graph.dataflow import Constants, Flow
+from passes.graph.opset import Kind, Operation, argument, base_operation
 from passes.laws.probe import ProbedForms
 from passes.laws.values import View
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["is_conv", "views"]
-
-_CONVS = (
-    (nn.Conv1d, nn.ConvTranspose1d),
-    (nn.Conv2d, nn.ConvTranspose2d),
-    (nn.Conv3d, nn.ConvTranspose3d),
-)
-_FUNCTIONS: dict[Any, int] = {F.linear: 0, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
-_TRANSPOSED: dict[Any, int] = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
-_RESHAPES = {
-    "getitem", "chunk", "split", "tensor_split", "narrow", "select", "index_select", "unbind", "cat", "concat",
-    "concatenate", "stack", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
-}  # fmt: skip
 
 
 def views(flow: Flow, entry: fx.Node) -> list[tuple[View, int]]:
@@ -49,7 +34,7 @@ def views(flow: Flow, entry: fx.Node) -> list[tuple[View, int]]:
             demand = _demand(flow, user, entry)
             if demand is None:
                 if depth < 6:
-                    todo.append((user, (*path, user) if _reshapes(flow, user) else path, depth + 1))
+                    todo.append((user, (*path, user) if _resizes(flow, user) else path, depth + 1))
                 continue
             view, count = demand
             if not view.last and rank not in (None, view.n + 2):
@@ -63,11 +48,10 @@ def views(flow: Flow, entry: fx.Node) -> list[tuple[View, int]]:
     return list(found.items())
 
 
-def _reshapes(flow: Flow, node: fx.Node) -> bool:
+def _resizes(flow: Flow, node: fx.Node) -> bool:
     """Whether an operation may change how many channels there are, or which dimension holds them."""
-    if node.op == "call_module":
-        return isinstance(flow.modules[node], (nn.Flatten, nn.Unflatten))
-    return (node.target if node.op == "call_method" else getattr(node.target, "__name__", "")) in _RESHAPES
+    operation = flow.operations.get(node)
+    return operation is not None and operation.resizes
 
 
 def _drops_channels(node: fx.Node, view: View) -> bool:
@@ -85,35 +69,42 @@ def _drops_channels(node: fx.Node, view: View) -> bool:
 
 def _demand(flow: Flow, node: fx.Node, entry: fx.Node) -> tuple[View, int] | None:
     region = node.meta.get("region")
-    if isinstance(region, Region):
+    if region is not None:
         return region.view, region.channels
-    module = flow.modules.get(node)
-    if isinstance(module, nn.Linear):
-        return View(0, last=True, rank=flow.rank.get(entry)), module.in_features
-    if module is not None:
-        n = next((i for i, kind in enumerate(_CONVS, start=1) if isinstance(module, kind)), None)
-        if n is not None:
-            return View(n), int(module.in_channels)  # type: ignore[arg-type]
+    module, operation = flow.modules.get(node), flow.operations.get(node)
+    if module is not None and operation is None:
         refusal = flow.unit.opaque.get(str(node.target))
-        untraceable = refusal is not None and refusal.reason is Reason.UNTRACEABLE  # one with a hook must not be run
-        return ProbedForms.of(flow.unit).demand(module) if untraceable else None
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    n = {**_FUNCTIONS, **_TRANSPOSED}.get(node.target)
-    if n is None or not isinstance(weight, fx.Node) or weight not in flow.constant:
+        if refusal is None or refusal.reason is not Reason.UNTRACEABLE:  # one with a hook must not be run
+            return None
+        operation = base_operation(module)  # what it computes is tried, how it reads its input is told by its base
+        if operation is None or operation.kind not in (Kind.CONV, Kind.CONV_TRANSPOSE):
+            return ProbedForms.of(flow.unit).demand(module)
+    if operation is None or operation.kind not in _DEMANDING or operation.id in ("matmul", "addmm", "bmm", "einsum"):
+        return None
+    if module is not None:
+        channels = module.in_features if operation.kind is Kind.LINEAR else module.in_channels
+        return _view(flow, operation, entry), int(channels)  # type: ignore[arg-type]
+    weight = argument(node, 1, "weight")
+    if not isinstance(weight, fx.Node) or weight not in flow.constant:
         return None
     try:
         shape = Constants(flow, None).value(weight).shape
     except RefusalError:
         return None
-    if n == 0:
-        return View(0, last=True, rank=flow.rank.get(entry)), int(shape[1])
-    if node.target in _TRANSPOSED:
-        return View(n), int(shape[0])
-    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-    return View(n), int(shape[1]) * (groups if isinstance(groups, int) else 1)
+    if operation.kind is Kind.CONV:
+        groups = argument(node, 6, "groups", 1)
+        return _view(flow, operation, entry), int(shape[1]) * (groups if isinstance(groups, int) else 1)
+    return _view(flow, operation, entry), int(shape[0 if operation.kind is Kind.CONV_TRANSPOSE else 1])
+
+
+_DEMANDING = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR)
+
+
+def _view(flow: Flow, operation: Operation, entry: fx.Node) -> View:
+    return View(0, last=True, rank=flow.rank.get(entry)) if operation.n is None else View(operation.n)
 
 
 def is_conv(flow: Flow, node: fx.Node) -> bool:
     """Whether a node is a convolution or linear layer, or stands for a region that folds into one."""
-    function = node.target in _FUNCTIONS or node.target in _TRANSPOSED
-    return "region" in node.meta or function or isinstance(flow.modules.get(node), (_ConvNd, nn.Linear))
+    operation = flow.operations.get(node)
+    return "region" in node.meta or (operation is not None and operation.affine and operation.kind in _DEMANDING)

@@ -144,11 +144,14 @@ class _Runner:
             raise RefusalError(Reason.NOT_A_CONVOLUTION, f"not probed: cannot be copied ({error})") from error
 
     def __call__(self, x: Tensor) -> Tensor:
+        version = x._version
         try:
             y = watched(self.module, x)
         # User code may fail in any way on an input it was not made for.
         except Exception as error:
             raise RefusalError(Reason.NOT_A_CONVOLUTION, f"probing failed: {error}".splitlines()[0]) from error
+        if x._version != version:
+            raise RefusalError(Reason.NOT_A_CONVOLUTION, "probed: changes its input in place")
         if not isinstance(y, Tensor) or y.dim() != x.dim() or y.shape[0] != x.shape[0]:
             raise RefusalError(Reason.NOT_A_CONVOLUTION, "probed: does not give one map for one map")
         return y.double()

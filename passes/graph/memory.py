@@ -1,0 +1,175 @@
+"""Which values of a graph share memory, and which operations write into it.
+
+Both are read from the table of operations; what torch alone knows, from its own schemas. Code that nobody knows (an
+opaque module, a function of the user) may return what it is given, and may change it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from passes.graph.opset import Kind, Operation, is_shape_query, is_torch
+
+__all__ = ["Memory", "memory_of"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Values that may share memory, and who writes.
+
+    Args:
+        group: for each value, the first of the values that it may share memory with.
+        members: all values of a group, in order, by that first one; only of groups that are written into.
+        writes: the nodes that write into a group, in order.
+        written: the arguments that a node writes into.
+        hidden: nodes of which it is not known whether they write.
+    """
+
+    group: dict[fx.Node, fx.Node]
+    members: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    writes: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    written: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    hidden: frozenset[fx.Node] = frozenset()
+
+    def changes(self, value: fx.Node) -> list[fx.Node]:
+        """The nodes that may change ``value``."""
+        return self.writes.get(self.group[value], []) if self.writes else []
+
+    def sharing(self, value: fx.Node) -> list[fx.Node]:
+        """The values that may share memory with ``value``, itself included."""
+        return self.members.get(self.group[value], [value])
+
+
+def memory_of(
+    nodes: Iterable[fx.Node],
+    operations: Mapping[fx.Node, Operation],
+    modules: Mapping[fx.Node, nn.Module],
+    opaque: Mapping[str, Any],
+) -> Memory:
+    """How the values of a graph lie in memory."""
+    first: dict[fx.Node, fx.Node] = {}
+    written: dict[fx.Node, list[fx.Node]] = {}
+
+    def root(node: fx.Node) -> fx.Node:
+        while first[node] is not node:
+            first[node] = first[first[node]]
+            node = first[node]
+        return node
+
+    order: dict[fx.Node, int] = {}
+    unknown: set[fx.Node] = set()
+    for node in nodes:
+        first[node], order[node] = node, len(order)
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        operation = operations.get(node)
+        hidden = operation is None and not is_torch(node)
+        hidden = hidden or (node.op == "call_module" and str(node.target) in opaque)
+        if hidden:
+            unknown.add(node)
+        changed = node.all_input_nodes if hidden else _written(node, operation, modules.get(node))
+        if changed:
+            written[node] = list(changed)
+        for other in [*changed, *(node.all_input_nodes if hidden else _shared(node, operation))]:
+            a, b = root(node), root(other)
+            if a is not b:
+                first[max(a, b, key=order.__getitem__)] = min(a, b, key=order.__getitem__)
+    group = {node: root(node) for node in first}
+    writes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node, values in written.items():
+        for base in dict.fromkeys(group[value] for value in values):
+            writes[base].append(node)
+    members: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node, base in group.items():
+        if base in writes:
+            members[base].append(node)
+    return Memory(group, dict(members), dict(writes), written, frozenset(unknown))
+
+
+# ------------------------------------------------------------------ who writes
+
+
+def _written(node: fx.Node, operation: Operation | None, module: nn.Module | None) -> list[fx.Node]:
+    """The arguments that a known operation writes into."""
+    out = _nodes(node.kwargs.get("out"))
+    if node.op == "call_module":
+        return _first(node) if getattr(module, "inplace", False) else out
+    in_place = operation is not None and node.target in operation.in_place
+    if in_place or _says_in_place(node) or _asked_in_place(node):
+        return [*_first(node), *out]
+    return out
+
+
+def _says_in_place(node: fx.Node) -> bool:
+    """Torch spells what works in place with a trailing underscore; schemas say it outright."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    name = str(target) if node.op == "call_method" else getattr(target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or (
+        name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+    )
+
+
+def _asked_in_place(node: fx.Node) -> bool:
+    if node.kwargs.get("inplace"):
+        return True
+    target: Any = node.target
+    if getattr(F, getattr(target, "__name__", ""), None) is not target or len(node.args) < 2:
+        return False
+    signature = _signature(target)
+    try:
+        return signature is not None and bool(signature.bind(*node.args, **node.kwargs).arguments.get("inplace"))
+    except TypeError:
+        return False
+
+
+@functools.cache
+def _signature(target: Any) -> inspect.Signature | None:
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
+    return signature if "inplace" in signature.parameters else None
+
+
+# ------------------------------------------------------------------ who shares
+
+
+def _shared(node: fx.Node, operation: Operation | None) -> list[fx.Node]:
+    """The arguments whose memory the result of a known operation may be."""
+    if operation is not None:
+        question = operation.kind is Kind.SHAPE or is_shape_query(node.op, node.target, node.args)
+        return _first(node) if operation.view and not question else []
+    if node.op == "call_module":
+        return []
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return list(node.all_input_nodes) if _may_view(name) else []
+
+
+@functools.cache
+def _may_view(name: str) -> bool:
+    """Whether torch says of any operator of this name that its result aliases an input."""
+    if hasattr(F, name):
+        return False
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+    return not schemas or any(value.alias_info is not None for schema in schemas for value in schema.returns)
+
+
+def _first(node: fx.Node) -> list[fx.Node]:
+    return _nodes(next(iter([*node.args, *node.kwargs.values()]), None))
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(value, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found

@@ -1,0 +1,133 @@
+"""Convolutions, transposed convolutions and linear layers (F3: a sequence; F7: a 1x1 with a kxk).
+
+    y[o] = bias + sum_k  W[:, :, k] x[o * stride - padding + dilation * k]
+
+All of them are exact behind anything that leaves nothing of the border to chance; see ``ConvForm.then`` for when that
+is. A linear layer is a convolution without spatial dimensions along the last axis, ``x @ W`` one with ``W`` transposed.
+
+The functions have the signatures of the torch operations that they stand for, so an option that is not named in one is
+a refusal, not a silent drop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from passes.algebra.conv_form import ConvForm
+from passes.laws.arguments import constant, integers, read, signal, then
+from passes.laws.values import Signal, settle
+from passes.refusal import Reason, RefusalError
+
+__all__ = ["addmm", "conv", "conv_arguments", "conv_transpose", "conv_transpose_arguments", "linear", "matmul"]
+
+Law = Callable[..., Any]
+Weights = Callable[[Any, str], "Tensor | None"]
+
+
+def conv(n: int) -> Law:
+    """The law of a convolution with ``n`` spatial dimensions; ``padding`` may give (leading, trailing) for each."""
+
+    def law(
+        x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+        mode: str = "zeros",
+    ) -> Signal:  # fmt: skip
+        value = read(x, n)
+        kernel = constant(weight, value)
+        outer = ConvForm.conv(
+            kernel,
+            None if bias is None else constant(bias, value),
+            stride=integers(stride, n),
+            padding=_pads(padding, kernel, dilation),
+            dilation=integers(dilation, n),
+            groups=groups,
+            mode=mode,
+        )
+        return then(value, outer, conv=True)
+
+    return law
+
+
+def conv_arguments(m: Any, weights: Weights) -> tuple[Any, ...]:
+    """What a layer convolves with. With a padding mode, torch pads by what ``padding`` was when the layer was made."""
+    padding = m.padding
+    if m.padding_mode != "zeros":
+        flat = list(m._reversed_padding_repeated_twice)
+        padding = tuple((a, b) for a, b in zip(flat[-2::-2], flat[-1::-2], strict=True))
+    return weights(m, "weight"), weights(m, "bias"), m.stride, padding, m.dilation, m.groups, m.padding_mode
+
+
+def conv_transpose(n: int) -> Law:
+    """The law of a transposed convolution with ``n`` spatial dimensions."""
+
+    def law(
+        x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+        groups: int = 1, dilation: Any = 1,
+    ) -> Signal:  # fmt: skip
+        value = read(x, n)
+        outer = ConvForm.transposed(
+            constant(weight, value),
+            None if bias is None else constant(bias, value),
+            stride=integers(stride, n),
+            padding=integers(padding, n),
+            output_padding=integers(output_padding, n),
+            dilation=integers(dilation, n),
+            groups=groups,
+        )
+        return then(value, outer, conv=True)
+
+    return law
+
+
+def conv_transpose_arguments(m: Any, weights: Weights) -> tuple[Any, ...]:
+    """What a layer convolves with."""
+    return (
+        weights(m, "weight"),
+        weights(m, "bias"),
+        m.stride,
+        m.padding,
+        m.output_padding,
+        m.groups,
+        m.dilation,
+    )
+
+
+def linear(x: Any, weight: Any, bias: Any = None) -> Signal:
+    """A linear layer."""
+    value = settle(signal(x))
+    if not value.view.last:
+        raise RefusalError(Reason.LAYOUT, "a linear layer reads the last dimension, which is not the channels here")
+    weight, bias = constant(weight, value), None if bias is None else constant(bias, value)
+    if weight.dim() != 2:
+        raise RefusalError(Reason.CHANNELS, f"a linear layer's weight has two dimensions, got {weight.dim()}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RefusalError(
+            Reason.CHANNELS, f"a linear layer's bias has one number per channel, got {tuple(bias.shape)}"
+        )
+    return then(value, ConvForm.conv(weight, bias), conv=True)
+
+
+def matmul(x: Any, y: Any) -> Signal:
+    """``x @ y``."""
+    return linear(x, constant(y, signal(x)).transpose(-1, -2))
+
+
+def addmm(bias: Any, x: Any, y: Any) -> Signal:
+    """``bias + x @ y``."""
+    return linear(x, constant(y, signal(x)).transpose(-1, -2), bias)
+
+
+def _pads(padding: Any, weight: Tensor, dilation: Any) -> Any:
+    """``same`` puts the odd pixel behind, as torch does."""
+    n = weight.dim() - 2
+    if not isinstance(padding, str):
+        paired = isinstance(padding, tuple) and all(isinstance(p, tuple) for p in padding)
+        return padding if paired and padding else integers(padding, n)
+    if padding == "valid":
+        return (0,) * n
+    if padding != "same":
+        raise RefusalError(Reason.ATTRIBUTE, f"padding {padding!r} is not understood")
+    total = [d * (k - 1) for d, k in zip(integers(dilation, n), weight.shape[2:], strict=True)]
+    return tuple((t // 2, t - t // 2) for t in total)

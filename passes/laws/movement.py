@@ -1,0 +1,129 @@
+"""Data movement: concatenation, splits, reshapes, transposes, shuffles; and questions about the shape.
+
+    cat, stack       the rows of several forms become the rows of one     same geometry after the embedding of sum
+    chunk, split...  rows of a form                                       along the channels
+    any other        followed by example (:mod:`passes.laws.values`)      the numbers come back to a channel permutation
+
+Exact whenever it is not refused: nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passes.laws.arguments import plain, signal
+from passes.laws.values import Signal, channel_axis_is, crop, merge, move, settle
+from passes.refusal import Reason, RefusalError
+
+__all__ = [
+    "along", "as_other", "attribute", "cat", "dropout", "getitem", "identity", "moved", "size", "stack",
+    "stochastic_depth",
+]  # fmt: skip
+
+Law = Callable[..., Any]
+
+
+def cat(tensors: Any, dim: int = 0) -> Signal:
+    """``torch.cat``."""
+    return merge(_signals(tensors), lambda ids: torch.cat(ids, dim))
+
+
+def stack(tensors: Any, dim: int = 0) -> Signal:
+    """``torch.stack``."""
+    return merge(_signals(tensors), lambda ids: torch.stack(ids, dim))
+
+
+def _signals(tensors: Any) -> list[Signal]:
+    parts = list(tensors)
+    if not all(isinstance(p, Signal) for p in parts):
+        raise RefusalError(Reason.NOT_AFFINE, "joined with a constant")
+    return parts
+
+
+def getitem(x: Any, index: Any) -> Any:
+    """``x[index]``."""
+    if isinstance(x, (tuple, list)):
+        return x[index]
+    value = signal(x)
+    items = list(index) if isinstance(index, tuple) else [index]
+    rank = len(value.shape)
+    if Ellipsis in [i for i in items if not isinstance(i, Tensor)]:
+        at = next(k for k, item in enumerate(items) if item is Ellipsis)
+        missing = rank - (len([i for i in items if i is not None]) - 1)
+        items[at : at + 1] = [slice(None)] * missing
+    return crop(value, [plain(i) for i in items])
+
+
+def along(operation: Law) -> Law:
+    """The law of chunk, split, narrow and the like: along the channels only."""
+    first = 0 if operation in (torch.narrow, torch.select, torch.index_select) else 1
+
+    def law(x: Any, *args: Any, **kwargs: Any) -> Any:
+        dim = kwargs.get("dim", args[first] if len(args) > first else 0)
+        value = settle(signal(x))
+        last = -1 if value.view.last else -1 - value.view.n
+        if not (channel_axis_is(value, dim) or dim == last):
+            raise RefusalError(Reason.LAYOUT, "split along batch or space")
+        return move(value, lambda ids: operation(ids, *plain(args), **plain(kwargs)))
+
+    return law
+
+
+def moved(operation: Law) -> Law:
+    """The law of any operation that only moves data, followed by example."""
+
+    def law(x: Any, *args: Any, **kwargs: Any) -> Any:
+        value = signal(x)
+
+        def run(ids: Tensor) -> Any:
+            try:
+                return operation(ids, *plain(args), **plain(kwargs))
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                raise RefusalError(Reason.LAYOUT, f"{Reason.LAYOUT.value} ({error})".splitlines()[0]) from error
+
+        return move(value, run)
+
+    return law
+
+
+def as_other(x: Any, other: Any) -> Any:
+    """``x.view_as(other)``."""
+    value, wanted = signal(x), signal(other).shape
+    return move(value, lambda ids: ids.reshape(plain(wanted)))
+
+
+def identity(x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same value; whatever the arguments are, they are about memory or, for a cast, have been looked at before."""
+    return replace(signal(x), work=0, conv=False, bias=0)
+
+
+def dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """Nothing, in evaluation."""
+    if training and p > 0:
+        raise RefusalError(Reason.NOT_AFFINE, "dropout in training mode")
+    return identity(x)
+
+
+def stochastic_depth(x: Any, p: float, mode: str, training: bool = True) -> Any:
+    """``torchvision.ops.stochastic_depth``."""
+    return dropout(x, p, training)
+
+
+def attribute(x: Any, name: str) -> Any:
+    """``x.shape``; other attributes are values."""
+    if name == "shape":
+        return signal(x).shape
+    if name == "ndim":
+        return len(signal(x).shape)
+    raise RefusalError(Reason.NOT_AFFINE, f"reads .{name}")
+
+
+def size(x: Any, dim: int | None = None) -> Any:
+    """``x.size()``, ``x.size(dim)``."""
+    whole = signal(x).shape
+    return whole if dim is None else whole[dim]
