@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from passes.algebra.lowering import all_finite, emit, target_of
+from passes.edits.edit import Undo, apply
 from passes.fold.aliasing import Memory
-from passes.fold.edits import Surgeon
+from passes.fold.edits import edits_of
 from passes.fold.placement import Layout, place
 from passes.fold.regions import Region, fold_of, origin
 from passes.fold.selection import plan_unit
@@ -58,12 +59,12 @@ def collapse_model(
         wanted = _run_examples(model, example_inputs, explanation, verify)
     # What the model's own eval() computes is computed on tensors of the result alone.
     result = model if inplace else deep_copy(model) if model.training and has_own_modes(model) else shadow(model)
-    surgeons: list[Surgeon] = []
+    undos: list[Undo] = []
     # A module that stays in training mode while the model is evaluated does so on purpose.
     uneval = evaluate(result) if model.training else lambda: None
     try:
         with _no_collection():
-            _compile(result, example_inputs, explanation, surgeons, verify)
+            _compile(result, example_inputs, explanation, undos, verify)
         if not inplace:
             result = independent(result, model)
         if wanted is not None and example_inputs is not None:
@@ -71,8 +72,8 @@ def collapse_model(
                 _compare(None if inplace else model, wanted, result, example_inputs)
     # Whatever went wrong, the caller's model must come back as it was; the error itself goes on.
     except BaseException:
-        for surgeon in reversed(surgeons):
-            surgeon.undo()
+        for undo in reversed(undos):
+            undo()
         uneval()
         raise
     explanation.after = Counts.of(result)
@@ -163,7 +164,7 @@ def _compile(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | None,
     explanation: Explanation,
-    surgeons: list[Surgeon],
+    undos: list[Undo],
     verify: bool,
 ) -> None:
     while True:
@@ -173,9 +174,7 @@ def _compile(
             if all(unit.root is not m for m in model.modules()):
                 continue  # inside a module that was probed and folded
             shared |= any(refusal.reason is Reason.SHARED for refusal in unit.opaque.values())
-            surgeon = Surgeon(model)
-            surgeons.append(surgeon)
-            _compile_unit(model, unit, _ranks(unit, example_inputs), explanation, surgeon, verify)
+            _compile_unit(model, unit, _ranks(unit, example_inputs), explanation, undos, verify)
         # A container that is called twice may be one layer by now, and its surroundings can be read through it.
         if not shared or len(explanation.folds) == before:
             return
@@ -186,12 +185,12 @@ def _compile_unit(
     unit: Unit,
     ranks: list[int | None],
     explanation: Explanation,
-    surgeon: Surgeon | None,
+    undos: list[Undo] | None,
     verify: bool,
 ) -> None:
     """Plan, fold and operate on one unit. What fails with real numbers is banned, and the unit is planned again.
 
-    Without a surgeon, everything is decided and nothing done.
+    Without ``undos``, everything is decided and nothing done.
     """
     banned: list[Refusal] = []
     planner = _Planner(model, unit, ranks)
@@ -206,21 +205,21 @@ def _compile_unit(
             if (outcome := _fold(region, planner, explanation, verify, banned)) is not None
         ]
         if len(folded) == len(regions):
-            if surgeon is None:
-                paths: dict[Region, str] = {}
-                break
             with _clock(explanation, "fold"):
                 try:
-                    paths = surgeon.operate(planner.layout, [(region, layer) for region, layer, _ in folded])
+                    edited = edits_of(planner.layout, [(region, layer) for region, layer, _ in folded])
                     break
                 except RefusalError as error:
-                    surgeon.undo()
                     banned.append(error.refusal)
                     planner.banned |= {r.key for r in regions if r.placement.rewrites}
         planner = _Planner(model, retrace(planner.flow.unit), ranks, planner.banned)
     explanation.refusals += [r for r in dict.fromkeys(banned) if r not in explanation.refusals]
     for region, _, gap in folded:
-        explanation.folds.append(fold_of(region, paths.get(region, ""), gap))
+        explanation.folds.append(fold_of(region, "" if undos is None else edited.paths[region], gap))
+    explanation.edits += edited.edits
+    explanation.notes += edited.notes
+    if undos is not None:
+        undos.append(apply(model, edited.edits, edited.layers))
 
 
 def _fold(
@@ -258,8 +257,7 @@ class _Planner:
             tensors = [*module._parameters.values(), *module._buffers.values()]
             owners.update(id(t) for t in tensors if t is not None)
         self.flow = Flow(unit, owners, ranks)
-        registered = Counter(id(child) for m in model.modules() for child in m._modules.values())
-        self.layout = Layout(self.flow, registered)
+        self.layout = Layout(self.flow, model)
         self.banned = banned if banned is not None else set()
         self._memory = Memory(self.flow)
 

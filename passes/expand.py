@@ -21,12 +21,13 @@ from passes.algebra.geometry import Geometry
 from passes.blocks.kit.layers import is_block
 from passes.blocks.kit.registry import Block
 from passes.collapse import check_model
-from passes.fold.edits import Surgeon
+from passes.edits.edit import Block as BlockEdit
+from passes.edits.edit import Edit, Remove, apply
 from passes.graph.copies import deep_copy
 from passes.refusal import Reason, Refusal, ReparamError
 from passes.table import section
 from passes.training.build import Cost, build, check_preserved, signature, site_of, try_on_meta
-from passes.training.discovery import Found, find_convs, remainder
+from passes.training.discovery import Found, find_convs
 from passes.training.filters import Blocks, Where, block_chooser, selector
 from passes.training.positions import positions_of
 
@@ -88,17 +89,14 @@ class Plan:
         """
         self._check_unchanged()
         model = self._model if self._inplace else deep_copy(self._model)
-        surgeon = Surgeon(model)
-        checked: set[Any] = set()
         scaled = (
             [] if self._preserve or not self._inplace else _norm_weights((row.found for row in self.expanded), model)
         )
         try:
-            for row in self.expanded:
-                self._expand(row, model, surgeon, checked)
+            edits, blocks = self._built(model)
+            apply(model, edits, blocks)
         # Whatever went wrong, a model edited in place must come back as it was; the error itself goes on.
         except BaseException:
-            surgeon.undo()
             with torch.no_grad():
                 for weight, before in scaled:
                     weight.copy_(before)
@@ -107,20 +105,27 @@ class Plan:
         log.log(level, "expand: %d of %d convolutions get a block", len(self.expanded), len(self.rows))
         return model
 
-    def _expand(self, row: PlanRow, model: nn.Module, surgeon: Surgeon, checked: set[Any]) -> None:
-        """Put one block in its place; ``checked`` holds the signatures of those that were seen to keep the function."""
-        assert row.block is not None
-        online = self._online[row.layer]
-        site = site_of(model, row.found, self._preserve, online)
-        module = build(row.layer, site, row.block, online)
-        kind = signature(site, row.block, online)
-        if self._preserve and kind not in checked:
-            checked.add(kind)
-            check_preserved(row.layer, site, module)
-        surgeon.replace(row.layer, module)
-        if site.norm_taken and row.found.norm is not None:
-            norm = model.get_submodule(row.found.norm.path)
-            surgeon.replace(row.found.norm.path, remainder(norm, row.found.norm.rest))
+    def _built(self, model: nn.Module) -> tuple[list[Edit], dict[str, nn.Module]]:
+        """The edits, and the blocks that they put in place; one of each signature is seen to keep the function."""
+        edits: list[Edit] = []
+        blocks: dict[str, nn.Module] = {}
+        checked: set[Any] = set()
+        for row in self.expanded:
+            block, path, norm = row.block, row.layer, row.found.norm
+            assert block is not None
+            online = self._online[path]
+            site = site_of(model, row.found, self._preserve, online)
+            blocks[path] = build(path, site, block, online)
+            kind = signature(site, block, online)
+            if self._preserve and kind not in checked:
+                checked.add(kind)
+                check_preserved(path, site, blocks[path])
+            options = tuple(block.options.items())
+            behind = ("", ()) if norm is None else (norm.path, norm.rest)
+            edits.append(BlockEdit(path, block.name, options, online, self._preserve, *behind))
+            if site.norm_taken and norm is not None:
+                edits.append(Remove(norm.path, norm.rest))
+        return edits, blocks
 
     def _check_unchanged(self) -> None:
         modules = dict(self._model.named_modules())

@@ -38,6 +38,7 @@ class Reason(Enum):
     SHARED = "used from more than one place"
     HOOK = "has a hook that would no longer run"
     IN_PLACE = "a tensor is changed in place while still in use"
+    HELD = "is called or held past the place where it is registered"
     CODE = "the surrounding code cannot be rewritten"
     NOT_A_CONVOLUTION = "probed: does not act as a convolution"
     UNTRACEABLE = "cannot be traced"

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from passes.blocks.kit.kernel_conv import KernelConv
+from passes.edits.edit import Edit
 from passes.refusal import Refusal
 from passes.table import section
 
@@ -71,6 +72,7 @@ class Explanation:
     Args:
         folds: regions folded (or to be folded).
         refusals: what stays as it is, each with its reason, one per layer.
+        edits: what was changed for that, in order.
         untraced: parts of the model that torch.fx cannot read; what is inside them is compiled on its own.
         before, after: counts of layers; ``after`` is None while planning.
         seconds: time per stage: trace, plan, fold, proof.
@@ -79,6 +81,7 @@ class Explanation:
 
     folds: list[Fold] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
     untraced: list[Refusal] = field(default_factory=list)
     before: Counts | None = None
     after: Counts | None = None

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 import passes.collapse
 import reparam
-from passes.fold.edits import Surgeon
 from reparam import Counts, EquivalenceError, Reason, ReparamError
 
 SURGERIES = {"slot": ConvBN, "whole": lambda: nn.Sequential(Parallel()), "rewritten": Activated}
@@ -217,7 +216,7 @@ def test_inplace_returns_the_same_object() -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
-@pytest.mark.parametrize("stage", ["trace", "plan", "emit", "prove", "operate", "rewrite", "second unit", "compare"])
+@pytest.mark.parametrize("stage", ["trace", "plan", "emit", "prove", "edit", "rewrite", "second unit", "compare"])
 def test_failure_midway_leaves_the_model_untouched(stage: str, inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is raised wherever, the model comes back as it was, and the error itself comes through."""
 
@@ -241,9 +240,9 @@ def test_failure_midway_leaves_the_model_untouched(stage: str, inplace: bool, mo
         "plan": (passes.collapse, "plan_unit", 0),
         "emit": (passes.collapse, "emit", 3),
         "prove": (passes.collapse, "prove", 3),
-        "operate": (Surgeon, "replace", 3),
-        "rewrite": (passes.fold.edits, "rewrite_forward", 0),
-        "second unit": (Surgeon, "operate", 1),
+        "edit": (passes.edits.edit, "_inherit", 3),
+        "rewrite": (passes.edits.edit, "rewrite_forward", 0),
+        "second unit": (passes.collapse, "apply", 1),
         "compare": (passes.collapse, "compare_outputs", 0),
     }
     owner, name, call = places[stage]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import passes.collapse
 import reparam
 from passes.algebra.conv_form import ConvForm
-from passes.fold.edits import Surgeon
+from passes.fold.edits import edits_of
 from reparam import EquivalenceError, ReparamError
 
 Damage = Callable[[nn.Module], nn.Module | None]
@@ -248,13 +248,12 @@ def test_wrong_surgery(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folds that are right but end up in the wrong place are found with inputs, in float32 and in place too."""
     model = ready(Branches())
     before = snapshot(model)
-    operate = Surgeon.operate
 
-    def swapped(self: Surgeon, layout: Any, regions: list[Any]) -> Any:
-        layers = [layer for _, layer in regions]
-        return operate(self, layout, [(r, new) for (r, _), new in zip(regions, layers[::-1], strict=True)])
+    def swapped(layout: Any, folds: list[Any]) -> Any:
+        layers = [layer for _, layer in folds]
+        return edits_of(layout, [(r, new) for (r, _), new in zip(folds, layers[::-1], strict=True)])
 
-    monkeypatch.setattr(Surgeon, "operate", swapped)
+    monkeypatch.setattr(passes.collapse, "edits_of", swapped)
     with pytest.raises(EquivalenceError, match=r"differ" if inplace else r"first at convs\.0"):
         reparam.collapse(model, example_inputs=maps(), inplace=inplace)
     assert is_unchanged(model, before)

@@ -1,174 +1,180 @@
-"""Surgery: put the folded layers into the caller's own model and disturb as little as possible.
+"""From planned folds to edits: what :mod:`passes.fold.placement` decided, written as plain data.
 
-:class:`Surgeon` carries out what :mod:`passes.fold.placement` decided, and can take everything back.
+Nothing is changed here. A child or a weight goes only when nothing that stays needs it, other methods of its class
+included.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from passes.edits.edit import Add, Clear, Delete, Edit, Remove, Replace, Rewrite
+from passes.edits.layer import Layer, describe
+from passes.edits.program import Program, Value
 from passes.fold.forward import new_forward
-from passes.fold.placement import Layout, Placement, Rewrite
+from passes.fold.methods import needed_elsewhere
+from passes.fold.placement import Layout, Placement
+from passes.fold.placement import Rewrite as Change
 from passes.fold.regions import Region
-from passes.fold.rewritten import rewrite_forward
 from passes.graph.capture import Call, call_of, join
 
-__all__ = ["Surgeon"]
+__all__ = ["Edited", "edits_of"]
 
-
+Changes = list[tuple[Change, Region]]
 Uses = list[tuple[str, fx.Node]]
 
 
-class Surgeon:
-    """Edits one model. Every step is recorded, so that :meth:`undo` gives the caller's model back as it was."""
+@dataclass(frozen=True)
+class Edited:
+    """What has to be done so that a unit runs its folds.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._undo: list[Callable[[], None]] = []
+    Args:
+        edits: in order.
+        layers: the folded layers by path.
+        paths: where each region's layer stands.
+        notes: what a person should know.
+    """
 
-    def operate(self, layout: Layout, regions: list[tuple[Region, nn.Module]]) -> dict[Region, str]:
-        """Put all folded layers of one unit in place; gives each layer's path."""
-        unit = layout.flow.unit
-        paths: dict[Region, str] = {}
-        rewrites: dict[Call, list[tuple[Rewrite, Region]]] = {}
-        layers = dict(regions)
-        for region, layer in regions:
+    edits: list[Edit] = field(default_factory=list)
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    paths: dict[Region, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def edits_of(layout: Layout, folds: list[tuple[Region, nn.Module]]) -> Edited:
+    """The edits that put the folded layers of one unit in place; raises :class:`RefusalError` with ``CODE``."""
+    return _Writer(layout, folds).written()
+
+
+class _Writer:
+    def __init__(self, layout: Layout, folds: list[tuple[Region, nn.Module]]) -> None:
+        self.layout, self.unit = layout, layout.flow.unit
+        self.folds, self.layers = folds, dict(folds)
+        self.done = Edited()
+        root = self.unit.root
+        self.described = {id(m._modules): join(self.unit.path, path) for path, m in root.named_modules()}
+        self.gone: set[str] = set()
+
+    def written(self) -> Edited:
+        changes: dict[Call, Changes] = {}
+        for region, _ in self.folds:
             placement: Placement = region.placement
             for path, is_layer in placement.slots.items():
-                full = join(unit.path, path)
-                self.replace(full, layer if is_layer else nn.Identity().eval())
-                if is_layer:
-                    paths[region] = full
+                self._fill(path, region if is_layer else None)
             for rewrite in placement.rewrites:
-                rewrites.setdefault(rewrite.call, []).append((rewrite, region))
-        for call, changes in _merged(layout, rewrites).items():
-            paths.update(self._rewrite(layout, call, changes, layers))
-        return paths
+                changes.setdefault(rewrite.call, []).append((rewrite, region))
+        for call, mine in _merged(changes).items():
+            self._rewrite(call, mine)
+        return self.done
 
-    def undo(self) -> None:
-        """Take back every edit, last one first."""
-        while self._undo:
-            self._undo.pop()()
-
-    def _rewrite(
-        self,
-        layout: Layout,
-        call: Call,
-        changes: list[tuple[Rewrite, Region]],
-        layers: dict[Region, nn.Module],
-    ) -> dict[Region, str]:
-        unit = layout.flow.unit
-        dead = {n for rewrite, region in changes for n in _dead_inside(region, rewrite)}
-        names: dict[Region, str] = {}
-        owners: dict[Region, nn.Module] = {}
-        uses = list(_uses(layout, call, dead))
-        for rewrite, region in changes:
-            if rewrite.layer:
-                # A child that is written out stays as a holder only while something in it is still in use.
-                holder = rewrite.call if any(_below(u, rewrite.call.path) and n not in dead for u, n in uses) else call
-                local = _layer_name(layout, holder, region, dead, set(names.values()), uses)
-                names[region], owners[region] = join(holder.path, local), holder.module
-        graph = new_forward(layout, call, changes, names, dead)
-        self._clean(call, dead, uses)
-        paths = {}
-        for rewrite, region in changes:
-            if rewrite.layer:
-                self._add(owners[region], names[region].rsplit(".", 1)[-1], layers[region])
-                paths[region] = join(unit.path, names[region])
-        if isinstance(call.module, (_BatchNorm, _ConvNd)) and not any(r.layer for r, _ in changes):
-            self.replace(join(unit.path, call.path), _remainder(call.module, graph))
+    def _fill(self, path: str, region: Region | None) -> None:
+        full = join(self.unit.path, path)
+        if region is None:
+            keeping = tuple(sorted(name[len(path) + 1 :] for name in self.layout.read(path)))
+            self.done.edits.append(Remove(full, keeping=keeping))
         else:
-            before = call.module.__class__
-            rewrite_forward(call.module, graph)
-            self._undo.append(lambda: setattr(call.module, "__class__", before))
-        return paths
+            self._place(full, region, Replace(full, self._description(region)))
 
-    def _clean(self, call: Call, dead: set[fx.Node], uses: Uses) -> None:
-        """Remove the modules and weights below ``call`` that only dead nodes used."""
-        prefix = call.path
+    def _place(self, full: str, region: Region, edit: Edit) -> None:
+        self.done.edits.append(edit)
+        self.done.layers[full] = self.layers[region]
+        self.done.paths[region] = full
+
+    def _description(self, region: Region) -> Layer:
+        return describe(self.layers[region], self.described)
+
+    def _rewrite(self, call: Call, changes: Changes) -> None:
+        dead = {n for change, region in changes for n in _dead_inside(region, change)}
+        uses = list(_uses(self.layout, call, dead))
+        kept = self._kept(call, dead)
+        names: dict[Region, str] = {}
+        for change, region in changes:
+            if change.layer:
+                # A child that is written out stays as a holder only while something in it is still in use.
+                alive = any(_below(used, change.call.path) and n not in dead for used, n in uses)
+                holder = change.call if alive else call
+                local = _layer_name(self.layout, holder, region, dead, {*names.values(), *kept}, uses)
+                names[region] = join(holder.path, local)
+        program = new_forward(self.layout, call, changes, names, dead)
+        for region, name in names.items():
+            full = join(self.unit.path, name)
+            taken = name in {path for path, _ in self.unit.root.named_modules()}
+            kind = Replace if taken else Add
+            self._place(full, region, kind(full, self._description(region)))
+        self._clean(call, dead, uses, {*names.values(), *kept})
+        path = join(self.unit.path, call.path)
+        if isinstance(call.module, (_BatchNorm, _ConvNd)) and not names:
+            self.done.edits.append(_remainder(path, call, program))
+        else:
+            self.done.edits.append(Rewrite(path, program))
+
+    def _kept(self, call: Call, dead: set[fx.Node]) -> set[str]:
+        """Paths of children and tensors that other methods of the module use, beside its forward."""
+        called, read = (
+            {name for n in dead if n.op == op and (name := _child(str(n.target), call.path))}
+            for op in ("call_module", "get_attr")
+        )
+        methods = needed_elsewhere(call.module, called, read)
+        for method, names in methods.items():
+            where = join(self.unit.path, call.path) or "the model"
+            self.done.notes.append(f"{', '.join(sorted(names))} of {where} stay for its method {method}")
+        return {join(call.path, name) for names in methods.values() for name in names}
+
+    def _clean(self, call: Call, dead: set[fx.Node], uses: Uses, kept: set[str]) -> None:
+        """Take away the modules and weights below ``call`` that only dead nodes used."""
         use: dict[str, bool] = {}
         for path, node in uses:
             use[path] = use.get(path, False) or node not in dead
-        self._prune(call.module, prefix, use)
+        for path in kept:
+            use[path] = True
+        self._prune(call.module, call.path, use)
 
     def _prune(self, module: nn.Module, path: str, use: dict[str, bool]) -> None:
-        for name, child in list(module._modules.items()):
+        if use.get(path) and path:
+            return
+        for name, child in module._modules.items():
             at = join(path, name)
             below = [alive for target, alive in use.items() if target == at or target.startswith(at + ".")]
-            if child is None or not below or all(below):
+            if child is None or not below or all(below) or at in self.gone:
                 continue
             if any(below):
                 self._prune(child, at, use)
             else:
-                self._remove(module._modules, name)
-        for table in (module._parameters, module._buffers):
-            for name in list(table):
-                if use.get(join(path, name)) is False:
-                    self._clear(table, name)
-
-    def replace(self, path: str, new: nn.Module) -> None:
-        """Put ``new`` in the place of the module at ``path``."""
-        *parent, name = path.split(".")
-        owner = self.model.get_submodule(".".join(parent))
-        old = owner._modules[name]
-        owner._modules[name] = new
-        self._undo.append(lambda: owner._modules.__setitem__(name, old))
-
-    def _add(self, owner: nn.Module, name: str, new: nn.Module) -> None:
-        before = dict(owner._modules)
-        owner._modules[name] = new
-
-        def restore() -> None:
-            owner._modules.clear()
-            owner._modules.update(before)
-
-        self._undo.append(restore)
-
-    def _remove(self, table: dict[str, Any], name: str) -> None:
-        before = dict(table)
-        del table[name]
-
-        def restore() -> None:
-            table.clear()
-            table.update(before)
-
-        self._undo.append(restore)
-
-    def _clear(self, table: dict[str, Any], name: str) -> None:
-        old = table[name]
-        table[name] = None
-        self._undo.append(lambda: table.__setitem__(name, old))
+                self.gone.add(at)
+                self.done.edits.append(Delete(join(self.unit.path, at)))
+        for name in [*module._parameters, *module._buffers]:
+            at = join(path, name)
+            if use.get(at) is False and at not in self.gone:
+                self.gone.add(at)
+                self.done.edits.append(Clear(join(self.unit.path, at)))
 
 
-def _dead_inside(region: Region, rewrite: Rewrite) -> list[fx.Node]:
+def _dead_inside(region: Region, change: Change) -> list[fx.Node]:
     """Nodes of the region that vanish from the forward being rewritten."""
     found = []
     for node in [*region.dying, *region.constants]:
         chain = list(call_of(node).chain())
-        if rewrite.call in chain and rewrite.tail not in chain:
+        if change.call in chain and change.tail not in chain:
             found.append(node)
     return found
 
 
-def _merged(
-    layout: Layout, rewrites: dict[Call, list[tuple[Rewrite, Region]]]
-) -> dict[Call, list[tuple[Rewrite, Region]]]:
-    """Rewrites by the call whose forward is generated.
+def _merged(changes: dict[Call, Changes]) -> dict[Call, Changes]:
+    """Changes by the call whose forward is generated.
 
-    A rewritten forward writes out the child calls that it edits; their own rewrites then become part of it.
+    A rewritten forward writes out the child calls that it edits; their own changes then become part of it.
     """
-    merged = dict(rewrites)
-    for outer in sorted(rewrites, key=lambda c: len(list(c.chain()))):
+    merged = dict(changes)
+    for outer in sorted(changes, key=lambda c: len(list(c.chain()))):
         if outer not in merged:
             continue
         while True:
-            dead = {n for rewrite, region in merged[outer] for n in _dead_inside(region, rewrite)}
+            dead = {n for change, region in merged[outer] for n in _dead_inside(region, change)}
             opened = {c for n in dead for c in call_of(n).chain()}
             inner = [c for c in merged if c is not outer and c in opened and outer in c.chain()]
             if not inner:
@@ -191,6 +197,12 @@ def _uses(layout: Layout, call: Call, dead: set[fx.Node]) -> Iterator[tuple[str,
                 yield inner.path, node
 
 
+def _child(target: str, path: str) -> str:
+    """The name of what ``target`` is, or lies in, below ``path``; empty if it stands elsewhere."""
+    inside = target.startswith(path + ".") if path else True
+    return target[len(path) + 1 if path else 0 :].split(".")[0] if inside else ""
+
+
 def _below(path: str, other: str) -> bool:
     return path.startswith(other + ".") or not other
 
@@ -202,10 +214,7 @@ def _layer_name(layout: Layout, call: Call, region: Region, dead: set[fx.Node], 
     convs += [n for n in region.constants if n.op == "get_attr"]
     convs.sort(key=lambda n: -sum(t.numel() for t in flow.tensors[n]))
     for node in convs:
-        path = str(node.target)
-        if call.path and not path.startswith(call.path + "."):
-            continue
-        name = path[len(call.path) + 1 if call.path else 0 :].split(".")[0]
+        name = _child(str(node.target), call.path)
         at = join(call.path, name)
         users = [n for used, n in uses if used == at or _below(used, at)]
         if name in call.module._modules and at not in taken and all(n in dead for n in users):
@@ -217,19 +226,19 @@ def _layer_name(layout: Layout, call: Call, region: Region, dead: set[fx.Node], 
     return base
 
 
-def _remainder(module: nn.Module, graph: fx.Graph) -> nn.Module:
+def _remainder(path: str, call: Call, program: Program) -> Remove:
     """What is left of a norm or convolution that also does something else: its activation, under its old name.
 
     Assertions about the input's shape go with the norm that made them.
     """
-    chain: list[fx.Node] = []
-    node = next(iter(reversed(graph.nodes))).args[0]
-    while isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-        chain.insert(0, node)
-        node = node.args[0]
-    others = [n for n in graph.nodes if n.op in ("call_module", "get_attr") and n not in chain]
-    names = [str(n.target) for n in chain]
-    if not isinstance(node, fx.Node) or node.op != "placeholder" or others or any("." in name for name in names):
-        return fx.GraphModule(module, graph).eval()
-    kept = OrderedDict((n, m) for n in names if type(m := module.get_submodule(n)) is not nn.Identity)
-    return nn.Sequential(kept).eval() if kept else nn.Identity().eval()
+    chain: list[str] = []
+    by_name = {op.name: op for op in program.operations}
+    value = program.output
+    while isinstance(value, Value) and (op := by_name.get(value.name)) is not None:
+        if op.op != "call_module" or len(op.args) != 1 or op.kwargs or "." in op.target:
+            break
+        chain.insert(0, op.target)
+        value = op.args[0]
+    others = [op for op in program.operations if op.op in ("call_module", "get_attr") and op.target not in chain]
+    starts = isinstance(value, Value) and value.name in {argument.name for argument in program.arguments}
+    return Remove(path, tuple(chain)) if starts and not others else Remove(path, program=program)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Iterator
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
+from passes.edits.program import Argument, Program
 from passes.fold.placement import Layout, Rewrite, nodes_in
 from passes.fold.regions import Region, origin
 from passes.graph.capture import Call, call_of
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["new_forward", "unchanged"]
+__all__ = ["new_forward"]
 
 
 def new_forward(
@@ -22,8 +24,8 @@ def new_forward(
     changes: list[tuple[Rewrite, Region]],
     names: dict[Region, str],
     dead: set[fx.Node],
-) -> fx.Graph:
-    """The graph of ``call``'s module after ``changes``, targets relative to that module.
+) -> Program:
+    """The forward of ``call``'s module after ``changes``, its paths relative to that module.
 
     ``names`` are the paths of the folded layers, ``dead`` the traced nodes that vanish. Refuses with ``CODE`` if the
     forward uses a module or weight that stands elsewhere.
@@ -33,12 +35,6 @@ def new_forward(
     except KeyError as missing:
         where = call.path or type(call.module).__name__
         raise RefusalError(Reason.CODE, f"{missing} is not at hand in the forward of {where}") from missing
-
-
-def unchanged(got: Any, wanted: Any, name: str) -> None:
-    """Called by a rewritten forward for each optional argument that its caller left at a fixed value."""
-    if got is not wanted and not (type(got) is type(wanted) and got == wanted):
-        raise ValueError(f"this forward was collapsed for {name}={wanted!r} and cannot be called with another value")
 
 
 class _Local:
@@ -57,32 +53,34 @@ class _Local:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
         self.parts: list[fx.Node] = []
+        self.constants: dict[str, Tensor] = {}
         self.given = {rewrite.old: rewrite.source for rewrite, _ in changes if not rewrite.layer}
         self.first = {}
         for rewrite, region in changes:
             if rewrite.layer:
                 self.first[next(n for n in region.dying if call in call_of(n).chain())] = (rewrite.source, region)
 
-    def build(self) -> fx.Graph:
-        self._placeholders()
+    def build(self) -> Program:
+        arguments = tuple(self._arguments())
         self._copy(self.call)
         self.graph.output(self._map(self.call.output))
-        for node in self.parts:
+        for node in reversed(self.parts):
             if not node.users:
                 self.graph.erase_node(node)
         self.graph.lint()
-        return self.graph
+        return Program.of(self.graph, arguments, self.constants)
 
-    def _placeholders(self) -> None:
+    def _arguments(self) -> Iterator[Argument]:
+        """All parameters that the original takes; one that was traced at a fixed value may have no other."""
         signature = inspect.signature(self.call.module.forward)
-        for name, value in signature.bind(*self.call.args, **self.call.kwargs).arguments.items():
-            parameter = signature.parameters[name]
-            default = () if parameter.default is parameter.empty else (parameter.default,)
-            node = self.graph.placeholder(name, None, *default)
-            self._name(value, node)
-            if default and not nodes_in(value):
-                # The new forward holds for the option that was traced; any other must not be ignored in silence.
-                self.graph.call_function(unchanged, (node, value, name))
+        given = signature.bind(*self.call.args, **self.call.kwargs).arguments
+        for name, parameter in signature.parameters.items():
+            optional = parameter.default is not parameter.empty
+            value = given.get(name, parameter.default)
+            self._name(value, self.graph.placeholder(name))
+            fixed = not nodes_in(value)
+            default = parameter.default if optional else None
+            yield Argument(name, parameter.kind.name, default, optional, fixed, value if fixed else None)
 
     def _copy(self, call: Call) -> None:
         for item in self.layout.items[call]:
@@ -105,7 +103,7 @@ class _Local:
         except KeyError:
             return  # an assertion about a value that is gone
         if node.op in ("call_module", "get_attr"):
-            new.target = self._relative(str(node.target))
+            new.target = self._held(node) or self._relative(str(node.target))
         self.env[node] = new
 
     def _fold(self, source: fx.Node, region: Region) -> None:
@@ -122,15 +120,12 @@ class _Local:
         self._name(call.output, new)
 
     def _name(self, value: Any, new: fx.Node) -> None:
-        """Let the traced nodes in ``value``, a node or nested tuples of them, be found as parts of ``new``."""
+        """Let the traced nodes in ``value``, a node or a structure of them, be found as parts of ``new``."""
         if isinstance(value, fx.Node):
             self.env.setdefault(value, new)
-            return
-        for key, part in (
-            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (tuple, list)) else ()
-        ):
+        for take, key, part in _parts(value):
             if nodes_in(part):
-                taken = self.graph.call_function(operator.getitem, (new, key))
+                taken = self.graph.call_function(take, (new, key))
                 self.parts.append(taken)
                 self._name(part, taken)
 
@@ -141,6 +136,15 @@ class _Local:
         """The new node of a traced one; a fold made elsewhere is found under the result that it replaced."""
         return self.env[origin(node)]  # type: ignore[no-any-return]
 
+    def _held(self, node: fx.Node) -> str | None:
+        """The name of a tensor that the forward makes itself, whatever it is given: it goes with the program."""
+        unit, target = self.layout.flow.unit, str(node.target)
+        if node.op != "get_attr" or target not in unit.constants or _is_there(unit.root, target):
+            return None
+        name = target.replace(".", "_")
+        self.constants[name] = unit.constants[target]
+        return name
+
     def _relative(self, target: str) -> str:
         if not self.call.path:
             return target
@@ -150,3 +154,28 @@ class _Local:
 
     def _calls_with(self, dead: set[fx.Node]) -> set[Call]:
         return {c for n in dead for c in call_of(n).chain()}
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """How to get at what a structure holds: a function, its key, and what it gives.
+
+    A call of a class (``OrderedDict``, a dataclass) is a structure as well.
+    """
+    if isinstance(value, dict):
+        yield from ((operator.getitem, key, part) for key, part in value.items())
+    elif isinstance(value, (tuple, list)):
+        yield from ((operator.getitem, i, part) for i, part in enumerate(value))
+    elif isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
+        if issubclass(value.target, dict):
+            pairs: Any = value.args[0] if value.args else ()
+            yield from ((operator.getitem, *pair) for pair in pairs if isinstance(pair, (tuple, list)))
+        take = operator.getitem if issubclass(value.target, dict) else getattr
+        yield from ((take, key, part) for key, part in value.kwargs.items())
+
+
+def _is_there(root: Any, target: str) -> bool:
+    for name in target.split("."):
+        if not hasattr(root, name):
+            return False
+        root = getattr(root, name)
+    return True

@@ -17,8 +17,9 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from passes.edits.holders import Holder, holders
 from passes.fold.regions import Region, origin
-from passes.graph.capture import Call, call_of
+from passes.graph.capture import Call, call_of, join
 from passes.graph.dataflow import Flow
 from passes.refusal import Reason, RefusalError
 
@@ -59,9 +60,10 @@ class Step:
 class Layout:
     """Facts about one unit's modules that surgery needs: how often each is called, and where it is registered."""
 
-    def __init__(self, flow: Flow, registered: Counter[int]) -> None:
+    def __init__(self, flow: Flow, model: nn.Module) -> None:
         self.flow = flow
-        self.registered = registered
+        self.registered = Counter(id(child) for m in model.modules() for child in m._modules.values())
+        self.holders = holders(model)
         unit = flow.unit
         self.leaf_calls = Counter(str(n.target) for n in flow.modules)
         self.calls = Counter(id(call.module) for call in unit.calls)
@@ -90,7 +92,7 @@ class Layout:
         """Whether putting another module into this slot changes this one call and nothing else."""
         once = self.leaf_calls[path] <= 1 and self.calls[id(module)] <= 1
         around = all(self.calls[id(c.module)] == 1 for c in (parent.chain() if parent is not None else ()))
-        pinned = id(module) in self.flow.unit.pinned
+        pinned = id(module) in self.flow.unit.pinned or any(not h.changeable for h in self.holders.get(id(module), ()))
         return once and around and not pinned and self.registered[id(module)] == 1 and path != ""
 
     def rewritable(self, call: Call) -> bool:
@@ -98,9 +100,53 @@ class Layout:
         once = self.registered[id(call.module)] <= 1 or call.parent is None  # a unit is the same one wherever it stands
         return once and all(self.calls[id(c.module)] == 1 for c in call.chain())
 
+    def out_of_reach(self, module: nn.Module) -> Holder | None:
+        """An attribute through which code that was not read, or that an edit cannot change, may call this module.
+
+        What a forward replaced on an instance closes over was read with it; such a forward can be rewritten.
+        """
+        unit = self.flow.unit
+        inside = {id(m) for m in unit.root.modules()}
+        for holder in self.holders.get(id(module), ()):
+            owner = id(holder.owner)
+            if owner == id(module) or (self.calls[owner] and (holder.changeable or holder.name == "forward")):
+                continue
+            untouched = owner in inside and owner not in unit.pinned and not self._is_opaque(holder.owner)
+            if not (untouched and holder.changeable):
+                return holder
+        return None
+
+    def _is_opaque(self, module: nn.Module) -> bool:
+        return any(self.flow.unit.root.get_submodule(path) is module for path in self.flow.unit.opaque)
+
+    def read(self, path: str) -> dict[str, list[fx.Node]]:
+        """Tensors of the module at ``path`` that other code reads itself, each with the nodes that do.
+
+        There are none where it only asked (``bn.weight is None``, or for a dtype), which leaves no node.
+        """
+        inside = {id(c) for c in self.flow.unit.calls if c.path == path}
+        found: dict[str, list[fx.Node]] = {}
+        if not inside and path not in self.flow.unit.opaque:  # nor were they read in vain by the module itself
+            found = {name: [] for name in self.flow.unit.read if name.startswith(path + ".")}
+        for node in self.flow.nodes:
+            theirs = node.op == "get_attr" and str(node.target).startswith(path + ".")
+            if theirs and not any(id(c) in inside for c in call_of(node).chain()):
+                found.setdefault(str(node.target), []).append(node)
+        return found
+
+    def reads_numbers(self, path: str) -> bool:
+        """Whether other code reads more of a tensor of the module at ``path`` than its dtype and device."""
+        return any(not _asks_for_kind(user) for nodes in self.read(path).values() for n in nodes for user in n.users)
+
+
+def _asks_for_kind(node: fx.Node) -> bool:
+    """Whether this asks a tensor for its dtype or device, which the folded layer's has as well."""
+    return node.target is getattr and node.args[1] in ("dtype", "device")
+
 
 def place(layout: Layout, region: Region) -> Placement:
     """Decide where the folded layer goes; raises :class:`RefusalError` with ``CODE`` if nowhere."""
+    _check_reach(layout, region)
     entry = origin(region.entry)
     common = _common_call([call_of(n) for n in region.dying])
     while common.parent is not None and not _sees(common, entry):
@@ -111,6 +157,17 @@ def place(layout: Layout, region: Region) -> Placement:
     placement = Placement()
     _substitute(layout, region, common, Step(origin(region.result), origin(region.entry), True), placement)
     return placement
+
+
+def _check_reach(layout: Layout, region: Region) -> None:
+    """Refuse with ``HELD`` if a layer of the region may be called past the place where it is registered."""
+    called = {id(m): m for n in region.dying if (m := layout.flow.modules.get(n)) is not None}
+    called.update({id(c.module): c.module for n in region.dying for c in call_of(n).chain() if c.parent is not None})
+    for module in called.values():
+        holder = layout.out_of_reach(module)
+        if holder is not None:
+            name = next(path for path, m in layout.flow.unit.root.named_modules() if m is module)
+            raise RefusalError(Reason.HELD, f"{join(layout.flow.unit.path, name)} is also held by {holder}")
 
 
 def _common_call(calls: list[Call]) -> Call:
@@ -148,7 +205,8 @@ def _substitute(layout: Layout, region: Region, call: Call, step: Step, placemen
         return
     if _is_whole(layout, region, call, step.old) and call.args == (step.source,) and not call.kwargs:
         outer = call.parent is None and layout.flow.unit.path != "" and layout.registered[id(call.module)] == 1
-        if outer or (call.parent is not None and layout.replaceable(call.module, call.path, call.parent)):
+        inner = call.parent is not None and layout.replaceable(call.module, call.path, call.parent)
+        if (outer or inner) and not layout.reads_numbers(call.path):
             placement.slots[call.path] = step.layer
             return
     _check_rewritable(layout, call)
@@ -172,6 +230,9 @@ def _with_tail(layout: Layout, region: Region, call: Call, step: Step, trial: Pl
 
 def _check_rewritable(layout: Layout, call: Call) -> None:
     where = call.path or type(call.module).__name__
+    fixed = getattr(layout.flow.unit, "fixed", {}).get(call)
+    if fixed is not None:
+        raise RefusalError(fixed.reason, f"{fixed.message}, so the forward of {where} stays as it is")
     if not layout.rewritable(call):
         raise RefusalError(Reason.CODE, f"{where} is called more than once, so its forward cannot be rewritten")
     outermost = list(call.chain())[-1]
@@ -240,7 +301,7 @@ def _leaf_slot(layout: Layout, node: fx.Node, source: fx.Node, call: Call, is_la
     module, path = layout.flow.modules[node], str(node.target)
     if not is_layer and isinstance(module, (nn.Identity, _DropoutNd)):
         return True
-    if not layout.replaceable(module, path, call):
+    if not layout.replaceable(module, path, call) or (is_layer and layout.reads_numbers(path)):
         return False
     trial.slots[path] = is_layer
     return True

@@ -9,7 +9,7 @@ convolution is left alone, such a norm stays where it is.
 from __future__ import annotations
 
 import inspect
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,13 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from passes.graph.attributes import carry_attributes
 from passes.graph.capture import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
 from passes.graph.modes import kept_modes
 from passes.graph.variants import variants
 from passes.laws.laws import is_shape_query
 from passes.refusal import Reason, Refusal
 
-__all__ = ["Found", "Norm", "find_convs", "plain_norm", "remainder"]
+__all__ = ["Found", "Norm", "find_convs", "plain_norm"]
 
 
 @dataclass(frozen=True)
@@ -333,17 +332,6 @@ def _rest(unit: Unit, norm: fx.Node, call: Call) -> tuple[str, ...] | None:
         names.append(str(node.target))
     local = tuple(name[len(call.path) + 1 :] for name in names)
     return local if all(name in call.module._modules for name in local) else None
-
-
-def remainder(norm: nn.Module, rest: tuple[str, ...]) -> nn.Module:
-    """What stays in a norm's place when the norm has moved: its activation, under its old name, or nothing."""
-    kept = OrderedDict(
-        (name, norm.get_submodule(name)) for name in rest if type(norm.get_submodule(name)) is not nn.Identity
-    )
-    left = nn.Sequential(kept) if kept else nn.Identity()
-    left.training = norm.training
-    carry_attributes(norm, left)
-    return left
 
 
 def plain_norm(norm: _BatchNorm, n: int) -> _BatchNorm:
