@@ -12,21 +12,23 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from passes.algebra.lowering import all_finite, emit, target_of
+from passes.algebra.lowering import all_finite
 from passes.edits.edit import Undo, apply
 from passes.fold.aliasing import Memory
-from passes.fold.edits import edits_of
-from passes.fold.placement import Layout, place
-from passes.fold.regions import Region, fold_of, origin
-from passes.fold.selection import plan_unit
-from passes.graph.capture import Unit, retrace, trace_units
+from passes.fold.candidates import Candidate, Key, layers_of
+from passes.fold.edits import Edited, edits_of
+from passes.fold.folds import Fold, folded
+from passes.fold.placement import Layout, Placement, place
+from passes.fold.reasons import worth_saying
+from passes.fold.selection import Guard, select
+from passes.graph.capture import Unit, trace_units
 from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example
@@ -36,13 +38,14 @@ from passes.proof.run import outputs
 from passes.proof.verify import Expected, compare, compare_outputs, expect
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.report import Counts, Explanation
+from passes.report import Fold as Record
 
 __all__ = ["check_model", "collapse_model", "explain_model"]
 
 log = logging.getLogger("reparam")
 
-_QUIET = {Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.RANK_UNKNOWN, Reason.CHANNELS, Reason.LAYOUT}
-"""Reasons that only say where a region ends; they explain a batch norm that stays, and nothing else."""
+ROUNDS = 8
+"""How often the candidates of one unit are selected again because some failed, before whole layers are given up."""
 
 
 def collapse_model(
@@ -188,95 +191,100 @@ def _compile_unit(
     undos: list[Undo] | None,
     verify: bool,
 ) -> None:
-    """Plan, fold and operate on one unit. What fails with real numbers is banned, and the unit is planned again.
+    """Select, fold and edit one unit; without ``undos``, everything is decided and nothing done.
 
-    Without ``undos``, everything is decided and nothing done.
+    A candidate that fails is banned with its reason, and the selection is made again among the others. After
+    ``ROUNDS`` of these, the nodes of what fails stay for good: every further round is one of fewer nodes.
     """
-    banned: list[Refusal] = []
-    planner = _Planner(model, unit, ranks)
-    said = len(explanation.refusals)
-    while True:
-        del explanation.refusals[said:]  # of a plan that failed
+    with _clock(explanation, "plan"):
+        flow = Flow(unit, _owners(model), ranks)
+        layout = Layout(flow, model)
+        guard = _guard(flow, layout)
+    banned: dict[Key, Refusal] = {}
+    staying: set[fx.Node] = set()
+    made: dict[Key, Fold] = {}
+    for attempt in range(ROUNDS + len(flow.nodes) + 1):
         with _clock(explanation, "plan"):
-            regions = planner.plan(explanation)
-        folded = [
-            outcome
-            for region in regions
-            if (outcome := _fold(region, planner, explanation, verify, banned)) is not None
-        ]
-        if len(folded) == len(regions):
+            selection = select(flow, guard, banned.keys(), staying)
+        edited, failed = Edited(), dict[Candidate, Refusal]()
+        for candidate, placement in selection.chosen:
+            outcome = _fold(flow, candidate, placement, made, explanation, verify)
+            if isinstance(outcome, Refusal):
+                failed[candidate] = outcome
+        folds = [made[candidate.key] for candidate, _ in selection.chosen if candidate not in failed]
+        if not failed:
             with _clock(explanation, "fold"):
-                try:
-                    edited = edits_of(planner.layout, [(region, layer) for region, layer, _ in folded])
-                    break
-                except RefusalError as error:
-                    banned.append(error.refusal)
-                    planner.banned |= {r.key for r in regions if r.placement.rewrites}
-        planner = _Planner(model, retrace(planner.flow.unit), ranks, planner.banned)
-    explanation.refusals += [r for r in dict.fromkeys(banned) if r not in explanation.refusals]
-    for region, _, gap in folded:
-        explanation.folds.append(fold_of(region, "" if undos is None else edited.paths[region], gap))
+                edited, failed = _edited(layout, folds)
+        if not failed:
+            break
+        banned.update({candidate.key: refusal for candidate, refusal in failed.items()})
+        if attempt >= ROUNDS:
+            staying.update(node for candidate in failed for node in candidate.dying)
+    explanation.refusals += dict.fromkeys([*worth_saying(flow, selection), *banned.values()])
+    for fold in folds:
+        where = "" if undos is None else edited.paths[fold.candidate]
+        explanation.folds.append(Record.of(flow, fold.candidate, fold.form, where, fold.error))
     explanation.edits += edited.edits
     explanation.notes += edited.notes
     if undos is not None:
         undos.append(apply(model, edited.edits, edited.layers))
 
 
+def _owners(model: nn.Module) -> Counter[int]:
+    """How many places of the model register each tensor."""
+    owners: Counter[int] = Counter()
+    for module in model.modules():
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        owners.update(id(t) for t in tensors if t is not None)
+    return owners
+
+
+def _guard(flow: Flow, layout: Layout) -> Guard:
+    memory = Memory(flow)
+
+    def place_safely(candidate: Candidate) -> Placement | Refusal:
+        try:
+            return memory.refusal(candidate) or place(layout, candidate)
+        except RefusalError as error:
+            return error.refusal
+
+    return place_safely
+
+
 def _fold(
-    region: Region, planner: _Planner, explanation: Explanation, verify: bool, banned: list[Refusal]
-) -> tuple[Region, nn.Module, float | None] | None:
-    layers = ", ".join(region.layers())
+    flow: Flow,
+    candidate: Candidate,
+    placement: Placement,
+    made: dict[Key, Fold],
+    explanation: Explanation,
+    verify: bool,
+) -> Refusal | None:
+    """Enter the proven fold of a candidate into ``made``, which holds those of earlier rounds, or say why not."""
+    layers = ", ".join(layers_of(flow, candidate))
+    fold = made.get(candidate.key)
     try:
-        with torch.no_grad():
+        if fold is None:
             with _clock(explanation, "fold"):
-                form = region.numeric()
-                nodes = [*region.dying, *region.constants]
-                layer = emit(form, target_of(t for n in nodes for t in planner.flow.tensors.get(n, ())))
-            error = None
+                fold = folded(flow, candidate, placement)
             if verify:
                 with _clock(explanation, "proof"):
-                    error = prove(region, form, layer)
+                    fold = replace(fold, error=prove(flow, candidate, fold.form, fold.layer, layers))
+            fold = replace(fold, form=fold.form.to("meta"))  # the numbers are in the layer now
     except RefusalError as refused:
         if refused.refusal.reason is Reason.NOT_FINITE:
             raise ReparamError(f"{layers}: {refused.refusal.message}") from refused
-        banned.append(refused.refusal.at(layers))
-        planner.banned.add(region.key)
-        return None
-    region.form = form.to("meta")  # the numbers are in the layer now
-    return region, layer, error
+        return refused.refusal.at(layers)
+    made[candidate.key] = replace(fold, candidate=candidate, placement=placement)
+    return candidate.costs(fold.form)
 
 
-class _Planner:
-    """One attempt at one unit: its dataflow, its layout, and what is not to be tried again."""
-
-    def __init__(
-        self, model: nn.Module, unit: Unit, ranks: list[int | None], banned: set[tuple[str, ...]] | None = None
-    ) -> None:
-        owners: Counter[int] = Counter()
-        for module in model.modules():
-            tensors = [*module._parameters.values(), *module._buffers.values()]
-            owners.update(id(t) for t in tensors if t is not None)
-        self.flow = Flow(unit, owners, ranks)
-        self.layout = Layout(self.flow, model)
-        self.banned = banned if banned is not None else set()
-        self._memory = Memory(self.flow)
-
-    def plan(self, explanation: Explanation) -> list[Region]:
-        """Regions to fold; refusals worth reporting go into ``explanation``."""
-        refusals: list[Refusal] = []
-        regions = plan_unit(self.flow, self._accept, self.banned, refusals)
-        explanation.refusals += _worth_saying(self.flow, regions, refusals)
-        return regions
-
-    def _accept(self, region: Region, dead: set[fx.Node]) -> Refusal | None:
-        refusal = self._memory.refusal(region)
-        if refusal is not None:
-            return refusal
-        try:
-            region.placement = place(self.layout, region)
-        except RefusalError as error:
-            return error.refusal
-        return None
+def _edited(layout: Layout, folds: list[Fold]) -> tuple[Edited, dict[Candidate, Refusal]]:
+    """The edits that put the folded layers in place, or which of them have no place after all."""
+    try:
+        return edits_of(layout, folds), {}
+    except RefusalError as error:
+        rewriting = [fold for fold in folds if fold.placement.rewrites] or folds
+        return Edited(), {fold.candidate: error.refusal for fold in rewriting}
 
 
 def _traced(model: nn.Module, explanation: Explanation) -> list[Unit]:
@@ -310,39 +318,3 @@ def _clock(explanation: Explanation, stage: str) -> Iterator[None]:
         yield
     finally:
         explanation.seconds[stage] = explanation.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-# ------------------------------------------------------------------ saying what was done
-
-
-def _worth_saying(flow: Flow, regions: list[Region], refusals: list[Refusal]) -> list[Refusal]:
-    """One refusal per layer that stays: those of the laws, and for every batch norm why it is still there."""
-    dead = {n for r in regions for n in r.dying}
-    # Two operations of one module may have one name: it is gone when both are.
-    gone = {flow.unit.name(n) for n in dead} - {
-        flow.unit.name(n) for n in flow.nodes if n not in dead and "region" not in n.meta
-    }
-    said: dict[str, Refusal] = {}
-    for refusal in refusals:
-        if refusal.reason not in _QUIET and refusal.layer not in gone:
-            said.setdefault(refusal.layer, refusal)
-    for node in flow.nodes:
-        if node in dead or not _is_norm(flow, node):
-            continue
-        name = flow.unit.name(node)
-        said.setdefault(name, _why_norm_stays(flow, node).at(name))
-    return list(said.values())
-
-
-def _is_norm(flow: Flow, node: fx.Node) -> bool:
-    return node.target is F.batch_norm or isinstance(flow.modules.get(node), _NormBase)
-
-
-def _why_norm_stays(flow: Flow, node: fx.Node) -> Refusal:
-    source = origin(node.all_input_nodes[0])
-    name = flow.unit.name(source) if source.op != "placeholder" else "the input"
-    readers = [u for u in source.users if "region" not in u.meta and not flow.shape_only(u)]
-    if len(readers) > 1 and source in flow.affine:
-        others = ", ".join(flow.unit.name(u) for u in readers if u is not node and u.op != "output") or "the output"
-        return Refusal(Reason.SHARED, f"the output of {name} is used by {others} as well")
-    return Refusal(Reason.NO_CONVOLUTION, f"{Reason.NO_CONVOLUTION.value}: it follows {name}")

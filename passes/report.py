@@ -9,8 +9,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from passes.algebra.conv_form import ConvForm
 from passes.blocks.kit.kernel_conv import KernelConv
 from passes.edits.edit import Edit
+from passes.fold.candidates import Candidate, layers_of
+from passes.graph.dataflow import Flow
 from passes.refusal import Refusal
 from passes.table import section
 
@@ -64,6 +67,20 @@ class Fold:
     multiply_adds_after: float
     error: float | None = None
 
+    @staticmethod
+    def of(flow: Flow, candidate: Candidate, form: ConvForm, where: str, error: float | None) -> Fold:
+        """What is reported of a candidate whose layer, which computes ``form``, stands at ``where``."""
+        return Fold(
+            layers_of(flow, candidate),
+            _described(form),
+            where,
+            candidate.numbers,
+            form.numbers,
+            candidate.work,
+            form.multiply_adds,
+            error,
+        )
+
 
 @dataclass
 class Explanation:
@@ -116,3 +133,13 @@ class Explanation:
 
 def _short(layers: tuple[str, ...]) -> str:
     return ", ".join(layers) if len(layers) <= 3 else f"{layers[0]}, {layers[1]}, ... {layers[-1]} ({len(layers)})"
+
+
+def _described(form: ConvForm) -> str:
+    kernel = "x".join(map(str, form.kernel))
+    if form.n == 0:
+        return f"Linear({form.in_channels} -> {form.out_channels})"
+    kind = "ConvTranspose" if any(u != 1 for u in form.up) else "Conv"
+    grouped = f", groups {form.groups}" if form.groups > 1 else ""
+    stride = f", stride {'x'.join(map(str, form.stride))}" if any(s > 1 for s in form.stride) else ""
+    return f"{kind}{form.n}d({form.in_channels} -> {form.out_channels}, {kernel}{stride}{grouped})"

@@ -20,14 +20,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import Geometry
 from passes.algebra.lowering import emit, target_of
-from passes.fold.regions import fold_of
+from passes.fold.candidates import layers_of
 from passes.graph.capture import join, trace_units
 from passes.graph.copies import deep_copy
 from passes.graph.dataflow import Flow
 from passes.graph.modes import kept_modes
 from passes.proof.prove import prove
 from passes.refusal import RefusalError, ReparamError
-from passes.report import Counts, Explanation
+from passes.report import Counts, Explanation, Fold
 from passes.training.discovery import find_convs, plain_norm
 from passes.training.equivalent import Reading
 
@@ -68,17 +68,18 @@ def restore_blocks(model: nn.Module, like: nn.Module, verify: bool) -> tuple[nn.
             if norm is not None and isinstance(behind := inside.get(norm.path), _BatchNorm):
                 layers.append(plain_norm(behind, len(conv.kernel_size)))
             try:
-                region = Reading(nn.Sequential(*layers)).region()
-                folded: Any = emit(region.form, target_of(t for layer in layers for t in layer.parameters()))
-                error = prove(region, region.form, folded) if verify else None
+                reading = Reading(nn.Sequential(*layers))
+                candidate, form = reading.candidate(), reading.form()
+                folded: Any = emit(form, target_of(t for layer in layers for t in layer.parameters()))
+                said = ", ".join(layers_of(reading.flow, candidate))
+                error = prove(reading.flow, candidate, form, folded, said) if verify else None
             except RefusalError:
                 return None
-            region.form = region.form.to("meta")  # the numbers are in the layer now
             if not isinstance(folded, _ConvNd) or Geometry.of(folded) != Geometry.of(conv):
                 return None
             conv.weight.copy_(folded.weight)
             _put_bias(path, conv, folded.bias, None if norm is None else result.get_submodule(norm.path))
-            explanation.folds.append(fold_of(region, path, error))
+            explanation.folds.append(Fold.of(reading.flow, candidate, form, path, error))
     explanation.after = Counts.of(result)
     return result, explanation
 

@@ -28,6 +28,7 @@ from small_networks import unchanged as is_unchanged
 from torch import Tensor, nn
 
 import passes.collapse
+import passes.fold.folds
 import reparam
 from reparam import Counts, EquivalenceError, Reason, ReparamError
 
@@ -237,8 +238,8 @@ def test_failure_midway_leaves_the_model_untouched(stage: str, inplace: bool, mo
 
     places: dict[str, tuple[Any, str, int]] = {
         "trace": (passes.collapse, "trace_units", 0),
-        "plan": (passes.collapse, "plan_unit", 0),
-        "emit": (passes.collapse, "emit", 3),
+        "plan": (passes.collapse, "select", 0),
+        "emit": (passes.fold.folds, "emit", 3),
         "prove": (passes.collapse, "prove", 3),
         "edit": (passes.edits.edit, "_inherit", 3),
         "rewrite": (passes.edits.edit, "rewrite_forward", 0),

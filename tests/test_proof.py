@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import passes.collapse
+import passes.fold.folds
 import reparam
 from passes.algebra.conv_form import ConvForm
 from passes.fold.edits import edits_of
@@ -24,14 +26,14 @@ Damage = Callable[[nn.Module], nn.Module | None]
 
 def plant(monkeypatch: pytest.MonkeyPatch, damage: Damage, at: int = 0) -> None:
     """Let the compiler damage the layer of its ``at``-th fold."""
-    emit, done = passes.collapse.emit, []
+    emit, done = passes.fold.folds.emit, []
 
     def damaged(form: ConvForm, target: Any) -> nn.Module:
         layer = emit(form, target)
         done.append(layer)
         return damage(layer) or layer if len(done) == at + 1 else layer
 
-    monkeypatch.setattr(passes.collapse, "emit", damaged)
+    monkeypatch.setattr(passes.fold.folds, "emit", damaged)
 
 
 # ------------------------------------------------------------------ planted in the emitted layer
@@ -250,8 +252,7 @@ def test_wrong_surgery(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshot(model)
 
     def swapped(layout: Any, folds: list[Any]) -> Any:
-        layers = [layer for _, layer in folds]
-        return edits_of(layout, [(r, new) for (r, _), new in zip(folds, layers[::-1], strict=True)])
+        return edits_of(layout, [replace(a, layer=b.layer) for a, b in zip(folds, folds[::-1], strict=True)])
 
     monkeypatch.setattr(passes.collapse, "edits_of", swapped)
     with pytest.raises(EquivalenceError, match=r"differ" if inplace else r"first at convs\.0"):

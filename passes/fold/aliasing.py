@@ -7,11 +7,10 @@ operations. They hold for every region, whatever its laws.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 
 from torch import fx
 
-from passes.fold.regions import Region, origin
+from passes.fold.candidates import Candidate
 from passes.graph.dataflow import Flow
 from passes.refusal import Reason, Refusal
 
@@ -19,7 +18,7 @@ __all__ = ["Memory"]
 
 
 class Memory:
-    """The rules for the regions of one unit. Made before any region is contracted."""
+    """The rules for the regions of one unit."""
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
@@ -29,13 +28,13 @@ class Memory:
             for value in values:
                 self.readers[value].append(node)
 
-    def refusal(self, region: Region) -> Refusal | None:
+    def refusal(self, region: Candidate) -> Refusal | None:
         """A refusal if the region's value, or a value that stays, depends on when something is changed in place."""
         memory, order = self.flow.memory, self.flow.order
         if not memory.writes:
             return None
-        entry, result = origin(region.entry), origin(region.result)
-        inside = {*_expanded(region.between), *region.dying}
+        entry, result = region.entry, region.result
+        inside = {*region.between, *region.dying}
         dying = set(region.dying)
         probed = inside & memory.hidden  # those were seen not to change their input
         begins = min(order[node] for node in inside)
@@ -69,13 +68,3 @@ class Memory:
 
     def _say(self, change: fx.Node, what: str) -> Refusal:
         return Refusal(Reason.IN_PLACE, f"{self.flow.unit.name(change)} {what}")
-
-
-def _expanded(nodes: list[fx.Node]) -> Iterator[fx.Node]:
-    """The traced nodes, those of folds already planned included."""
-    for node in nodes:
-        region = node.meta.get("region")
-        if isinstance(region, Region):
-            yield from _expanded(region.between)
-        else:
-            yield node

@@ -6,7 +6,7 @@ included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -16,16 +16,17 @@ from torch.nn.modules.conv import _ConvNd
 from passes.edits.edit import Add, Clear, Delete, Edit, Remove, Replace, Rewrite
 from passes.edits.layer import Layer, describe
 from passes.edits.program import Program, Value
+from passes.fold.candidates import Candidate
+from passes.fold.folds import Fold
 from passes.fold.forward import new_forward
 from passes.fold.methods import needed_elsewhere
-from passes.fold.placement import Layout, Placement
+from passes.fold.placement import Layout
 from passes.fold.placement import Rewrite as Change
-from passes.fold.regions import Region
 from passes.graph.capture import Call, call_of, join
 
 __all__ = ["Edited", "edits_of"]
 
-Changes = list[tuple[Change, Region]]
+Changes = list[tuple[Change, Candidate]]
 Uses = list[tuple[str, fx.Node]]
 
 
@@ -42,19 +43,20 @@ class Edited:
 
     edits: list[Edit] = field(default_factory=list)
     layers: dict[str, nn.Module] = field(default_factory=dict)
-    paths: dict[Region, str] = field(default_factory=dict)
+    paths: dict[Candidate, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def edits_of(layout: Layout, folds: list[tuple[Region, nn.Module]]) -> Edited:
+def edits_of(layout: Layout, folds: Sequence[Fold]) -> Edited:
     """The edits that put the folded layers of one unit in place; raises :class:`RefusalError` with ``CODE``."""
     return _Writer(layout, folds).written()
 
 
 class _Writer:
-    def __init__(self, layout: Layout, folds: list[tuple[Region, nn.Module]]) -> None:
+    def __init__(self, layout: Layout, folds: Sequence[Fold]) -> None:
         self.layout, self.unit = layout, layout.flow.unit
-        self.folds, self.layers = folds, dict(folds)
+        self.folds = folds
+        self.layers = {fold.candidate: fold.layer for fold in folds}
         self.done = Edited()
         root = self.unit.root
         self.described = {id(m._modules): join(self.unit.path, path) for path, m in root.named_modules()}
@@ -62,17 +64,16 @@ class _Writer:
 
     def written(self) -> Edited:
         changes: dict[Call, Changes] = {}
-        for region, _ in self.folds:
-            placement: Placement = region.placement
-            for path, is_layer in placement.slots.items():
-                self._fill(path, region if is_layer else None)
-            for rewrite in placement.rewrites:
-                changes.setdefault(rewrite.call, []).append((rewrite, region))
+        for fold in self.folds:
+            for path, is_layer in fold.placement.slots.items():
+                self._fill(path, fold.candidate if is_layer else None)
+            for rewrite in fold.placement.rewrites:
+                changes.setdefault(rewrite.call, []).append((rewrite, fold.candidate))
         for call, mine in _merged(changes).items():
             self._rewrite(call, mine)
         return self.done
 
-    def _fill(self, path: str, region: Region | None) -> None:
+    def _fill(self, path: str, region: Candidate | None) -> None:
         full = join(self.unit.path, path)
         if region is None:
             keeping = tuple(sorted(name[len(path) + 1 :] for name in self.layout.read(path)))
@@ -80,19 +81,19 @@ class _Writer:
         else:
             self._place(full, region, Replace(full, self._description(region)))
 
-    def _place(self, full: str, region: Region, edit: Edit) -> None:
+    def _place(self, full: str, region: Candidate, edit: Edit) -> None:
         self.done.edits.append(edit)
         self.done.layers[full] = self.layers[region]
         self.done.paths[region] = full
 
-    def _description(self, region: Region) -> Layer:
+    def _description(self, region: Candidate) -> Layer:
         return describe(self.layers[region], self.described)
 
     def _rewrite(self, call: Call, changes: Changes) -> None:
         dead = {n for change, region in changes for n in _dead_inside(region, change)}
         uses = list(_uses(self.layout, call, dead))
         kept = self._kept(call, dead)
-        names: dict[Region, str] = {}
+        names: dict[Candidate, str] = {}
         for change, region in changes:
             if change.layer:
                 # A child that is written out stays as a holder only while something in it is still in use.
@@ -154,7 +155,7 @@ class _Writer:
                 self.done.edits.append(Clear(join(self.unit.path, at)))
 
 
-def _dead_inside(region: Region, change: Change) -> list[fx.Node]:
+def _dead_inside(region: Candidate, change: Change) -> list[fx.Node]:
     """Nodes of the region that vanish from the forward being rewritten."""
     found = []
     for node in [*region.dying, *region.constants]:
@@ -207,7 +208,7 @@ def _below(path: str, other: str) -> bool:
     return path.startswith(other + ".") or not other
 
 
-def _layer_name(layout: Layout, call: Call, region: Region, dead: set[fx.Node], taken: set[str], uses: Uses) -> str:
+def _layer_name(layout: Layout, call: Call, region: Candidate, dead: set[fx.Node], taken: set[str], uses: Uses) -> str:
     """The name of the child that held the largest convolution, if all of it dies; else a new one."""
     flow = layout.flow
     convs = [n for n in region.dying if n.op == "call_module" and isinstance(flow.modules[n], (_ConvNd, nn.Linear))]

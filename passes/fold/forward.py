@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from passes.edits.program import Argument, Program
+from passes.fold.candidates import Candidate
 from passes.fold.placement import Layout, Rewrite, nodes_in
-from passes.fold.regions import Region, origin
 from passes.graph.capture import Call, call_of
 from passes.refusal import Reason, RefusalError
 
@@ -21,8 +21,8 @@ __all__ = ["new_forward"]
 def new_forward(
     layout: Layout,
     call: Call,
-    changes: list[tuple[Rewrite, Region]],
-    names: dict[Region, str],
+    changes: list[tuple[Rewrite, Candidate]],
+    names: dict[Candidate, str],
     dead: set[fx.Node],
 ) -> Program:
     """The forward of ``call``'s module after ``changes``, its paths relative to that module.
@@ -44,8 +44,8 @@ class _Local:
         self,
         layout: Layout,
         call: Call,
-        changes: list[tuple[Rewrite, Region]],
-        names: dict[Region, str],
+        changes: list[tuple[Rewrite, Candidate]],
+        names: dict[Candidate, str],
         dead: set[fx.Node],
     ) -> None:
         self.layout, self.call, self.names, self.dead = layout, call, names, dead
@@ -106,7 +106,7 @@ class _Local:
             new.target = self._held(node) or self._relative(str(node.target))
         self.env[node] = new
 
-    def _fold(self, source: fx.Node, region: Region) -> None:
+    def _fold(self, source: fx.Node, region: Candidate) -> None:
         new = self.graph.call_module(self._relative(self.names[region]), (self._value(source),))
         for node in region.dying:  # whoever still asks for their shape asks the result
             self.env[node] = new
@@ -133,8 +133,8 @@ class _Local:
         return fx.map_arg(value, self._value)
 
     def _value(self, node: fx.Node) -> fx.Node:
-        """The new node of a traced one; a fold made elsewhere is found under the result that it replaced."""
-        return self.env[origin(node)]  # type: ignore[no-any-return]
+        """The new node of a traced one; a fold is found under the result that it replaced."""
+        return self.env[node]  # type: ignore[no-any-return]
 
     def _held(self, node: fx.Node) -> str | None:
         """The name of a tensor that the forward makes itself, whatever it is given: it goes with the program."""

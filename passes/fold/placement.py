@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from passes.edits.holders import Holder, holders
-from passes.fold.regions import Region, origin
+from passes.fold.candidates import Candidate
 from passes.graph.capture import Call, call_of, join
 from passes.graph.dataflow import Flow
 from passes.refusal import Reason, RefusalError
@@ -144,10 +144,10 @@ def _asks_for_kind(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in ("dtype", "device")
 
 
-def place(layout: Layout, region: Region) -> Placement:
+def place(layout: Layout, region: Candidate) -> Placement:
     """Decide where the folded layer goes; raises :class:`RefusalError` with ``CODE`` if nowhere."""
     _check_reach(layout, region)
-    entry = origin(region.entry)
+    entry = region.entry
     common = _common_call([call_of(n) for n in region.dying])
     while common.parent is not None and not _sees(common, entry):
         common = common.parent
@@ -155,11 +155,11 @@ def place(layout: Layout, region: Region) -> Placement:
     if hidden is not None:
         raise RefusalError(Reason.CODE, f"{hidden.path} does not return the value that the fold would read")
     placement = Placement()
-    _substitute(layout, region, common, Step(origin(region.result), origin(region.entry), True), placement)
+    _substitute(layout, region, common, Step(region.result, region.entry, True), placement)
     return placement
 
 
-def _check_reach(layout: Layout, region: Region) -> None:
+def _check_reach(layout: Layout, region: Candidate) -> None:
     """Refuse with ``HELD`` if a layer of the region may be called past the place where it is registered."""
     called = {id(m): m for n in region.dying if (m := layout.flow.modules.get(n)) is not None}
     called.update({id(c.module): c.module for n in region.dying for c in call_of(n).chain() if c.parent is not None})
@@ -185,7 +185,7 @@ def _sees(call: Call, node: fx.Node) -> bool:
     return call in call_of(node).chain() or node in nodes_in([call.args, call.kwargs])
 
 
-def _hides(call: Call, node: fx.Node, region: Region) -> Call | None:
+def _hides(call: Call, node: fx.Node, region: Candidate) -> Call | None:
     """The call inside ``call`` that keeps ``node`` to itself; one that loses nodes is written out instead."""
     inner = [c for c in call_of(node).chain() if call in c.chain() and c is not call]
     for c in reversed(inner):
@@ -196,7 +196,7 @@ def _hides(call: Call, node: fx.Node, region: Region) -> Call | None:
     return None
 
 
-def _substitute(layout: Layout, region: Region, call: Call, step: Step, placement: Placement) -> None:
+def _substitute(layout: Layout, region: Candidate, call: Call, step: Step, placement: Placement) -> None:
     """Decide how ``call`` is edited so that it does what ``step`` asks."""
     trial = Placement()
     if _as_chain(layout, region, call, step, trial) or _with_tail(layout, region, call, step, trial):
@@ -213,7 +213,7 @@ def _substitute(layout: Layout, region: Region, call: Call, step: Step, placemen
     placement.rewrites.append(Rewrite(call, step.old, step.source, step.layer))
 
 
-def _with_tail(layout: Layout, region: Region, call: Call, step: Step, trial: Placement) -> bool:
+def _with_tail(layout: Layout, region: Candidate, call: Call, step: Step, trial: Placement) -> bool:
     """Rewrite ``call`` up to the child that ends the region, and edit that child on its own: it keeps what is left."""
     tail = _tail(call, step.old)
     passed = _passed(region, tail) if tail is not None and tail.output is not step.old else None
@@ -258,17 +258,17 @@ def _tail(call: Call, old: fx.Node) -> Call | None:
     return chain[at - 1] if at > 0 else None
 
 
-def _passed(region: Region, tail: Call) -> fx.Node | None:
+def _passed(region: Candidate, tail: Call) -> fx.Node | None:
     """The one dying value that ``tail`` is given."""
     inside = {n for n in region.dying if tail in call_of(n).chain()}
-    given = {origin(i) for n in inside for i in n.all_input_nodes} & (set(region.dying) - inside)
+    given = {i for n in inside for i in n.all_input_nodes} & (set(region.dying) - inside)
     if len(given) != 1:
         return None
     (value,) = given
     return value if nodes_in([tail.args, tail.kwargs]).count(value) == 1 else None
 
 
-def _as_chain(layout: Layout, region: Region, call: Call, step: Step, trial: Placement) -> bool:
+def _as_chain(layout: Layout, region: Candidate, call: Call, step: Step, trial: Placement) -> bool:
     """Try (a): the dying nodes of ``call`` are modules in a row; the first convolution's slot gets the layer."""
     items = _items(region, call)
     if items is None:
@@ -296,7 +296,7 @@ def _as_chain(layout: Layout, region: Region, call: Call, step: Step, trial: Pla
 
 def _leaf_slot(layout: Layout, node: fx.Node, source: fx.Node, call: Call, is_layer: bool, trial: Placement) -> bool:
     """Put the layer or Identity into a leaf module's slot; a layer that does nothing in eval may stay."""
-    if len(node.args) != 1 or node.kwargs or [origin(n) for n in nodes_in(node.args)] != [source]:
+    if len(node.args) != 1 or node.kwargs or nodes_in(node.args) != [source]:
         return False
     module, path = layout.flow.modules[node], str(node.target)
     if not is_layer and isinstance(module, (nn.Identity, _DropoutNd)):
@@ -307,13 +307,13 @@ def _leaf_slot(layout: Layout, node: fx.Node, source: fx.Node, call: Call, is_la
     return True
 
 
-def _has_conv(layout: Layout, region: Region, item: fx.Node | Call) -> bool:
+def _has_conv(layout: Layout, region: Candidate, item: fx.Node | Call) -> bool:
     nodes = [item] if isinstance(item, fx.Node) else [n for n in region.dying if item in call_of(n).chain()]
     kinds = (_ConvNd, nn.Linear)
     return any(isinstance(layout.flow.modules.get(n), kinds) or n in region.convs for n in nodes)
 
 
-def _items(region: Region, call: Call) -> list[fx.Node | Call] | None:
+def _items(region: Candidate, call: Call) -> list[fx.Node | Call] | None:
     """What ``call`` itself runs of the region: leaf modules and child calls, in order; None if bare operations too."""
     items: list[fx.Node | Call] = []
     for node in region.dying:
@@ -333,12 +333,12 @@ def _only_feeds(layout: Layout, node: fx.Node, item: fx.Node | Call, call: Call)
     """Whether ``node`` goes into ``item`` and nowhere else, questions about its shape aside."""
     for user in node.users:
         inside = user is item if isinstance(item, fx.Node) else item in call_of(user).chain()
-        if not inside and not layout.flow.shape_only(user) and "region" not in user.meta:
+        if not inside and not layout.flow.shape_only(user):
             return False
     return node not in nodes_in(call.output)
 
 
-def _is_whole(layout: Layout, region: Region, call: Call, old: fx.Node) -> bool:
+def _is_whole(layout: Layout, region: Candidate, call: Call, old: fx.Node) -> bool:
     """Whether nothing of ``call`` is left once ``old`` is replaced (``old`` is all it returns)."""
     if call.output is not old:
         return False

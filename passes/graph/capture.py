@@ -136,7 +136,7 @@ def trace_units(model: nn.Module) -> tuple[list[Unit], list[Refusal]]:
 
 
 def retrace(unit: Unit) -> Unit:
-    """A fresh graph of the same unit; planning writes into the old one."""
+    """A fresh graph of the same unit."""
     with _no_mark(unit.root):
         return _trace_unit(unit.path, unit.root)
 

@@ -1,10 +1,9 @@
-"""The dataflow of one traced unit: what each node does, what is constant, who holds which weight, what dominates."""
+"""The dataflow of one traced unit: what each node does, what is constant, who holds which weight."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import fx
@@ -16,10 +15,7 @@ from passes.graph.opset import Kind, Operation, argument, is_shape_query, operat
 from passes.graph.shapes import cast_to, shapes_of
 from passes.refusal import Reason, Refusal
 
-__all__ = ["ENTRY", "Constants", "Flow", "holder_tensors"]
-
-ENTRY = "entry"
-"""The virtual node in front of all inputs in the dominator tree."""
+__all__ = ["Constants", "Flow", "holder_tensors"]
 
 
 class Flow:
@@ -54,13 +50,6 @@ class Flow:
         self.refused = self._refused(written)
         self.affine = {n for n in self.nodes if self._has_law(n) or self._may_be_probed(n)}
 
-    def add(self, node: fx.Node, after: fx.Node) -> None:
-        """Enter a node that stands for a fold, at the place of the result it replaces."""
-        self.nodes.append(node)
-        self.order[node] = self.order[after]
-        self.affine.add(node)
-        self.rank[node] = self.rank.get(after)
-
     def sharers(self, node: fx.Node) -> set[fx.Node]:
         """Nodes that hold one of the weights that ``node`` holds."""
         return {other for t in self.tensors.get(node, ()) for other in self.holders[id(t)]}
@@ -72,22 +61,6 @@ class Flow:
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """Nodes that ``node`` depends on, for their data or their shape; constants left out."""
         return [n for n in node.all_input_nodes if n not in self.constant]
-
-    def dominators(self, dead: set[fx.Node]) -> dict[Any, Any]:
-        """Immediate dominator of every live node that depends on an input."""
-        import networkx as nx  # here, because loading it takes longer than loading all of this package
-
-        graph = nx.DiGraph()
-        graph.add_node(ENTRY)
-        for node in self.nodes:
-            if node in self.constant or node in dead or node.op == "output":
-                continue
-            inputs = self.inputs(node)
-            if node.op == "placeholder" or not inputs:
-                graph.add_edge(ENTRY, node)
-            for source in inputs:
-                graph.add_edge(source, node)
-        return dict(nx.immediate_dominators(graph, ENTRY))
 
     def _has_law(self, node: fx.Node) -> bool:
         operation = self.operations.get(node)  # graphs of aten calls are not read yet

@@ -9,29 +9,31 @@ from torch import fx
 from passes.graph.dataflow import Constants, Flow
 from passes.graph.opset import Kind, Operation, argument, base_operation
 from passes.laws.probe import ProbedForms
+from passes.laws.regions import Contraction
 from passes.laws.values import View
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["is_conv", "views"]
 
 
-def views(flow: Flow, entry: fx.Node) -> list[tuple[View, int]]:
+def views(graph: Contraction, entry: fx.Node) -> list[tuple[View, int]]:
     """How the layers behind ``entry`` read its tensor: spatial dimensions and channels.
 
     A layer behind a slice, a split or a reshape does not say how many channels the entry has: that must be known from
     what made the entry, or the entry is not read that way.
     """
+    flow = graph.flow
     found: dict[View, int] = {}
     todo: list[tuple[fx.Node, tuple[fx.Node, ...], int]] = [(entry, (), 0)]
     seen = {(entry, False)}
-    known, rank = flow.channels.get(entry), flow.rank.get(entry)
+    known, rank = graph.channels(entry), graph.rank(entry)
     while todo:
         node, path, depth = todo.pop(0)
-        for user in node.users:
+        for user in graph.readers(node):
             if (user, bool(path)) in seen or user not in flow.affine or flow.shape_only(user):
                 continue
             seen.add((user, bool(path)))
-            demand = _demand(flow, user, entry)
+            demand = _demand(graph, user, entry)
             if demand is None:
                 if depth < 6:
                     todo.append((user, (*path, user) if _resizes(flow, user) else path, depth + 1))
@@ -67,8 +69,8 @@ def _drops_channels(node: fx.Node, view: View) -> bool:
     return any(item != slice(None) for item in index[:2])
 
 
-def _demand(flow: Flow, node: fx.Node, entry: fx.Node) -> tuple[View, int] | None:
-    region = node.meta.get("region")
+def _demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[View, int] | None:
+    flow, region = graph.flow, graph.regions.get(node)
     if region is not None:
         return region.view, region.channels
     module, operation = flow.modules.get(node), flow.operations.get(node)
@@ -83,7 +85,7 @@ def _demand(flow: Flow, node: fx.Node, entry: fx.Node) -> tuple[View, int] | Non
         return None
     if module is not None:
         channels = module.in_features if operation.kind is Kind.LINEAR else module.in_channels
-        return _view(flow, operation, entry), int(channels)  # type: ignore[arg-type]
+        return _view(graph, operation, entry), int(channels)  # type: ignore[arg-type]
     weight = argument(node, 1, "weight")
     if not isinstance(weight, fx.Node) or weight not in flow.constant:
         return None
@@ -93,18 +95,18 @@ def _demand(flow: Flow, node: fx.Node, entry: fx.Node) -> tuple[View, int] | Non
         return None
     if operation.kind is Kind.CONV:
         groups = argument(node, 6, "groups", 1)
-        return _view(flow, operation, entry), int(shape[1]) * (groups if isinstance(groups, int) else 1)
-    return _view(flow, operation, entry), int(shape[0 if operation.kind is Kind.CONV_TRANSPOSE else 1])
+        return _view(graph, operation, entry), int(shape[1]) * (groups if isinstance(groups, int) else 1)
+    return _view(graph, operation, entry), int(shape[0 if operation.kind is Kind.CONV_TRANSPOSE else 1])
 
 
 _DEMANDING = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR)
 
 
-def _view(flow: Flow, operation: Operation, entry: fx.Node) -> View:
-    return View(0, last=True, rank=flow.rank.get(entry)) if operation.n is None else View(operation.n)
+def _view(graph: Contraction, operation: Operation, entry: fx.Node) -> View:
+    return View(0, last=True, rank=graph.rank(entry)) if operation.n is None else View(operation.n)
 
 
 def is_conv(flow: Flow, node: fx.Node) -> bool:
-    """Whether a node is a convolution or linear layer, or stands for a region that folds into one."""
+    """Whether a node is a convolution or linear layer."""
     operation = flow.operations.get(node)
-    return "region" in node.meta or (operation is not None and operation.affine and operation.kind in _DEMANDING)
+    return operation is not None and operation.affine and operation.kind in _DEMANDING

@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 
 from passes.algebra.conv_form import ConvForm
 from passes.algebra.lowering import Target, emit
-from passes.fold.regions import Region, origin
 from passes.graph.copies import deep_copy
-from passes.graph.dataflow import Constants
+from passes.graph.dataflow import Constants, Flow
 from passes.laws.probe import CarriedForm
+from passes.laws.regions import Region
 from passes.proof.compare import FLOAT64_TOLERANCE, EquivalenceError
 from passes.refusal import Reason, RefusalError
 
@@ -30,48 +30,48 @@ ROWS = 64
 """Output channels whose numbers are compared at a time."""
 
 
-def prove(region: Region, form: ConvForm, layer: nn.Module) -> float:
+def prove(flow: Flow, region: Region, form: ConvForm, layer: nn.Module, name: str) -> float:
     """Largest error of ``layer`` against the region's original layers, relative to the largest output.
 
-    Raises :class:`EquivalenceError`, naming the layers, if the difference is more than rounding. One float64 copy of
+    Raises :class:`EquivalenceError`, under ``name``, if the difference is more than rounding. One float64 copy of
     the weight is held beside ``form`` at a time: that of the original layers, then the exact one, then the shipped one.
     """
     device = form.weight.device
     generator = torch.Generator().manual_seed(0)
     inputs = [
-        torch.randn(shape, dtype=torch.float64, generator=generator).to(device) for shape in _shapes(region, form)
+        torch.randn(shape, dtype=torch.float64, generator=generator).to(device) for shape in _shapes(flow, region, form)
     ]
     worst = 0.0
     with torch.no_grad():
-        wanted = [_original(region, x) for x in inputs]
-        double = _exact(region, form, layer)
+        wanted = [_original(flow, region, x) for x in inputs]
+        double = _exact(name, form, layer)
         for x, (want, peak) in zip(inputs, wanted, strict=True):
-            _check_output(region, double(x), want, FLOAT64_TOLERANCE * peak)
-        for name, rounded in layer.named_parameters():
-            double.get_parameter(name).data.copy_(rounded)
+            _check_output(name, double(x), want, FLOAT64_TOLERANCE * peak)
+        for key, rounded in layer.named_parameters():
+            double.get_parameter(key).data.copy_(rounded)
         for x, (want, _) in zip(inputs, wanted, strict=True):
             gap, scale = float((double(x) - want).abs().max()), float(want.abs().max())
             worst = max(worst, gap / scale if scale else gap)
     return worst
 
 
-def _exact(region: Region, form: ConvForm, layer: nn.Module) -> nn.Module:
+def _exact(name: str, form: ConvForm, layer: nn.Module) -> nn.Module:
     """The emitted layer with the form's float64 numbers, once its own are seen to be those, rounded."""
     device = form.weight.device
     wanted = emit(form, Target(torch.float64, device, False, False))
     numbers = dict(wanted.named_parameters())
     if numbers.keys() != dict(layer.named_parameters()).keys():
-        raise _wrong(region, f"holds other parameters than {', '.join(numbers)}")
-    for name, rounded in layer.named_parameters():
-        number = numbers[name]
+        raise _wrong(name, f"holds other parameters than {', '.join(numbers)}")
+    for key, rounded in layer.named_parameters():
+        number = numbers[key]
         if rounded.shape != number.shape:
-            raise _wrong(region, f"has a {name} of shape {tuple(rounded.shape)} instead of {tuple(number.shape)}")
+            raise _wrong(name, f"has a {key} of shape {tuple(rounded.shape)} instead of {tuple(number.shape)}")
         worst = _beyond_rounding(rounded.detach(), number)
         if worst is not None:
-            raise _wrong(region, f"has a {name} that is off by {worst:.3g}, more than rounding", worst)
+            raise _wrong(name, f"has a {key} that is off by {worst:.3g}, more than rounding", worst)
     exact = copy.deepcopy(layer)
-    for name, number in numbers.items():
-        exact.get_parameter(name).data = number.data
+    for key, number in numbers.items():
+        exact.get_parameter(key).data = number.data
     return exact.to(device, torch.float64)
 
 
@@ -90,24 +90,23 @@ def _beyond_rounding(rounded: Tensor, number: Tensor) -> float | None:
     return found
 
 
-def _check_output(region: Region, got: Tensor, wanted: Tensor, allowed: float) -> None:
+def _check_output(name: str, got: Tensor, wanted: Tensor, allowed: float) -> None:
     if got.shape != wanted.shape:
-        raise _wrong(region, f"gives shape {tuple(got.shape)} instead of {tuple(wanted.shape)}")
+        raise _wrong(name, f"gives shape {tuple(got.shape)} instead of {tuple(wanted.shape)}")
     gap = float((got - wanted).abs().max())
     if not gap <= allowed:  # also false for NaN
         scale = max(float(wanted.abs().max()), 1e-300)
         message = f"differs from the original layers by {gap:.3g} (relative {gap / scale:.3g})"
-        raise _wrong(region, message, gap / scale)
+        raise _wrong(name, message, gap / scale)
 
 
-def _wrong(region: Region, message: str, error: float = math.nan) -> EquivalenceError:
-    layers = ", ".join(region.layers())
-    return EquivalenceError(f"{layers}: the fold {message}", layer=layers, error=error)
+def _wrong(name: str, message: str, error: float = math.nan) -> EquivalenceError:
+    return EquivalenceError(f"{name}: the fold {message}", layer=name, error=error)
 
 
-def _shapes(region: Region, form: ConvForm) -> list[tuple[int, ...]]:
+def _shapes(flow: Flow, region: Region, form: ConvForm) -> list[tuple[int, ...]]:
     if region.view.last:
-        return [((2, 3, 5, 7)[: (region.view.rank or _least_rank(region)) - 1]) + (form.in_channels,)]
+        return [((2, 3, 5, 7)[: (region.view.rank or _least_rank(flow, region)) - 1]) + (form.in_channels,)]
     # Just large enough that every tap reads inside for some pixel and, with padding, outside for another.
     least = []
     for i in range(form.n):
@@ -122,23 +121,20 @@ def _shapes(region: Region, form: ConvForm) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _least_rank(region: Region) -> int:
+def _least_rank(flow: Flow, region: Region) -> int:
     """Where the rank is not known: a constant (1, 1, C) is for maps of three dimensions."""
-    flow = region.flow
     constants = Constants(flow, None)
-    read = {c for n in region.between for c in origin(n).all_input_nodes if c in flow.constant}
+    inside = _needed(region)
+    read = {c for n in inside - flow.constant for c in n.all_input_nodes if c in flow.constant}
     return max(2, *(value.dim() for c in read if isinstance(value := constants.value(c), Tensor)), 0)
 
 
-def _original(region: Region, x: Tensor) -> tuple[Tensor, float]:
+def _original(flow: Flow, region: Region, x: Tensor) -> tuple[Tensor, float]:
     """Run the region's own layers on ``x`` in float64, module by module; also the largest magnitude on the way."""
-    flow = region.flow
     constants = Constants(flow, torch.float64)
-    entry, result = origin(region.entry), origin(region.result)
-    values: dict[fx.Node, Any] = {entry: x.clone()}  # it may be changed in place
+    values: dict[fx.Node, Any] = {region.entry: x.clone()}  # it may be changed in place
 
     def value(node: fx.Node) -> Any:
-        node = origin(node)
         if node not in values:
             values[node] = constants.value(node) if node in flow.constant else run(node)
         return values[node]
@@ -153,21 +149,19 @@ def _original(region: Region, x: Tensor) -> tuple[Tensor, float]:
             return node.target(*args, **kwargs)
         raise RefusalError(Reason.OTHER_INPUT, f"{node.name} is not part of the region")
 
-    for node in sorted(
-        _needed(entry, result), key=lambda n: flow.order[n]
-    ):  # in the original order: some work in place
+    for node in sorted(_needed(region), key=lambda n: flow.order[n]):  # in the original order: some work in place
         value(node)
-    got = value(result)
+    got = value(region.result)
     computed = [t for t in values.values() if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
     return got, max(float(t.abs().max()) for t in computed)
 
 
-def _needed(entry: fx.Node, result: fx.Node) -> set[fx.Node]:
-    """The traced nodes that ``result`` depends on, back to ``entry``."""
-    seen, todo = {result}, [result]
+def _needed(region: Region) -> set[fx.Node]:
+    """The traced nodes that the result depends on, back to the entry."""
+    seen, todo = {region.result}, [region.result]
     while todo:
-        for node in map(origin, todo.pop().all_input_nodes):
-            if node is not entry and node not in seen:
+        for node in todo.pop().all_input_nodes:
+            if node is not region.entry and node not in seen:
                 seen.add(node)
                 todo.append(node)
     return seen

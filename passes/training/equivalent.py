@@ -15,11 +15,13 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from passes.algebra.conv_form import ConvForm
 from passes.algebra.geometry import Geometry
-from passes.fold.regions import Region, Sweep
+from passes.fold.candidates import Candidate
 from passes.graph.capture import trace_units
 from passes.graph.dataflow import Flow
 from passes.graph.modes import kept_modes
+from passes.laws.interpreter import Interpreter
 from passes.laws.layouts import views
+from passes.laws.regions import Contraction
 from passes.laws.values import Signal
 from passes.refusal import Reason, Refusal, RefusalError
 
@@ -45,7 +47,8 @@ class Reading:
         if not isinstance(returned, fx.Node):
             raise RefusalError(Reason.NOT_AFFINE, "it does not return one tensor")
         self.result = returned
-        found = views(self.flow, self.entry)
+        self.graph = Contraction(self.flow)
+        found = views(self.graph, self.entry)
         if not found:
             raise RefusalError(Reason.NO_CONVOLUTION)
         self.view, self.channels = found[0]
@@ -56,37 +59,39 @@ class Reading:
 
     def multiply_adds(self) -> float:
         """Multiply-adds of all layers inside, per output position."""
-        signal, sweep = self._signal(None)
+        signal, interpreter = self._signal(None)
+        inside = [n for n in self.flow.nodes if n not in self.flow.constant and n is not self.entry]
         with kept_modes(self.module):
-            behind = [sweep.value(n) for n in self.flow.nodes if n not in self.flow.constant]
-        work = sum(s.work * s.form.rate for s in behind if isinstance(s, Signal) and s is not sweep.value(self.entry))
-        return work / signal.form.rate
+            signals = [s for n in inside if isinstance(s := interpreter.value(n), Signal)]
+        return sum(s.work * s.form.rate for s in signals) / signal.form.rate
 
-    def region(self) -> Region:
-        """The whole module as a region, for the proof; its form is in float64."""
-        flow, (signal, _), (_, sweep) = self.flow, self._signal(torch.float64), self._signal(None)
+    def candidate(self) -> Candidate:
+        """The whole module as a region."""
+        flow, (signal, interpreter) = self.flow, self._signal(None)
         inner = [n for n in flow.nodes if n.op not in ("placeholder", "output")]
-        constants = [n for n in inner if n in flow.constant]
-        dying = [n for n in inner if n not in flow.constant]
-        signals = [s for n in dying if isinstance(s := sweep.value(n), Signal)]
+        dying = tuple(n for n in inner if n not in flow.constant)
+        signals = [s for n in dying if isinstance(s := interpreter.value(n), Signal)]
         tensors = {id(t): t for n in inner for t in flow.tensors.get(n, ())}
-        return Region(
-            flow, self.entry, self.result, self.view, self.channels, signal.form, dying, dying, constants,
-            numbers_saved=sum(t.numel() for t in tensors.values()),
-            work_saved=sum(s.work * s.form.rate for s in signals),
-            biases=sum(s.bias for s in signals),
-            conv_first=True, after_conv=False, convs=set(),
+        return Candidate(
+            self.entry, self.result, self.view, self.channels, signal.form, (),
+            between=dying,
+            dying=dying,
+            constants=tuple(n for n in inner if n in flow.constant),
+            numbers=sum(t.numel() for t in tensors.values()),
+            work=sum(s.work * s.form.rate for s in signals),
+            convs=frozenset(),
+            gain=(True, 0, True, 0, 0),
         )  # fmt: skip
 
-    def _signal(self, dtype: torch.dtype | None) -> tuple[Signal, Sweep]:
-        sweep = Sweep(self.flow, self.entry, self.view, self.channels, dtype)
+    def _signal(self, dtype: torch.dtype | None) -> tuple[Signal, Interpreter]:
+        interpreter = Interpreter(self.graph, self.entry, self.view, self.channels, dtype)
         with kept_modes(self.module):
-            value = sweep.value(self.result)
+            value = interpreter.value(self.result)
         if isinstance(value, Refusal):
             raise RefusalError(value.reason, value.message, value.layer)
         if not isinstance(value, Signal) or value.ids is not None:
             raise RefusalError(Reason.LAYOUT)
-        return value, sweep
+        return value, interpreter
 
 
 class _Holder(nn.Module):

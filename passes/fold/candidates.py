@@ -1,0 +1,281 @@
+"""Single-entry single-exit regions that one convolution could stand for, and what each would save.
+
+For every node r the dominators d1 = idom(r), d2 = idom(d1), ... are walked up while all nodes between are affine. Each
+(d, r) is a region; its form is evaluated from d alone, on meta tensors. It is a candidate when the single convolution
+holds no more numbers and needs no more multiply-adds than the nodes that would die with it. A node that is used from
+outside stays, and so do all nodes it needs: none of them counts as saved.
+
+The search is linear in the size of the graph: the walk is bounded, and values are shared by all regions of an entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+from torch.nn import functional as F
+
+from passes.algebra.conv_form import ConvForm
+from passes.graph.capture import call_of
+from passes.graph.dataflow import Flow
+from passes.laws.interpreter import Interpreter
+from passes.laws.layouts import is_conv, views
+from passes.laws.regions import Contraction, Region
+from passes.laws.values import Signal
+from passes.refusal import Reason, Refusal
+
+__all__ = ["Candidate", "Key", "cost_message", "find_candidates", "layers_of"]
+
+Key = tuple[fx.Node, fx.Node, frozenset[fx.Node]]
+
+MAX_CLIMB = 32
+"""Most dominators walked up from one node; regions that matter are far smaller."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate(Region):
+    """A region that might be folded; all nodes are traced ones, those of the inner regions included.
+
+    Args:
+        between: from the entry (not included) to the result, in order.
+        dying: those of ``between`` that nothing else needs.
+        constants: weight expressions that only dying nodes read.
+        numbers, work: numbers held and multiply-adds per position of the entry that would be saved.
+        convs: the dying convolutions and linear layers.
+        gain: what orders candidates.
+    """
+
+    between: tuple[fx.Node, ...]
+    dying: tuple[fx.Node, ...]
+    constants: tuple[fx.Node, ...]
+    numbers: int
+    work: float
+    convs: frozenset[fx.Node]
+    gain: tuple[bool, float, bool, float, int]
+
+    @property
+    def swallowed(self) -> tuple[Candidate, ...]:
+        """The inner regions that vanish in this one; the others stay beside it."""
+        return tuple(r for r in self.inner if isinstance(r, Candidate) and r.result in self.dying)
+
+    @property
+    def key(self) -> Key:
+        """What finds this candidate again in another selection."""
+        return self.entry, self.result, frozenset(self.dying)
+
+    def costs(self, form: ConvForm) -> Refusal | None:
+        """A refusal if ``form`` costs more than what would die."""
+        if form.numbers > self.numbers or form.multiply_adds > self.work:
+            return Refusal(Reason.LARGER, cost_message(form, self.numbers, self.work))
+        return None
+
+
+def find_candidates(graph: Contraction, changed: set[fx.Node] | None) -> tuple[list[Candidate], list[Refusal]]:
+    """All regions worth folding, best first, and why others are not; with ``changed``, those around these nodes."""
+    flow, dominator = graph.flow, graph.dominators()
+    interpreters: dict[fx.Node, list[Interpreter]] = {}
+    found: list[Candidate] = []
+    refusals: list[Refusal] = []
+    near = _reach(graph, changed) if changed is not None else None
+    for result in flow.nodes:
+        if result not in flow.affine or result not in dominator or (near is not None and result not in near):
+            continue
+        said: list[Refusal] = []
+        for entry in _climb(flow, dominator, result):
+            if entry not in interpreters:
+                interpreters[entry] = [Interpreter(graph, entry, v, c) for v, c in views(graph, entry)]
+            values = [(interpreter, interpreter.value(result)) for interpreter in interpreters[entry]]
+            for interpreter, value in values:
+                if isinstance(value, Signal) and value.ids is None:
+                    outcome = _weigh(interpreter, result, value.form)
+                    if isinstance(outcome, Candidate):
+                        found.append(outcome)
+                    elif outcome is not None:
+                        said.append(outcome)
+                elif isinstance(value, Refusal):
+                    said.append(value)
+            if values and all(_final(value) for _, value in values):
+                break
+        if said and not any(c.result is result for c in found[-MAX_CLIMB:]):
+            refusals += said
+    return sorted(found, key=lambda candidate: candidate.gain, reverse=True), refusals
+
+
+def _climb(flow: Flow, dominator: dict[fx.Node, fx.Node | None], result: fx.Node) -> Iterator[fx.Node]:
+    entry = dominator[result]
+    for _ in range(MAX_CLIMB):
+        if entry is None:
+            return
+        yield entry
+        if entry not in flow.affine:
+            return
+        entry = dominator[entry]
+
+
+def _final(value: object) -> bool:
+    """Whether climbing further cannot help: something between is not affine or comes from elsewhere."""
+    return isinstance(value, Refusal) and value.reason in _FINAL
+
+
+_FINAL = {Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.NOT_A_CONVOLUTION}
+
+
+def _reach(graph: Contraction, changed: set[fx.Node]) -> set[fx.Node]:
+    """Affine nodes that lie behind a changed node with only affine nodes between."""
+    reached, todo = set(changed), list(changed)
+    while todo:
+        for user in graph.readers(todo.pop()):
+            if user in graph.flow.affine and user not in reached:
+                reached.add(user)
+                todo.append(user)
+    return reached
+
+
+# ------------------------------------------------------------------ one region
+
+
+def _weigh(interpreter: Interpreter, result: fx.Node, form: ConvForm) -> Candidate | Refusal | None:
+    """The region from the entry to ``result``, a refusal if it costs more, None if nothing would be gained."""
+    graph, flow, entry = interpreter.graph, interpreter.flow, interpreter.entry
+    between = _between(graph, entry, result)
+    dying = _dying(interpreter, between, result, form)
+    signals = {n: s for n in dying if isinstance(s := interpreter.value(n), Signal)}
+    convs = {n for n, s in signals.items() if s.conv}
+    if not convs or _is_planned(graph, dying, entry):
+        return None
+    constants = _dying_constants(graph, dying)
+    numbers = _numbers(graph, [*dying, *constants])
+    work = sum(s.work * s.form.rate for s in signals.values())
+    best = form.numbers, form.multiply_adds
+    if form.widened:  # zeros may turn out to be block structure; decided with numbers
+        groups = form.most_groups // form.groups
+        best = form.weight.numel() // groups + (form.numbers - form.weight.numel()), form.multiply_adds / groups
+    if best[0] > numbers or best[1] > work:
+        return Refusal(Reason.LARGER, cost_message(form, numbers, work), flow.unit.name(result))
+    if best == (numbers, work) and len(convs) == 1:
+        return None
+    inner = [region for n in between if isinstance(region := graph.regions.get(n), Candidate)]
+    swallowed = [region for region in inner if region.result in dying]
+    conv_first = _begins_with_conv(interpreter, between)
+    pads = sum(n.op == "call_function" and n.target is F.pad for n in dying)
+    # A norm between two convolutions belongs to the one before it; then count the numbers saved, biases aside, then
+    # multiply-adds, then the fewer nodes touched, but rather with a functional pad than without: left alone, it would
+    # keep the code around it from becoming one layer.
+    gain = (
+        conv_first or not _is_conv(graph, entry),
+        numbers - sum(s.bias for s in signals.values()) - form.weight.numel(),
+        conv_first,
+        work - form.multiply_adds,
+        2 * pads - len(dying),
+    )
+    return Candidate(
+        entry, result, interpreter.view, interpreter.channels, form, tuple(inner),
+        between=_in_order(flow, between, *(region.between for region in inner)),
+        dying=_in_order(flow, dying, *(region.dying for region in swallowed)),
+        constants=_in_order(flow, constants, *(region.constants for region in swallowed)),
+        numbers=numbers,
+        work=work,
+        convs=frozenset(convs - graph.regions.keys()).union(*(region.convs for region in swallowed)),
+        gain=gain,
+    )  # fmt: skip
+
+
+def _in_order(flow: Flow, *groups: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+    return tuple(sorted({n for group in groups for n in group}, key=lambda n: flow.order[n]))
+
+
+def _is_planned(graph: Contraction, dying: list[fx.Node], entry: fx.Node) -> bool:
+    """Whether this is a fold that is planned already; from further up it may be another one."""
+    region = graph.regions.get(dying[0]) if len(dying) == 1 else None
+    return region is not None and region.entry is entry
+
+
+def _is_conv(graph: Contraction, node: fx.Node) -> bool:
+    return node in graph.regions or is_conv(graph.flow, node)
+
+
+def _begins_with_conv(interpreter: Interpreter, between: list[fx.Node]) -> bool:
+    signals = (s for n in between if isinstance(s := interpreter.value(n), Signal))
+    return next((s.conv for s in signals if s.work), False)
+
+
+def _between(graph: Contraction, entry: fx.Node, result: fx.Node) -> list[fx.Node]:
+    """Nodes from ``entry`` (not included) to ``result``, in order."""
+    seen, todo = {result}, [result]
+    while todo:
+        for source in graph.sources(todo.pop()):
+            if source is not entry and source not in seen and source not in graph.flow.constant:
+                seen.add(source)
+                todo.append(source)
+    return sorted(seen, key=lambda n: graph.flow.order[n])
+
+
+def _dying(interpreter: Interpreter, between: list[fx.Node], result: fx.Node, form: ConvForm) -> list[fx.Node]:
+    dying = {result}
+    for node in reversed(between):
+        readers = interpreter.graph.readers(node)
+        if all(u in dying or _harmless(interpreter, u, node, form) for u in readers):
+            dying.add(node)
+    return [n for n in between if n in dying]
+
+
+def _harmless(interpreter: Interpreter, user: fx.Node, node: fx.Node, form: ConvForm) -> bool:
+    """A question about the shape may be asked of the result instead, if it has the same shape."""
+    if not interpreter.flow.shape_only(user):
+        return False
+    value = interpreter.value(node)
+    if not isinstance(value, Signal):
+        return True
+    own = value.form
+    same = (own.stride, own.extent, own.up, own.out_channels) == (form.stride, form.extent, form.up, form.out_channels)
+    return same and value.ids is None
+
+
+def _dying_constants(graph: Contraction, dying: list[fx.Node]) -> list[fx.Node]:
+    """Weight expressions that only dying nodes read."""
+    gone = set(dying)
+    found: list[fx.Node] = []
+    todo = [c for n in dying for c in graph.sources(n) if c in graph.flow.constant]
+    while todo:
+        node = todo.pop()
+        if node in gone or not all(u in gone or u in graph.gone for u in node.users):
+            continue
+        gone.add(node)
+        found.append(node)
+        todo += node.all_input_nodes
+    return found
+
+
+def _numbers(graph: Contraction, nodes: list[fx.Node]) -> int:
+    """Numbers held by weights that no other node and no other place of the model uses."""
+    flow, gone = graph.flow, graph.gone.union(nodes)
+    unique = {id(t): t for n in nodes if n not in graph.regions for t in flow.tensors.get(n, ())}
+    own = [t for key, t in unique.items() if flow.holders[key] <= gone and flow.owners.get(key, 1) == 1]
+    regions = [region for n in nodes if (region := graph.regions.get(n)) is not None]
+    return sum(t.numel() for t in own) + sum(region.form.numbers for region in regions)
+
+
+# ------------------------------------------------------------------ words
+
+
+def layers_of(flow: Flow, candidate: Candidate) -> tuple[str, ...]:
+    """Paths of the layers that vanish, in order of execution."""
+    owners = {call_of(n) for n in candidate.constants}  # modules that hold weights: their names say enough
+    order = _in_order(flow, candidate.constants, candidate.dying)
+    named = [
+        n
+        for n in order
+        if not flow.shape_only(n)
+        and not isinstance(flow.modules.get(n), nn.Identity)
+        and (n.op not in ("call_function", "call_method") or call_of(n) not in owners)
+    ]
+    return tuple(dict.fromkeys(flow.unit.name(n) for n in named or order))
+
+
+def cost_message(form: ConvForm, numbers: int, work: float) -> str:
+    """What a fold would cost, and what the layers cost that it would replace."""
+    return (
+        f"{Reason.LARGER.value}: {form.numbers} numbers and {form.multiply_adds:.0f} multiply-adds per position "
+        f"instead of {numbers} and {work:.0f}"
+    )

@@ -1,0 +1,46 @@
+"""Which refusals are worth saying: one per layer that stays, and for every batch norm why it is still there."""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+
+from passes.fold.selection import Selection
+from passes.graph.dataflow import Flow
+from passes.refusal import Reason, Refusal
+
+__all__ = ["worth_saying"]
+
+_QUIET = {Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.RANK_UNKNOWN, Reason.CHANNELS, Reason.LAYOUT}
+"""Reasons that only say where a region ends; they explain a batch norm that stays, and nothing else."""
+
+
+def worth_saying(flow: Flow, selection: Selection) -> list[Refusal]:
+    """One refusal per layer that stays: those of the laws, and for every batch norm why it is still there."""
+    dead = {n for candidate, _ in selection.chosen for n in candidate.dying}
+    # Two operations of one module may have one name: it is gone when both are.
+    gone = {flow.unit.name(n) for n in dead} - {flow.unit.name(n) for n in flow.nodes if n not in dead}
+    said: dict[str, Refusal] = {}
+    for refusal in selection.refusals:
+        if refusal.reason not in _QUIET and refusal.layer not in gone:
+            said.setdefault(refusal.layer, refusal)
+    for node in flow.nodes:
+        if node not in dead and _is_norm(flow, node):
+            name = flow.unit.name(node)
+            said.setdefault(name, _why_norm_stays(flow, node).at(name))
+    return list(said.values())
+
+
+def _is_norm(flow: Flow, node: fx.Node) -> bool:
+    return node.target is F.batch_norm or isinstance(flow.modules.get(node), _NormBase)
+
+
+def _why_norm_stays(flow: Flow, node: fx.Node) -> Refusal:
+    source = node.all_input_nodes[0]
+    name = flow.unit.name(source) if source.op != "placeholder" else "the input"
+    readers = [user for user in source.users if not flow.shape_only(user)]
+    if len(readers) > 1 and source in flow.affine:
+        others = ", ".join(flow.unit.name(u) for u in readers if u is not node and u.op != "output") or "the output"
+        return Refusal(Reason.SHARED, f"the output of {name} is used by {others} as well")
+    return Refusal(Reason.NO_CONVOLUTION, f"{Reason.NO_CONVOLUTION.value}: it follows {name}")

@@ -1,0 +1,111 @@
+"""Regions, and the graph in which some of them count as one operation each.
+
+A region lies between an entry and a result that the entry dominates, and acts as one convolution. Once it is chosen, it
+is contracted: what lies around it sees one operation, the region's result, that reads the region's entry. Nothing is
+written into the traced graph for it; a :class:`Contraction` answers for the graph as it then is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from passes.algebra.conv_form import ConvForm
+from passes.graph.dataflow import Flow
+from passes.laws.values import View
+
+__all__ = ["Contraction", "Region"]
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A part of the graph that acts as one convolution.
+
+    Args:
+        entry, result: the traced nodes it reads and gives.
+        view, channels: how the entry's tensor is read.
+        form: the convolution; shapes only.
+        inner: regions inside that count as one operation each.
+    """
+
+    entry: fx.Node
+    result: fx.Node
+    view: View
+    channels: int
+    form: ConvForm
+    inner: tuple[Region, ...]
+
+
+class Contraction:
+    """A unit's dataflow with some regions contracted.
+
+    Args:
+        flow: of the traced graph.
+        regions: those that count as one operation each; none lies inside another.
+        gone: traced nodes that are no longer computed; a region's result among them stands for the region.
+    """
+
+    def __init__(self, flow: Flow, regions: Iterable[Region] = (), gone: frozenset[fx.Node] = frozenset()) -> None:
+        self.flow = flow
+        self.regions = {region.result: region for region in regions}
+        self.gone = gone
+        self._behind: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for region in self.regions.values():
+            self._behind[region.entry].append(region.result)
+
+    def is_alive(self, node: fx.Node) -> bool:
+        """Whether the node is still computed, or stands for a region."""
+        return node not in self.gone or node in self.regions
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """What a node reads, constants too."""
+        region = self.regions.get(node)
+        return node.all_input_nodes if region is None else [region.entry]
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that read ``node``."""
+        return [user for user in node.users if user not in self.gone] + self._behind.get(node, [])
+
+    def rank(self, node: fx.Node) -> int | None:
+        """Number of dimensions of a node's value, where it is known."""
+        region = self.regions.get(node)
+        return self.flow.rank.get(node) if region is None or region.view.last else region.view.n + 2
+
+    def channels(self, node: fx.Node) -> int | None:
+        """Number of channels of a feature map, where it is known."""
+        region = self.regions.get(node)
+        return self.flow.channels.get(node) if region is None or region.view.last else region.form.out_channels
+
+    def dominators(self) -> dict[fx.Node, fx.Node | None]:
+        """Immediate dominator of every live node that depends on an input; None stands in front of all inputs.
+
+        Nodes come in order of execution, so the dominators of a node's sources are known when it is reached (Cooper,
+        Harvey and Kennedy, "A Simple, Fast Dominance Algorithm", 2001; in a graph without loops one pass is enough).
+        """
+        found: dict[fx.Node, fx.Node | None] = {}
+        depth: dict[fx.Node | None, int] = {None: 0}
+
+        def common(a: fx.Node | None, b: fx.Node | None) -> fx.Node | None:
+            while a is not b:
+                if depth[a] < depth[b]:
+                    a, b = b, a
+                assert a is not None
+                a = found[a]
+            return a
+
+        constant = self.flow.constant
+        for node in self.flow.nodes:
+            if node in constant or node.op == "output" or not self.is_alive(node):
+                continue
+            inputs = [source for source in self.sources(node) if source not in constant]
+            known: list[fx.Node | None] = [source for source in inputs if source in found]
+            if inputs and not known:  # it reads only what is gone
+                continue
+            at = known[0] if known else None
+            for other in known[1:]:
+                at = common(at, other)
+            found[node], depth[node] = at, depth[at] + 1
+        return found
