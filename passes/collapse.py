@@ -10,9 +10,9 @@ import gc
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,14 +28,16 @@ from passes.fold.folds import Fold, folded
 from passes.fold.placement import Layout, Placement, place
 from passes.fold.reasons import worth_saying
 from passes.fold.selection import Guard, select
-from passes.graph.capture import Unit, trace_units
+from passes.graph.capture import Unit, join, trace_units
 from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example
 from passes.graph.modes import evaluate, has_own_modes, kept_modes
+from passes.proof.check import Checked, explained
+from passes.proof.compare import EquivalenceError, Verdict
+from passes.proof.hold import Before, Exact, Ledger, check_against, place_of
 from passes.proof.prove import prove
-from passes.proof.run import outputs
-from passes.proof.verify import Expected, compare, compare_outputs, expect
+from passes.proof.run import outputs, runner_of
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.report import Counts, Explanation
 from passes.report import Fold as Record
@@ -49,41 +51,129 @@ ROUNDS = 8
 
 
 def collapse_model(
-    model: nn.Module, *, example_inputs: tuple[Any, ...] | None, verify: bool, inplace: bool
+    model: nn.Module,
+    *,
+    example: Example | None = None,
+    verify: bool | str = True,
+    strict: bool = False,
+    inplace: bool = False,
+    exact: Exact | None = None,
 ) -> tuple[nn.Module, Explanation]:
-    """Fold every region of ``model`` that is one convolution; see :func:`reparam.collapse`."""
-    check_model(model, numbers=verify)
+    """Fold every region of ``model`` that is one convolution; see :func:`reparam.collapse`.
+
+    ``exact``, if given, is filled with the numbers before rounding.
+    """
+    check_model(model, numbers=bool(verify))
+    clock: dict[str, float] = {}
+    before = None
+    with timed(clock, "check"):
+        if verify is True:
+            before, exact = Before.of(model, example, inplace=inplace), exact or Exact()
+        elif example is not None:
+            _run_once(model, example)
+    ledger = Ledger(prove=bool(verify), strict=strict, exact=exact)
+    excused: Checked | None = None
+    while True:
+        ledger.begin()
+        attempt = _attempt(model, example, ledger, inplace=inplace)
+        with timed(clock, "check"), attempt.undone_on_error():
+            checked = excused
+            if not ledger.touched:
+                checked = Checked(Verdict.EQUAL, "nothing was rewritten")
+            elif before is not None and excused is None:
+                checked = check_against(before, attempt.result, ledger)
+            if checked is None or checked.ok:
+                return _finished(attempt, checked, ledger, clock)
+            assert before is not None
+            excused = _take_back(model, attempt, checked, before, ledger)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A result, and how to take its edits back."""
+
+    result: nn.Module
+    explanation: Explanation
+    undo: Callable[[], None]
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        # Whatever went wrong, the caller's model must come back as it was; the error itself goes on.
+        except BaseException:
+            self.undo()
+            raise
+
+
+def _attempt(model: nn.Module, example: Example | None, ledger: Ledger, *, inplace: bool) -> _Attempt:
     explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan", "fold", "proof"), 0.0))
     if model.training:
         explanation.notes.append("the model was in training mode; its running statistics were folded")
         log.info("collapse: %s", explanation.notes[-1])
-    wanted = None
-    if example_inputs is not None:
-        wanted = _run_examples(model, example_inputs, explanation, verify)
     # What the model's own eval() computes is computed on tensors of the result alone.
     result = model if inplace else deep_copy(model) if model.training and has_own_modes(model) else shadow(model)
     undos: list[Undo] = []
     # A module that stays in training mode while the model is evaluated does so on purpose.
     uneval = evaluate(result) if model.training else lambda: None
-    try:
+
+    def undo() -> None:
+        while undos:
+            undos.pop()()
+        uneval()
+
+    with _Attempt(result, explanation, undo).undone_on_error():
         with _no_collection():
-            _compile(result, example_inputs, explanation, undos, verify)
+            _compile(result, example, explanation, undos, ledger)
         if not inplace:
             result = independent(result, model)
-        if wanted is not None and example_inputs is not None:
-            with _clock(explanation, "proof"):
-                _compare(None if inplace else model, wanted, result, example_inputs)
-    # Whatever went wrong, the caller's model must come back as it was; the error itself goes on.
-    except BaseException:
-        for undo in reversed(undos):
-            undo()
-        uneval()
+    return _Attempt(result, explanation, undo)
+
+
+def _take_back(model: nn.Module, attempt: _Attempt, checked: Checked, before: Before, ledger: Ledger) -> Checked | None:
+    """Undo an attempt that does not hold and give up the folds nearest to the difference; or why it holds after all."""
+    observed = before.observed
+    candidate = None if observed is None else runner_of(attempt.result, double=observed.double, exact=ledger.exact)
+    attempt.undo()
+    place = checked.differences[0].layer
+    if observed is not None and candidate is not None:
+        if observed.source is None and (excused := explained(checked, observed, model, deep_copy(candidate))):
+            return excused
+        place = place_of(checked, observed, model, candidate)
+    if ledger.strict:
+        checked.raise_if_different(place)
+    ledger.patience -= 1
+    for key in ledger.near(place):
+        ledger.take_back(key, ledger.layers[key], str(checked.differences[0]))
+    return None
+
+
+def _finished(
+    attempt: _Attempt, checked: Checked | None, ledger: Ledger, clock: dict[str, float]
+) -> tuple[nn.Module, Explanation]:
+    explanation = attempt.explanation
+    explanation.after = Counts.of(attempt.result)
+    explanation.checked = checked
+    explanation.taken_back = list(ledger.taken_back.values())
+    explanation.seconds.update(clock)
+    for refusal in explanation.taken_back:
+        log.warning("collapse: %s", refusal)
+    if checked is not None:
+        log.info("collapse: %s", checked)
+    return attempt.result, explanation
+
+
+def _run_once(model: nn.Module, example: Example) -> None:
+    try:
+        outputs(model, example, None)
+    except ReparamError:
         raise
-    explanation.after = Counts.of(result)
-    return result, explanation
+    # The model is user code: whatever it raises means that it does not take these inputs.
+    except Exception as error:
+        raise ReparamError(f"the model rejects example_inputs: {error}") from error
 
 
-def explain_model(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Explanation:
+def explain_model(model: nn.Module, example: Example | None = None) -> Explanation:
     """Decide as :func:`collapse_model` does, numbers included, and stop before surgery; the model is not changed.
 
     On the meta device there are no numbers: what only they can tell (a module that has to be probed, a weight that
@@ -97,7 +187,7 @@ def explain_model(model: nn.Module, example_inputs: tuple[Any, ...] | None = Non
         if model.training:
             evaluate(model)
         for unit in _traced(model, explanation):
-            _compile_unit(model, unit, _ranks(unit, example_inputs), explanation, None, verify=False)
+            _compile_unit(model, unit, _ranks(unit, example), explanation, None, Ledger(prove=False))
     return explanation
 
 
@@ -138,37 +228,15 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}", tensor
 
 
-def _run_examples(model: nn.Module, inputs: tuple[Any, ...], explanation: Explanation, verify: bool) -> Expected | None:
-    try:
-        with _clock(explanation, "proof"):
-            if verify:
-                return expect(model, Example(inputs))
-            outputs(model, Example(inputs), None)
-            return None
-    except ReparamError:
-        raise
-    # The model is user code: whatever it raises means that it does not take these inputs.
-    except Exception as error:
-        raise ReparamError(f"the model rejects example_inputs: {error}") from error
-
-
-def _compare(reference: nn.Module | None, wanted: Expected, result: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Compare whole networks; edited in place, the reference is gone and the difference cannot be located."""
-    outcome = compare_outputs(wanted, result, Example(inputs))
-    if not outcome.ok and reference is not None:
-        outcome = compare(reference, result, Example(inputs))
-    outcome.raise_if_different()
-
-
 # ------------------------------------------------------------------ one model
 
 
 def _compile(
     model: nn.Module,
-    example_inputs: tuple[Any, ...] | None,
+    example: Example | None,
     explanation: Explanation,
     undos: list[Undo],
-    verify: bool,
+    ledger: Ledger,
 ) -> None:
     while True:
         before, shared = len(explanation.folds), False
@@ -177,7 +245,7 @@ def _compile(
             if all(unit.root is not m for m in model.modules()):
                 continue  # inside a module that was probed and folded
             shared |= any(refusal.reason is Reason.SHARED for refusal in unit.opaque.values())
-            _compile_unit(model, unit, _ranks(unit, example_inputs), explanation, undos, verify)
+            _compile_unit(model, unit, _ranks(unit, example), explanation, undos, ledger)
         # A container that is called twice may be one layer by now, and its surroundings can be read through it.
         if not shared or len(explanation.folds) == before:
             return
@@ -189,7 +257,7 @@ def _compile_unit(
     ranks: list[int | None],
     explanation: Explanation,
     undos: list[Undo] | None,
-    verify: bool,
+    ledger: Ledger,
 ) -> None:
     """Select, fold and edit one unit; without ``undos``, everything is decided and nothing done.
 
@@ -208,7 +276,7 @@ def _compile_unit(
             selection = select(flow, guard, banned.keys(), staying)
         edited, failed = Edited(), dict[Candidate, Refusal]()
         for candidate, placement in selection.chosen:
-            outcome = _fold(flow, candidate, placement, made, explanation, verify)
+            outcome = _fold(flow, candidate, placement, made, explanation, ledger)
             if isinstance(outcome, Refusal):
                 failed[candidate] = outcome
         folds = [made[candidate.key] for candidate, _ in selection.chosen if candidate not in failed]
@@ -220,10 +288,15 @@ def _compile_unit(
         banned.update({candidate.key: refusal for candidate, refusal in failed.items()})
         if attempt >= ROUNDS:
             staying.update(node for candidate in failed for node in candidate.dying)
-    explanation.refusals += dict.fromkeys([*worth_saying(flow, selection), *banned.values()])
+    said = [refusal for refusal in banned.values() if refusal.reason is not Reason.TAKEN_BACK]
+    explanation.refusals += dict.fromkeys([*worth_saying(flow, selection), *said])
     for fold in folds:
         where = "" if undos is None else edited.paths[fold.candidate]
         explanation.folds.append(Record.of(flow, fold.candidate, fold.form, where, fold.error))
+        if undos is not None:
+            edits = [*fold.placement.slots, *(rewrite.call.path for rewrite in fold.placement.rewrites)]
+            ledger.touched[unit.path, fold.candidate.key] = where, *(join(unit.path, path) for path in edits)
+            ledger.layers[unit.path, fold.candidate.key] = ", ".join(layers_of(flow, fold.candidate))
     explanation.edits += edited.edits
     explanation.notes += edited.notes
     if undos is not None:
@@ -257,23 +330,33 @@ def _fold(
     placement: Placement,
     made: dict[Key, Fold],
     explanation: Explanation,
-    verify: bool,
+    ledger: Ledger,
 ) -> Refusal | None:
     """Enter the proven fold of a candidate into ``made``, which holds those of earlier rounds, or say why not."""
-    layers = ", ".join(layers_of(flow, candidate))
+    names, key = layers_of(flow, candidate), (flow.unit.path, candidate.key)
+    layers = ", ".join(names)
+    if ledger.refuses(key, names):
+        return Refusal(Reason.TAKEN_BACK, Reason.TAKEN_BACK.value, layers)
     fold = made.get(candidate.key)
     try:
         if fold is None:
             with _clock(explanation, "fold"):
                 fold = folded(flow, candidate, placement)
-            if verify:
+            if ledger.prove:
                 with _clock(explanation, "proof"):
                     fold = replace(fold, error=prove(flow, candidate, fold.form, fold.layer, layers))
+            if ledger.exact is not None:
+                sources = [t for n in (*candidate.dying, *candidate.constants) for t in flow.tensors.get(n, ())]
+                ledger.exact.note(fold.layer, fold.form, sources)
             fold = replace(fold, form=fold.form.to("meta"))  # the numbers are in the layer now
     except RefusalError as refused:
         if refused.refusal.reason is Reason.NOT_FINITE:
             raise ReparamError(f"{layers}: {refused.refusal.message}") from refused
         return refused.refusal.at(layers)
+    except EquivalenceError as error:
+        if ledger.strict:
+            raise
+        return ledger.take_back(key, layers, str(error).removeprefix(f"{layers}: "))
     made[candidate.key] = replace(fold, candidate=candidate, placement=placement)
     return candidate.costs(fold.form)
 
@@ -293,10 +376,10 @@ def _traced(model: nn.Module, explanation: Explanation) -> list[Unit]:
     return units
 
 
-def _ranks(unit: Unit, inputs: tuple[Any, ...] | None) -> list[int | None]:
-    if unit.path or inputs is None:
+def _ranks(unit: Unit, example: Example | None) -> list[int | None]:
+    if unit.path or example is None:
         return []
-    return [x.dim() if isinstance(x, Tensor) else None for x in inputs]
+    return [x.dim() if isinstance(x, Tensor) else None for x in example.args]
 
 
 @contextmanager
@@ -311,10 +394,15 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _clock(explanation: Explanation, stage: str) -> AbstractContextManager[None]:
+    return timed(explanation.seconds, stage)
+
+
 @contextmanager
-def _clock(explanation: Explanation, stage: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time spent inside to a stage's."""
     start = time.perf_counter()
     try:
         yield
     finally:
-        explanation.seconds[stage] = explanation.seconds.get(stage, 0.0) + time.perf_counter() - start
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -52,6 +52,7 @@ class Reason(Enum):
     MODES = "training and evaluation use it differently"
     NEVER_CALLED = "nothing calls it"
     NOT_FINITE = "the result is not finite"
+    TAKEN_BACK = "taken back: it does not hold"
 
 
 @dataclass(frozen=True)

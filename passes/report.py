@@ -14,6 +14,7 @@ from passes.blocks.kit.kernel_conv import KernelConv
 from passes.edits.edit import Edit
 from passes.fold.candidates import Candidate, layers_of
 from passes.graph.dataflow import Flow
+from passes.proof.check import Checked
 from passes.refusal import Refusal
 from passes.table import section
 
@@ -94,6 +95,8 @@ class Explanation:
         before, after: counts of layers; ``after`` is None while planning.
         seconds: time per stage: trace, plan, fold, proof.
         notes: things worth knowing, such as a model that was in training mode.
+        taken_back: folds that did not hold; what they would have replaced is as it was.
+        checked: what of the result was compared with the original; None while planning, or if not asked for.
     """
 
     folds: list[Fold] = field(default_factory=list)
@@ -104,17 +107,25 @@ class Explanation:
     after: Counts | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    taken_back: list[Refusal] = field(default_factory=list)
+    checked: Checked | None = None
 
     def reasons(self) -> Counter[str]:
         """How many layers stay for each reason."""
         return Counter(r.reason.value for r in self.refusals)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.folds)} regions fold"]
+        lines = []
+        if self.taken_back:
+            taken = [(refusal.layer, refusal.message) for refusal in self.taken_back]
+            lines += [*section("taken back:", ("layers", "reason"), taken)[1:], ""]
+        lines.append(f"{len(self.folds)} regions fold")
         if self.before is not None:
             lines.append(f"before: {self.before}")
         if self.after is not None:
             lines.append(f"after:  {self.after}")
+        if self.checked is not None:
+            lines.append(f"checked: {self.checked}")
         folds = [
             (
                 _short(fold.layers),

@@ -19,22 +19,48 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import Geometry
-from passes.algebra.lowering import emit, target_of
+from passes.algebra.lowering import Target, emit, target_of
+from passes.collapse import collapse_model, timed
 from passes.fold.candidates import layers_of
 from passes.graph.capture import join, trace_units
 from passes.graph.copies import deep_copy
 from passes.graph.dataflow import Flow
-from passes.graph.modes import kept_modes
+from passes.graph.inputs import Example
+from passes.graph.modes import has_own_modes, kept_modes
+from passes.proof.check import check
+from passes.proof.hold import Exact
 from passes.proof.prove import prove
 from passes.refusal import RefusalError, ReparamError
 from passes.report import Counts, Explanation, Fold
 from passes.training.discovery import find_convs, plain_norm
 from passes.training.equivalent import Reading
 
-__all__ = ["restore", "restore_blocks"]
+__all__ = ["collapse_like"]
 
 
-def restore_blocks(model: nn.Module, like: nn.Module, verify: bool) -> tuple[nn.Module, Explanation] | None:
+def collapse_like(
+    model: nn.Module, like: nn.Module, example: Example | None, *, verify: bool | str
+) -> tuple[nn.Module, Explanation]:
+    """A copy of ``like`` that computes what ``model`` computes, compared with it; see :func:`reparam.collapse`."""
+    given, exact = model, Exact()
+    if model.training and has_own_modes(model):  # what its own eval() computes, it computes on a copy
+        model = deep_copy(model).eval()
+    outcome = restore_blocks(model, like, exact, prove_folds=bool(verify))
+    if outcome is None:
+        exact = Exact()
+        folded, explanation = collapse_model(model, example=None, verify="folds" if verify else False, exact=exact)
+        outcome = restore(folded, like, exact), explanation
+    result, explanation = outcome
+    if verify is True:
+        with timed(explanation.seconds, "check"):
+            explanation.checked = check(given, result, example, exact=exact, effects=False)
+            explanation.checked.raise_if_different()
+    return result, explanation
+
+
+def restore_blocks(
+    model: nn.Module, like: nn.Module, exact: Exact, *, prove_folds: bool
+) -> tuple[nn.Module, Explanation] | None:
     """A copy of ``like`` (in eval mode) that computes what ``model`` computes, and what was folded.
 
     None if ``model`` is not ``like`` with blocks in the places of convolutions.
@@ -61,7 +87,7 @@ def restore_blocks(model: nn.Module, like: nn.Module, verify: bool) -> tuple[nn.
     explanation = Explanation(before=Counts.of(model), seconds={})
     with kept_modes(model), torch.no_grad():
         for key in rest:
-            wanted[key].copy_(have[key])
+            _copy(wanted[key], have[key], exact)
         for path in [path for path in convs if path in folding]:
             conv, norm = convs[path].conv, convs[path].norm
             layers = [inside[path]]
@@ -71,14 +97,16 @@ def restore_blocks(model: nn.Module, like: nn.Module, verify: bool) -> tuple[nn.
                 reading = Reading(nn.Sequential(*layers))
                 candidate, form = reading.candidate(), reading.form()
                 folded: Any = emit(form, target_of(t for layer in layers for t in layer.parameters()))
+                numbers: Any = emit(form, Target(torch.float64, form.weight.device, False, False))
                 said = ", ".join(layers_of(reading.flow, candidate))
-                error = prove(reading.flow, candidate, form, folded, said) if verify else None
+                error = prove(reading.flow, candidate, form, folded, said) if prove_folds else None
             except RefusalError:
                 return None
             if not isinstance(folded, _ConvNd) or Geometry.of(folded) != Geometry.of(conv):
                 return None
-            conv.weight.copy_(folded.weight)
-            _put_bias(path, conv, folded.bias, None if norm is None else result.get_submodule(norm.path))
+            _copy(conv.weight, folded.weight, exact, numbers.weight)
+            behind_it = None if norm is None else result.get_submodule(norm.path)
+            _put_bias(path, conv, folded.bias, behind_it, exact, numbers.bias)
             explanation.folds.append(Fold.of(reading.flow, candidate, form, path, error))
     explanation.after = Counts.of(result)
     return result, explanation
@@ -125,6 +153,9 @@ def _copy_with_room(like: nn.Module, model: nn.Module) -> nn.Module:
                     if id(tensor) not in made:
                         made[id(tensor)] = room(join(path, name), tensor)
                     table[name] = made[id(tensor)]
+    for key, buffer in result.named_buffers():
+        if key not in saved and key in buffers and buffers[key].shape == buffer.shape:
+            buffer.copy_(buffers[key])  # nothing else would fill it, and the model computes with its own
     return result
 
 
@@ -140,21 +171,30 @@ def _own(state: dict[str, Tensor], path: str) -> frozenset[str]:
     return frozenset(key for key in state if key.startswith(path + "."))
 
 
-def _put_bias(path: str, conv: _ConvNd, bias: Tensor | None, norm: Any) -> None:
+def _copy(into: Tensor, value: Tensor, exact: Exact, number: Tensor | None = None) -> None:
+    """Copy a tensor, and what it was before it was rounded."""
+    into.copy_(value)
+    if into.is_floating_point():
+        exact.put(into, exact.get(id(value), value.double()) if number is None else number)
+
+
+def _put_bias(path: str, conv: _ConvNd, bias: Tensor | None, norm: Any, exact: Exact, number: Tensor | None) -> None:
     """Give the folded bias to whoever can take it: the convolution, or the norm behind it, else the identity."""
     if norm is not None:
-        make_identity(norm)
+        make_identity(norm, exact)
     if conv.bias is not None:
-        conv.bias.copy_(torch.zeros_like(conv.bias) if bias is None else bias)
-    elif bias is not None and norm is None:
+        _copy(conv.bias, torch.zeros_like(conv.bias) if bias is None else bias, exact, number)
+    elif bias is None or number is None:
+        return
+    elif norm is None:
         raise ReparamError(f"{path} has a bias after folding, and like= has no layer to take it")
-    elif bias is not None and norm.bias is not None:
-        norm.bias.copy_(bias)
-    elif bias is not None:
-        norm.running_mean.copy_(-bias)
+    elif norm.bias is not None:
+        _copy(norm.bias, bias, exact, number)
+    else:
+        _copy(norm.running_mean, -bias, exact, -number)
 
 
-def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:
+def restore(collapsed: nn.Module, like: nn.Module, exact: Exact) -> nn.Module:
     """A copy of ``like`` (in eval mode) that computes what ``collapsed`` computes.
 
     Raises :class:`ReparamError`, naming the layer, where ``collapsed`` has no layer of the same shape for one of
@@ -162,7 +202,7 @@ def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:
     """
     collapsed = _unwrapped(collapsed, like)
     result = _copy_with_room(like, collapsed)
-    have = dict(collapsed.state_dict())
+    have = dict(collapsed.state_dict(keep_vars=True))
     norms = _norm_behind(result)
     missing = []
     with torch.no_grad():
@@ -174,10 +214,10 @@ def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:
                     raise ReparamError(
                         f"{name} has shape {tuple(have[name].shape)}, but {tuple(tensor.shape)} in like="
                     )
-                tensor.copy_(have.pop(name))
+                _copy(tensor, have.pop(name), exact)
             elif isinstance(owner, _NormBase) and path in norms.values():
                 if leaf == "weight":
-                    make_identity(owner)
+                    make_identity(owner, exact)
             else:
                 missing.append(name)
         for conv, norm in norms.items():
@@ -186,7 +226,7 @@ def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:
                 module = result.get_submodule(norm)
                 if not isinstance(module.bias, Tensor):
                     raise ReparamError(f"{conv} has a bias after folding, and {norm} has no shift to take it")
-                module.bias.copy_(bias)
+                _copy(module.bias, bias, exact)
     if missing or have:
         gone = ", ".join(missing[:3]) or "nothing"
         extra = ", ".join(list(have)[:3]) or "nothing"
@@ -197,7 +237,7 @@ def restore(collapsed: nn.Module, like: nn.Module) -> nn.Module:
     return result
 
 
-def make_identity(norm: nn.Module) -> None:
+def make_identity(norm: nn.Module, exact: Exact) -> None:
     """Set a batch norm so that it returns its input exactly: ``gamma / sqrt(var + eps)`` is 1 in its own dtype."""
     if not isinstance(norm, _NormBase) or norm.running_mean is None or norm.running_var is None:
         raise ReparamError("a batch norm without running statistics cannot be made the identity")
@@ -210,6 +250,7 @@ def make_identity(norm: nn.Module) -> None:
             break
         var = torch.nextafter(var, torch.where(off < one, one, -one))
     norm.running_var.copy_(var)
+    exact.put(norm.running_var, torch.ones_like(var, dtype=torch.float64) - norm.eps)
     if norm.weight is not None:
         norm.weight.fill_(1.0)
     if norm.bias is not None:

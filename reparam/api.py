@@ -16,7 +16,7 @@ from passes.proof.run import run, runner_of
 from passes.proof.verify import compare
 from passes.refusal import ReparamError
 from passes.report import Explanation
-from passes.restore import restore, restore_blocks
+from passes.restore import collapse_like
 
 __all__ = ["collapse", "collapse_with_report", "explain", "guess_inputs", "verify"]
 
@@ -26,7 +26,8 @@ def collapse(
     *,
     example_inputs: Any = None,
     like: nn.Module | None = None,
-    verify: bool = True,
+    verify: bool | str = True,
+    strict: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Fold every region of ``model`` that acts as one convolution or linear layer into that one layer.
@@ -38,22 +39,28 @@ def collapse(
 
     Args:
         model: any module with floating-point parameters. Parts that torch.fx cannot trace are compiled inside.
-        example_inputs: a tensor, or a tuple of positional arguments. Optional: each fold is proven without it; with
-            it the whole network is compared as well, and layers of unknown rank can be read.
+        example_inputs: what to compare the whole network on: a tensor, a tuple of positional arguments,
+            ``(args, kwargs)``, a mapping of keyword arguments, or a list where that is the one argument. Optional:
+            inputs are made up otherwise. With it layers of unknown rank can be read.
         like: the plain architecture to return instead, its batch norms set to identity, so that the state dict loads
             with ``strict=True`` into stock code. Only its structure counts: it may be on the meta device, where it
             takes no memory. See :func:`passes.restore.restore`.
-        verify: prove every fold in float64, and in the shipped dtype within the rounding of its weights.
+        verify: ``True``: prove every fold, in float64 and in the shipped dtype within the rounding of its weights, and
+            run the result against the original; ``"folds"``: prove the folds only; ``False``: neither.
+        strict: raise where a fold does not hold, instead of taking it back alone with a warning.
         inplace: edit ``model`` itself and return it.
 
     Raises:
         ReparamError: bad input (not a module, no numbers, NaN in a weight, a cast that overflows), naming the layer.
-        EquivalenceError: a fold is not equal to what it replaces, naming the layers and by how much.
+        EquivalenceError: the result differs from the model, or, with ``strict``, a fold from what it replaces, naming
+            the layers and by how much.
         After either, the caller's model is as it was, ``inplace=True`` included.
 
     Source: Ding et al., "Diverse Branch Block" (CVPR 2021), sec. 3.2; "RepVGG" (CVPR 2021), sec. 3.3.
     """
-    return collapse_with_report(model, example_inputs=example_inputs, like=like, verify=verify, inplace=inplace)[0]
+    return collapse_with_report(
+        model, example_inputs=example_inputs, like=like, verify=verify, strict=strict, inplace=inplace
+    )[0]
 
 
 def collapse_with_report(
@@ -61,26 +68,23 @@ def collapse_with_report(
     *,
     example_inputs: Any = None,
     like: nn.Module | None = None,
-    verify: bool = True,
+    verify: bool | str = True,
+    strict: bool = False,
     inplace: bool = False,
 ) -> tuple[nn.Module, Explanation]:
     """As :func:`collapse`, with what was folded, what was refused and why, counts, errors and seconds."""
-    inputs = as_tuple(example_inputs)
+    if verify not in (True, False, "folds"):
+        raise ReparamError(f"verify= is True, 'folds' or False, got {verify!r}")
     if like is not None and not isinstance(like, nn.Module):
         raise ReparamError(f"like= takes the architecture as a torch.nn.Module, got {type(like).__name__}")
     if like is not None and inplace:
         raise ReparamError("like= returns a copy of that architecture, so inplace=True has nothing to edit; drop one")
+    check_model(model, numbers=bool(verify))
+    example = as_example(example_inputs, model)
     with ordinary_tensors():
-        if like is None:
-            return collapse_model(model, example_inputs=inputs, verify=verify, inplace=inplace)
-        check_model(model)
-        outcome = restore_blocks(model, like, verify)
-        if outcome is None:
-            folded, explanation = collapse_model(model, example_inputs=inputs, verify=verify, inplace=False)
-            outcome = restore(folded, like), explanation
-        if verify and inputs is not None:
-            compare(model, outcome[0], Example(inputs)).raise_if_different()
-        return outcome
+        if like is not None:
+            return collapse_like(model, like, example, verify=verify)
+        return collapse_model(model, example=example, verify=verify, strict=strict, inplace=inplace)
 
 
 @contextmanager
@@ -97,7 +101,8 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     Decides as :func:`collapse` does and stops before surgery and proof; the model is not changed. Raises as
     :func:`collapse` does for bad input.
     """
-    return explain_model(model, as_tuple(example_inputs))
+    check_model(model, numbers=False)
+    return explain_model(model, as_example(example_inputs, model))
 
 
 def verify(reference: nn.Module, candidate: nn.Module, example_inputs: Any = None) -> Equivalence:

@@ -244,7 +244,7 @@ def test_failure_midway_leaves_the_model_untouched(stage: str, inplace: bool, mo
         "edit": (passes.edits.edit, "_inherit", 3),
         "rewrite": (passes.edits.edit, "rewrite_forward", 0),
         "second unit": (passes.collapse, "apply", 1),
-        "compare": (passes.collapse, "compare_outputs", 0),
+        "compare": (passes.collapse, "check_against", 0),
     }
     owner, name, call = places[stage]
     model = ready(nn.Sequential(Net(), Untraceable())).train()

@@ -150,7 +150,7 @@ def test_damaged_fold_is_found_without_inputs(
     before = snapshot(model)
     plant(monkeypatch, DAMAGES[name])
     with pytest.raises(EquivalenceError, match=r"2\.(square|point)\.conv|0\.conv"):
-        reparam.collapse(model, inplace=inplace)
+        reparam.collapse(model, inplace=inplace, strict=True)
     assert is_unchanged(model, before)
 
 
@@ -166,7 +166,7 @@ def test_half_precision_hides_nothing(name: str, dtype: torch.dtype, monkeypatch
     """A wide layer has a wide rounding error; a wrong one must still not fit into it."""
     plant(monkeypatch, DAMAGES[name])
     with pytest.raises(EquivalenceError, match=r"0\.conv"):
-        reparam.collapse(ready(nn.Sequential(ConvBN(256, 32))).to(dtype))
+        reparam.collapse(ready(nn.Sequential(ConvBN(256, 32))).to(dtype), strict=True)
 
 
 def test_half_precision_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_half_precision_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 
     plant(monkeypatch, damage)
     with pytest.raises(EquivalenceError, match=r"0\.conv"):
-        reparam.collapse(ready(nn.Sequential(ConvBN(256, 32))).to(torch.bfloat16))
+        reparam.collapse(ready(nn.Sequential(ConvBN(256, 32))).to(torch.bfloat16), strict=True)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -196,7 +196,7 @@ def test_linear_and_other_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as context:
             plant(context, weight_off(7))
             with pytest.raises(EquivalenceError, match=r"^0, 1: "):
-                reparam.collapse(model)
+                reparam.collapse(model, strict=True)
 
 
 def test_verify_false_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_wrong_law_scale(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ConvForm, "affine", wrong)
     with pytest.raises(EquivalenceError, match="conv, norm"):
-        reparam.collapse(ready(ConvBN()))
+        reparam.collapse(ready(ConvBN()), strict=True)
 
 
 class PointThenSquare(nn.Module):
@@ -239,7 +239,7 @@ def test_wrong_law_border(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reparam.Reason.PAD_VALUE in {r.reason for r in reparam.collapse_with_report(model)[1].refusals}
     monkeypatch.setattr(ConvForm, "_check_outside", lambda *args: None)
     with pytest.raises(EquivalenceError, match=r"second\.conv"):
-        reparam.collapse(model)
+        reparam.collapse(model, strict=True)
 
 
 # ------------------------------------------------------------------ planted in the surgery
@@ -256,7 +256,7 @@ def test_wrong_surgery(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(passes.collapse, "edits_of", swapped)
     with pytest.raises(EquivalenceError, match=r"differ" if inplace else r"first at convs\.0"):
-        reparam.collapse(model, example_inputs=maps(), inplace=inplace)
+        reparam.collapse(model, example_inputs=maps(), inplace=inplace, strict=True)
     assert is_unchanged(model, before)
 
 

@@ -236,7 +236,9 @@ def likely_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         for size in (SMALL[n], USUAL[n], LEAST.get(n, SMALL[n])):
             yield (conv.in_channels, *size)
     if linear is not None:
-        yield from [(linear.in_features,), (4, linear.in_features)]
+        flat, tokens = (linear.in_features,), (7, linear.in_features)
+        spread = any(p.dim() == 3 and p.shape[-1] == linear.in_features for p in model.parameters())
+        yield from [tokens, flat] if spread else [flat, tokens]
     if conv is None and linear is None:
         norm = next((m for m in layers if isinstance(m, _NormBase)), None)
         yield (3 if norm is None else norm.num_features, *SMALL[2])

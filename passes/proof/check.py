@@ -3,7 +3,7 @@
 Each network is run once in float64, on copies. Numbers that were rounded to the model's dtype enter as they were before
 rounding, so that a float32 network is held to 1e-10 as well: that each shipped number is the exact one rounded once is
 what the proof of its fold says. Only where a network casts by name (``x.float()``) it is also run as it is, for its
-dtypes.
+dtypes. One that refuses float64 is run in its own dtype alone, and allowed what rounding its weights does to it.
 
 A network that leaves something behind on its modules is called up to three times in a row. Which random numbers it
 draws has to be the same too.
@@ -11,25 +11,40 @@ draws has to be the same too.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from passes.graph.inputs import Example, as_example, likely
-from passes.proof.compare import FLOAT64_TOLERANCE, Comparison, Difference, EquivalenceError, Verdict, compared
-from passes.proof.run import Run, run, runner_of
+from passes.proof.compare import (
+    FLOAT64_TOLERANCE,
+    Comparison,
+    Difference,
+    EquivalenceError,
+    Verdict,
+    coarsest_dtype,
+    compared,
+    tolerance,
+)
+from passes.proof.locate import Choices, choose_alike
+from passes.proof.run import Run, hooked, nudged, run, runner_of
 from passes.refusal import ReparamError
 
-__all__ = ["Checked", "NoInputError", "Observed", "check", "observe"]
+__all__ = ["Checked", "NoInputError", "Observed", "check", "explained", "observe"]
 
+ROUNDING = 1e-6
+"""The most that rounding in float64 may explain in a network that amplifies it."""
 CALLS = 3
 """How often a network is called that leaves something behind."""
 
 
 class NoInputError(ReparamError):
-    """No input could be made up for a module; the message says what was tried."""
+    """A module cannot be run: no input could be made up, or it cannot be copied; the message says what was tried."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +53,38 @@ class Observed:
 
     Args:
         example: what it was called with.
-        calls: in float64, one after the other on one copy.
+        calls: one after the other on one copy, in float64 if ``double``.
         shipped: one call in the model's own dtype; None where it would show nothing more.
         training: whether in training mode.
+        double: False for a model that refuses float64.
+        allowed: relative difference that rounding explains.
+        names: the names by which the positional arguments can be passed.
+        hooks: how many hooks of a person's own each module has.
+        source: the module, while it is as it was.
     """
 
     example: Example
     calls: tuple[Run, ...]
     shipped: Run | None
     training: bool
+    double: bool
+    allowed: float
+    names: tuple[str, ...]
+    hooks: Mapping[str, int]
+    source: nn.Module | None
+
+    @property
+    def ran(self) -> frozenset[str]:
+        """Paths of the modules that took part."""
+        return frozenset().union(*(call.ran for call in self.calls))
+
+    @property
+    def by_name(self) -> Example:
+        """The same call, its arguments passed by name: no keyword is to be lost."""
+        args, kwargs = self.example.args, self.example.kwargs
+        if len(self.names) < len(args):
+            return self.example
+        return Example((), {**dict(zip(self.names, args, strict=False)), **kwargs}, self.example.made_up)
 
 
 @dataclass(frozen=True)
@@ -54,7 +92,7 @@ class Checked:
     """What a comparison of a result with its original found.
 
     Args:
-        verdict: equal, different, or inconclusive if there was nothing to run.
+        verdict: equal, different, or inconclusive if there was nothing to run or rounding decides.
         compared: what was compared and on what, or why nothing could be.
         differences: each with its place.
         error: largest relative difference of any output.
@@ -72,19 +110,23 @@ class Checked:
         """Whether nothing speaks against the result."""
         return self.verdict is not Verdict.DIFFERENT
 
-    def raise_if_different(self) -> None:
-        """Raise :class:`EquivalenceError` if the result is seen to differ."""
+    def raise_if_different(self, place: str = "") -> None:
+        """Raise :class:`EquivalenceError` if the result is seen to differ, first at ``place`` if that is known."""
         if not self.ok:
             first = self.differences[0]
-            raise EquivalenceError(f"{first} ({self.compared})", layer=first.layer, error=first.error)
+            where = f", first at {place}" if place and place != first.layer else ""
+            message = f"the result differs from the module that it was made of{where}: {first} ({self.compared})"
+            raise EquivalenceError(message, layer=first.layer or place, error=first.error)
 
     def missing(self, paths: Iterable[str]) -> list[str]:
         """Those of ``paths`` that were not seen to run."""
         return [path for path in paths if path not in self.ran]
 
     def __str__(self) -> str:
-        shown = "".join(f"; {difference}" for difference in self.differences[:3])
-        return f"{self.compared}{shown}"
+        return "; ".join([self.compared, *map(str, self.differences[:3])])
+
+
+# ------------------------------------------------------------------ the original
 
 
 def observe(model: nn.Module, example: Any = None, *, training: bool = False) -> Observed:
@@ -96,28 +138,87 @@ def observe(model: nn.Module, example: Any = None, *, training: bool = False) ->
         training: the mode to run it in.
 
     Raises:
-        NoInputError: none were given, and none could be made up.
-        ReparamError: the model rejects those that were given, or cannot be copied.
+        NoInputError: none were given, and none could be made up; or the model cannot be copied.
+        ReparamError: the model rejects those that were given.
     """
     given = as_example(example, model)
-    if given is not None:
+    tried = []
+    for made in likely(model) if given is None else [given]:
         try:
-            return _observed(model, given, training)
-        except ReparamError:
-            raise
+            observed = _observed(model, made, training)
+            if given is None or any(compared(call.value, call.value).numbers for call in observed.calls):
+                return observed
+        except ReparamError as error:
+            raise NoInputError(f"{error}") from error
         # The model is user code: whatever it raises means that it does not take these inputs.
         except Exception as error:
-            raise ReparamError(f"the model rejects example_inputs: {_first_line(error)}") from error
-    tried = []
-    for made in likely(model):
-        try:
-            return _observed(model, made, training)
-        except ReparamError:
-            raise
-        # Any exception means that the model does not take these numbers.
-        except Exception as error:
-            tried.append(f"{made}: {_first_line(error)}")
+            if given is not None:
+                raise ReparamError(f"the model rejects example_inputs: {first_line(error)}") from error
+            tried.append(f"{made}: {first_line(error)}")
+        if given is not None:
+            raise ReparamError("nothing to compare: the model returns no numbers for these inputs")
     raise NoInputError(f"no input could be made up ({tried[0] if tried else 'its first layer tells no shape'})")
+
+
+def _observed(model: nn.Module, example: Example, training: bool) -> Observed:
+    double, allowed = True, FLOAT64_TOLERANCE
+    try:
+        calls = _calls(model, example, training, double)
+    # Code that insists on its own dtype.
+    except Exception:
+        if coarsest_dtype(model) == torch.float64:
+            raise
+        double = False
+        calls = _calls(model, example, training, double)
+        dtype = coarsest_dtype(model)
+        allowed = tolerance(rounding(model, example, calls[0].value, training, precision=dtype, double=False), dtype)
+    casts = double and any(call.cast for call in calls)
+    shipped = _shipped(model, example, training) if casts else None
+    return Observed(example, tuple(calls), shipped, training, double, allowed, _names(model), hooked(model), model)
+
+
+def _calls(model: nn.Module, example: Example, training: bool, double: bool) -> list[Run]:
+    runner = runner_of(model, double=double, training=training)
+    calls = [run(runner, example, double=double)]
+    while calls[-1].left and len(calls) < (1 if training else CALLS):
+        calls.append(run(runner, example, double=double))
+    return calls
+
+
+def _shipped(model: nn.Module, example: Example, training: bool) -> Run | None:
+    """A call in the model's own dtype; None where it fails: a CPU has no kernels for some half-precision layers."""
+    try:
+        return run(runner_of(model, double=False, training=training), example, double=False)
+    # The model is user code, which may fail in any way.
+    except Exception:
+        return None
+
+
+def rounding(
+    model: nn.Module,
+    example: Example,
+    value: Any,
+    training: bool = False,
+    *,
+    precision: torch.dtype = torch.float64,
+    double: bool = True,
+) -> float:
+    """How far outputs move, relatively, when every weight moves by one unit in the last place of ``precision``."""
+    runner = nudged(runner_of(model, double=double, training=training), torch.finfo(precision).eps)
+    return compared(run(runner, example, double=double).value, value, types=False).max_rel
+
+
+def _names(model: nn.Module) -> tuple[str, ...]:
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # code that shows none: a compiled extension
+        return ()
+    if any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in parameters):
+        return ()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+# ------------------------------------------------------------------ the result
 
 
 def check(
@@ -128,6 +229,8 @@ def check(
     training: bool = False,
     exact: Mapping[int, Tensor] | None = None,
     moved: Mapping[str, str] | None = None,
+    effects: bool = True,
+    by_name: bool = True,
     allowed: float = FLOAT64_TOLERANCE,
 ) -> Checked:
     """Compare ``result`` with the module that it was made of.
@@ -139,6 +242,8 @@ def check(
         training: run both in training mode; running statistics are then compared as well.
         exact: float64 numbers by the id of the tensor of ``result`` that is their rounding.
         moved: where a module of the original stands in the result, by its path there, if its path has changed.
+        effects: whether hooks and what the forward leaves behind have to be the same.
+        by_name: whether arguments have to be taken by the same names.
         allowed: relative difference of values.
 
     Raises:
@@ -148,71 +253,108 @@ def check(
         try:
             original = observe(original, example, training=training)
         except NoInputError as error:
-            return Checked(Verdict.INCONCLUSIVE, f"not run: {error}")
-    observed = original
-    runs, problem = _runs_of(result, observed, exact)
-    differences, total = [*problem], Comparison()
+            return Checked(Verdict.INCONCLUSIVE, f"not compared: {error}")
+    observed, allowed = original, max(allowed, original.allowed)
+    runs, differences = _runs_of(result, observed, exact, by_name)
+    if effects:
+        left = hooked(result)
+        lost = [path for path, count in observed.hooks.items() if left.get(_where(path, moved or {}), 0) < count]
+        differences += [Difference("has lost its hook", path) for path in lost]
+    total = Comparison()
     for i, (got, wanted) in enumerate(zip(runs, observed.calls, strict=False)):
         again = f" in call {i + 1}" if i else ""
-        found = compared(got.value, wanted.value)
-        differences += _said(found, allowed, again)
-        differences += _left(got, wanted, result, moved or {}, allowed, again)
+        gap = compared(got.value, wanted.value)
+        total.gap(gap.max_abs, gap.max_rel)
+        total.numbers += gap.numbers
+        if effects:
+            differences += _left(got, wanted, moved or {}, allowed, again)
+        differences += _said(gap, allowed, again)
         if got.generators != wanted.generators:
             differences.append(Difference(f"draws other random numbers{again}"))
-        total.gap(found.max_abs, found.max_rel)
-        total.numbers += found.numbers
     if runs and observed.shipped is not None:
         differences += _as_shipped(result, observed)
     verdict = Verdict.DIFFERENT if differences else Verdict.EQUAL if total.numbers else Verdict.INCONCLUSIVE
     ran = frozenset().union(*(r.ran for r in runs))
-    return Checked(verdict, _compared(observed, total), tuple(differences), total.max_rel, ran)
+    found = Checked(verdict, _sentence(observed, total), tuple(differences), total.max_rel, ran)
+    if found.ok or observed.source is None:
+        return found
+    candidate = runner_of(result, double=observed.double, training=training, exact=exact)
+    return explained(found, observed, observed.source, candidate) or found
 
 
-def _compared(observed: Observed, total: Comparison) -> str:
-    calls = f", {len(observed.calls)} calls in a row" if len(observed.calls) > 1 else ""
-    mode = " in training" if observed.training else ""
-    found = f"largest relative difference {total.max_rel:.1g}" if total.numbers else "it returns no numbers"
-    return f"whole network{mode}, {observed.example}{calls}, float64: {found}"
+def explained(found: Checked, observed: Observed, original: nn.Module, candidate: nn.Module) -> Checked | None:
+    """A kinder verdict, if rounding explains all differences, or chance.
 
+    - A network may amplify rounding, in float64 as well.
+    - What a network computes once for its dtype (a constant) is rounded to it and may be computed anew in float64.
+    - A selection decides between numbers that are equal but for rounding.
 
-# ------------------------------------------------------------------ running
-
-
-def _observed(model: nn.Module, example: Example, training: bool) -> Observed:
-    runner = runner_of(model, training=training)
-    calls = [run(runner, example)]
-    while calls[-1].left and len(calls) < (1 if training else CALLS):
-        calls.append(run(runner, example))
-    shipped = _try(model, example, training) if any(call.cast for call in calls) else None
-    return Observed(example, tuple(calls), shipped, training)
-
-
-def _try(model: nn.Module, example: Example, training: bool) -> Run | None:
-    """A call in the model's own dtype; None where it fails: a CPU has no kernels for some half-precision layers."""
+    Args:
+        found: the differences.
+        observed: what the original did.
+        original: the module, as it was.
+        candidate: a copy of the result in float64, to be run.
+    """
+    example, value, training = observed.example, observed.calls[0].value, observed.training
+    again = _calls(original, example, training, observed.double)
+    if any(compared(a.value, b.value).max_rel > observed.allowed for a, b in zip(again, observed.calls, strict=False)):
+        why = f"not compared: the network itself does not return the same twice ({example})"
+        return replace(found, verdict=Verdict.INCONCLUSIVE, compared=why, differences=())
+    if not observed.double or not all(d.numbers for d in found.differences):
+        return None
+    dtype = coarsest_dtype(original)
+    for precision, times, most in ((torch.float64, 10, ROUNDING), (dtype, 1, math.inf)):
+        noise = rounding(original, example, value, training, precision=precision)
+        if found.error <= times * noise <= most:
+            what = f"{found.compared}, no more than rounding in {_dtype(precision)} makes of it ({noise:.1g})"
+            return replace(found, verdict=Verdict.EQUAL, compared=what, differences=())
     try:
-        return run(runner_of(model, double=False, training=training), example, double=False)
-    # The model is user code, which may fail in any way.
+        choices = Choices.of(runner_of(original, training=training), example), Choices.of(candidate, example)
+    # A result that raises cannot be followed.
     except Exception:
         return None
+    choice = choose_alike(*choices, None, torch.float64)
+    if choice is None:
+        return None
+    why = f"{found.compared}; {choice} selects otherwise by numbers that agree to {FLOAT64_TOLERANCE:.0e}"
+    return replace(found, verdict=Verdict.INCONCLUSIVE, compared=why, differences=())
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sentence(observed: Observed, total: Comparison) -> str:
+    calls = f", {len(observed.calls)} calls in a row" if len(observed.calls) > 1 else ""
+    mode = " in training" if observed.training else ""
+    dtype = "float64" if observed.double else "its own dtype (it refuses float64)"
+    found = f"largest relative difference {total.max_rel:.1g}" if total.numbers else "it returns no numbers to compare"
+    return f"whole network{mode}, {observed.example}{calls}, {dtype}: {found}"
 
 
 def _runs_of(
-    result: nn.Module, observed: Observed, exact: Mapping[int, Tensor] | None
+    result: nn.Module, observed: Observed, exact: Mapping[int, Tensor] | None, by_name: bool
 ) -> tuple[list[Run], list[Difference]]:
-    runner = runner_of(result, training=observed.training, exact=exact)
+    runner = runner_of(result, double=observed.double, training=observed.training, exact=exact)
     runs: list[Run] = []
     try:
         for i in range(len(observed.calls)):
-            runs.append(run(runner, observed.example if i else by_name(observed)))
+            example = observed.by_name if by_name and not i else observed.example
+            runs.append(run(runner, example, double=observed.double))
     # Whatever the result raises, the original did not.
     except Exception as error:
-        return runs, [Difference(f"raises {type(error).__name__}: {_first_line(error)}")]
+        return runs, [Difference(f"raises {type(error).__name__}: {first_line(error)}", _where_raised(error, runner))]
     return runs, []
 
 
-def by_name(observed: Observed) -> Example:
-    """The first call, its arguments passed by name: a keyword is not to be lost."""
-    return observed.example
+def _where_raised(error: Exception, runner: nn.Module) -> str:
+    """Path of the innermost module in whose code an error arose."""
+    paths = {id(module): path for path, module in runner.named_modules()}
+    found, frame = "", error.__traceback__
+    while frame is not None:
+        found = paths.get(id(frame.tb_frame.f_locals.get("self")), found)
+        frame = frame.tb_next
+    return found
 
 
 def _as_shipped(result: nn.Module, observed: Observed) -> list[Difference]:
@@ -223,7 +365,7 @@ def _as_shipped(result: nn.Module, observed: Observed) -> list[Difference]:
         got = run(runner_of(result, double=False, training=observed.training), observed.example, double=False)
     # Whatever the result raises, the original did not.
     except Exception as error:
-        return [Difference(f"raises {type(error).__name__} in its own dtype: {_first_line(error)}")]
+        return [Difference(f"raises {type(error).__name__} in its own dtype: {first_line(error)}")]
     return compared(got.value, wanted.value).differences
 
 
@@ -232,24 +374,25 @@ def _as_shipped(result: nn.Module, observed: Observed) -> list[Difference]:
 
 def _said(found: Comparison, allowed: float, again: str) -> list[Difference]:
     if found.differences or found.max_rel <= allowed:
-        return [Difference(d.what + again, d.layer, d.error) for d in found.differences]
-    return [Difference(f"returns other numbers{again}: they differ by {found.max_rel:.3g}", error=found.max_rel)]
+        return [replace(d, what=d.what + again) for d in found.differences]
+    what = f"returns other numbers{again}: they differ by {found.max_rel:.3g}"
+    return [Difference(what, error=found.max_rel, numbers=True)]
 
 
-def _left(
-    got: Run, wanted: Run, result: nn.Module, moved: Mapping[str, str], allowed: float, again: str
-) -> list[Difference]:
-    """What the two calls left behind on modules that both networks have."""
-    found = []
+def _left(got: Run, wanted: Run, moved: Mapping[str, str], allowed: float, again: str) -> list[Difference]:
+    """What the two calls left behind on their modules."""
     theirs = {(_where(path, moved), name): value for (path, name), value in wanted.left.items()}
+    found = []
     for (path, name), value in theirs.items():
         if (path, name) not in got.left:
             found.append(Difference(f"no longer sets {name}{again}", path))
             continue
         gap = compared(got.left[path, name], value)
         if gap.differences or gap.max_rel > allowed:
-            found.append(Difference(f"leaves another {name} behind{again}", path, gap.max_rel))
-    return found
+            numbers = not gap.differences
+            found.append(Difference(f"leaves another {name} behind{again}", path, gap.max_rel, numbers))
+    extra = [key for key in got.left if key not in theirs and key in wanted.had]
+    return found + [Difference(f"sets {name}, which the original does not{again}", path) for path, name in extra]
 
 
 def _where(path: str, moved: Mapping[str, str]) -> str:
@@ -262,5 +405,6 @@ def _where(path: str, moved: Mapping[str, str]) -> str:
     return path
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's code says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -70,11 +70,13 @@ class Difference:
         what: a sentence's end, such as ``"returns a dict instead of an OrderedDict"``.
         layer: path of the module where it is seen; empty for what the network returns.
         error: size, relative to the largest magnitude of that output; infinite for a difference in kind.
+        numbers: whether the numbers or their count differ, so that rounding may explain it.
     """
 
     what: str
     layer: str = ""
     error: float = math.inf
+    numbers: bool = False
 
     def __str__(self) -> str:
         return f"{self.layer or 'the network'} {self.what}"
@@ -133,10 +135,10 @@ class Comparison:
     numbers: int = 0
     differences: list[Difference] = field(default_factory=list)
 
-    def note(self, what: str) -> None:
-        """A difference in kind."""
+    def note(self, what: str, *, numbers: bool = False) -> None:
+        """A difference in kind, or in how many numbers there are."""
         self.max_abs = self.max_rel = math.inf
-        self.differences.append(Difference(what))
+        self.differences.append(Difference(what, numbers=numbers))
 
     def gap(self, size: float, relative: float) -> None:
         """A difference in numbers."""
@@ -212,7 +214,8 @@ def _tensors(got: Tensor, wanted: Tensor, at: str, into: Comparison, types: bool
     if types and got.dtype != wanted.dtype:
         into.note(f"returns {_name(got.dtype)} instead of {_name(wanted.dtype)}{_at(at)}")
     elif got.shape != wanted.shape:
-        into.note(f"returns shape {tuple(got.shape)} instead of {tuple(wanted.shape)}{_at(at)}")
+        what = f"returns shape {tuple(got.shape)} instead of {tuple(wanted.shape)}{_at(at)}"
+        into.note(what, numbers=got.dim() == wanted.dim())
     elif got.is_meta or wanted.is_meta or not wanted.numel():
         return
     else:

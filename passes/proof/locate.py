@@ -13,7 +13,7 @@ rounding has chosen, and what comes behind cannot be compared.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,7 @@ def first_difference(wanted: Record, got: Record, rough: Record | None, dtype: t
         dtype: of the candidate.
     """
     starts: list[str] = []
+    others: list[str] = []
     same: set[Version] = set()
     for name in [name for name in wanted.calls if name in got.calls]:
         ours, theirs = wanted.calls[name], got.calls[name]
@@ -55,13 +56,15 @@ def first_difference(wanted: Record, got: Record, rough: Record | None, dtype: t
         same |= set(ours.result_versions) if made is Verdict.EQUAL else set()
         if given is Verdict.EQUAL and made is Verdict.DIFFERENT:
             starts.append(name)
-    return next((name for name in starts if wanted.reaches_end(name, same)), NOWHERE)
+        elif (ours.kind, ours.draws) != (theirs.kind, theirs.draws):
+            others.append(name)
+    return next((name for name in starts if wanted.reaches_end(name, same)), next(iter(others), NOWHERE))
 
 
 def choose_alike(wanted: Choices, got: Choices, rough: Choices | None, dtype: torch.dtype) -> str | None:
     """The first selection that two runs decide differently by the same numbers; None if there is none."""
     for i, (ours, theirs) in enumerate(zip(wanted.made, got.made, strict=False)):
-        if ours.name != theirs.name:
+        if (ours.name, ours.options) != (theirs.name, theirs.options):
             return None
         if distance(theirs.chosen, ours.chosen)[1] == 0:
             continue
@@ -87,12 +90,17 @@ def _double(tensor: Tensor) -> Tensor:
 
 @dataclass
 class _CallRecord:
-    """Copies of what a module was given and returned in its first call, and which tensors those were."""
+    """Copies of what a module was given and returned in its first call, and which tensors those were.
+
+    ``kind`` are the classes and dtypes that it returned; ``draws`` says whether it drew random numbers.
+    """
 
     given: list[Tensor]
     given_versions: list[Version]
     result: list[Tensor]
     result_versions: list[Version]
+    kind: str
+    draws: bool
 
 
 @dataclass
@@ -138,17 +146,19 @@ class Record(TorchFunctionMode):
         return result
 
     def _watch(self, name: str, module: nn.Module) -> None:
-        before: list[tuple[list[Tensor], list[Version]]] = []
+        before: list[tuple[list[Tensor], list[Version], Tensor]] = []
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             given = (args, kwargs)
-            before.append((_clones(given), list(self._versions(given))))
+            before.append((_clones(given), list(self._versions(given)), torch.default_generator.get_state()))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            given, versions = before.pop()
+            given, versions, generator = before.pop()
             self._link(versions, output)
             if name not in self.calls:
-                self.calls[name] = _CallRecord(given, versions, _clones(output), list(self._versions(output)))
+                draws = not torch.equal(generator, torch.default_generator.get_state())
+                made = list(self._versions(output))
+                self.calls[name] = _CallRecord(given, versions, _clones(output), made, _kind(output), draws)
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave)
@@ -167,9 +177,10 @@ class Record(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Choice:
-    """One selection: the operation, the reals that it was given, and what it made of them."""
+    """One selection: the operation with its options, the reals that it was given, and what it made of them."""
 
     name: str
+    options: str
     given: list[Tensor]
     chosen: list[Tensor]
 
@@ -193,8 +204,19 @@ class Choices(TorchDispatchMode):
         given = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.numel()]
         chosen = [t for t in tensors_in(result) if not (t.is_floating_point() or t.is_complex())]
         if given and chosen:
-            self.made.append(_Choice(str(func), _clones(given), _clones(chosen)))
+            options = repr([None if isinstance(a, Tensor) else a for a in (*args, *(kwargs or {}).values())])
+            self.made.append(_Choice(str(func), options, _clones(given), _clones(chosen)))
         return result
+
+
+def _kind(value: Any) -> str:
+    """Classes and dtypes of what a module returns."""
+    if isinstance(value, Tensor):
+        return f"{type(value).__name__} {value.dtype}"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__}{ {str(key): _kind(part) for key, part in value.items()} }"
+    parts = [_kind(part) for part in value] if isinstance(value, (list, tuple)) else []
+    return f"{type(value).__name__}{parts}"
 
 
 def _clones(value: Any) -> list[Tensor]:

@@ -26,7 +26,7 @@ from passes.graph.copies import deep_copy
 from passes.graph.inputs import Example, copied
 from passes.proof.state import Marks, changes
 
-__all__ = ["Double", "Run", "in_dtype", "outputs", "run", "runner_of", "surroundings"]
+__all__ = ["Double", "Run", "hooked", "in_dtype", "nudged", "outputs", "run", "runner_of", "surroundings"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Run:
     Args:
         value: what it returned.
         left: attributes and buffers that the call changed or added, by path and name.
+        had: all paths and names that there were before it.
         generators: digest of the random generators' states after the call.
         ran: paths of the modules that took part.
         cast: whether a number had to be cast for the call to be in float64 throughout.
@@ -43,6 +44,7 @@ class Run:
 
     value: Any
     left: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    had: frozenset[tuple[str, str]] = frozenset()
     generators: str = ""
     ran: frozenset[str] = frozenset()
     cast: bool = False
@@ -55,7 +57,7 @@ def runner_of(
     training: bool | None = False,
     exact: Mapping[int, Tensor] | None = None,
 ) -> nn.Module:
-    """A copy of ``model`` to be run.
+    """A copy of ``model`` to be run, without the hooks that a person put on it: they may reach anywhere.
 
     Args:
         model: is not changed, and not run: a model's own ``train`` and ``eval`` may compute, so they run on the copy.
@@ -64,6 +66,10 @@ def runner_of(
         exact: float64 numbers to use instead of a tensor of ``model``, by its id.
     """
     runner = deep_copy(model)
+    for module in runner.modules():
+        for table, hooks in _hooks(module):
+            for key in hooks:
+                del table[key]
     if training is not None and runner.training != training:
         runner.train(training)
     if not double:
@@ -80,10 +86,36 @@ def runner_of(
     return runner
 
 
+def hooked(model: nn.Module) -> dict[str, int]:
+    """How many hooks of a person's own each module has."""
+    counts = {path: sum(len(hooks) for _, hooks in _hooks(module)) for path, module in model.named_modules()}
+    return {path: count for path, count in counts.items() if count}
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[Any, list[int]]]:
+    """Tables of hooks, each with the keys of those that are not torch's own, which compute weights."""
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        table = vars(module).get(name) or {}
+        keys = [key for key, hook in table.items() if not type(hook).__module__.startswith("torch.")]
+        if keys:
+            yield table, keys
+
+
 def _tables(model: nn.Module) -> Iterator[dict[str, Any]]:
     for module in model.modules():
         yield module._parameters
         yield module._buffers
+
+
+@torch.no_grad()
+def nudged(runner: nn.Module, eps: float) -> nn.Module:
+    """Move every weight by ``eps`` of itself, up or down: what rounding does to a network, at least."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    for parameter in runner.parameters():
+        if parameter.is_floating_point():
+            signs = torch.randint(2, parameter.shape, generator=generator, device="cpu") * 2 - 1
+            parameter.mul_(1 + eps * signs.to(parameter.device, parameter.dtype))
+    return runner
 
 
 @torch.no_grad()
@@ -105,7 +137,7 @@ def run(runner: nn.Module, example: Example, *, double: bool = True, within: Any
     with surroundings(runner) as generators, seen, mode, within or nullcontext():
         value = runner(*args, **kwargs)
     ran = seen.paths() | _owners(runner, mode.used)
-    return Run(value, changes(runner, before), generators[0], ran, mode.cast)
+    return Run(value, changes(runner, before), frozenset(before.of), generators[0], ran, mode.cast)
 
 
 def outputs(model: nn.Module, example: Example, dtype: torch.dtype | None = torch.float64) -> Any:

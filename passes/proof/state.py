@@ -61,12 +61,19 @@ GONE = "(deleted)"
 
 def _values(model: nn.Module) -> Any:
     for path, module in model.named_modules():
+        computed = _computed(module)
         for name, value in module.__dict__.items():
-            if name not in _TABLES:
+            if name not in _TABLES and name not in computed:
                 yield path, name, value
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 yield path, name, tensor
+
+
+def _computed(module: nn.Module) -> set[str]:
+    """Attributes that hooks of torch compute before each call: the weight of weight_norm, of a pruned layer."""
+    hooks = module._forward_pre_hooks.values()
+    return {str(name) for h in hooks for name in (getattr(h, "name", None), getattr(h, "_tensor_name", None)) if name}
 
 
 def _key(value: Any) -> Any:
