@@ -35,7 +35,7 @@ from passes.graph.inputs import Example
 from passes.graph.modes import evaluate, has_own_modes, kept_modes
 from passes.proof.check import Checked, explained
 from passes.proof.compare import EquivalenceError, Verdict
-from passes.proof.hold import Before, Exact, Ledger, check_against, place_of
+from passes.proof.hold import Before, Exact, FoldKey, Ledger, check_against, place_of
 from passes.proof.prove import prove
 from passes.proof.run import outputs, runner_of
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
@@ -295,8 +295,9 @@ def _compile_unit(
         explanation.folds.append(Record.of(flow, fold.candidate, fold.form, where, fold.error))
         if undos is not None:
             edits = [*fold.placement.slots, *(rewrite.call.path for rewrite in fold.placement.rewrites)]
-            ledger.touched[unit.path, fold.candidate.key] = where, *(join(unit.path, path) for path in edits)
-            ledger.layers[unit.path, fold.candidate.key] = ", ".join(layers_of(flow, fold.candidate))
+            key = _fold_key(flow, fold.candidate)
+            ledger.touched[key] = where, *(join(unit.path, path) for path in edits)
+            ledger.layers[key] = ", ".join(layers_of(flow, fold.candidate))
     explanation.edits += edited.edits
     explanation.notes += edited.notes
     if undos is not None:
@@ -333,7 +334,7 @@ def _fold(
     ledger: Ledger,
 ) -> Refusal | None:
     """Enter the proven fold of a candidate into ``made``, which holds those of earlier rounds, or say why not."""
-    names, key = layers_of(flow, candidate), (flow.unit.path, candidate.key)
+    names, key = layers_of(flow, candidate), _fold_key(flow, candidate)
     layers = ", ".join(names)
     if ledger.refuses(key, names):
         return Refusal(Reason.TAKEN_BACK, Reason.TAKEN_BACK.value, layers)
@@ -359,6 +360,12 @@ def _fold(
         return ledger.take_back(key, layers, str(error).removeprefix(f"{layers}: "))
     made[candidate.key] = replace(fold, candidate=candidate, placement=placement)
     return candidate.costs(fold.form)
+
+
+def _fold_key(flow: Flow, candidate: Candidate) -> FoldKey:
+    """What finds a fold again in another trace of the same unit."""
+    names = sorted(node.name for node in candidate.dying)
+    return flow.unit.path, candidate.entry.name, candidate.result.name, *names
 
 
 def _edited(layout: Layout, folds: list[Fold]) -> tuple[Edited, dict[Candidate, Refusal]]:

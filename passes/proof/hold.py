@@ -25,8 +25,8 @@ from passes.refusal import Reason, Refusal
 
 __all__ = ["Before", "Exact", "FoldKey", "Ledger", "check_against"]
 
-FoldKey = tuple[str, Any]
-"""A fold: the path of its unit, and what finds it again there."""
+FoldKey = tuple[str, ...]
+"""A fold: the path of its unit, and the names that find it again there."""
 
 
 class Exact(Mapping[int, Tensor]):
