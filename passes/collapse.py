@@ -20,12 +20,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from passes.algebra.lowering import all_finite
-from passes.edits.edit import Undo, apply
+from passes.edits.apply import Undo, apply
+from passes.edits.edit import remember
 from passes.fold.aliasing import Memory
 from passes.fold.candidates import Candidate, Key, layers_of
 from passes.fold.edits import Edited, edits_of
 from passes.fold.folds import Fold, folded
-from passes.fold.placement import Layout, Placement, place
+from passes.fold.layout import Layout
+from passes.fold.placement import Placement, place
 from passes.fold.reasons import worth_saying
 from passes.fold.selection import Guard, select
 from passes.graph.capture import Unit, join, trace_units
@@ -156,6 +158,7 @@ def _finished(
     explanation.checked = checked
     explanation.taken_back = list(ledger.taken_back.values())
     explanation.seconds.update(clock)
+    remember(attempt.result, explanation.edits)
     for refusal in explanation.taken_back:
         log.warning("collapse: %s", refusal)
     if checked is not None:

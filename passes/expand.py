@@ -21,8 +21,9 @@ from passes.algebra.geometry import Geometry
 from passes.blocks.kit.layers import is_block
 from passes.blocks.kit.registry import Block
 from passes.collapse import check_model
+from passes.edits.apply import apply
 from passes.edits.edit import Block as BlockEdit
-from passes.edits.edit import Edit, Remove, apply
+from passes.edits.edit import Edit, Remove, remember
 from passes.graph.copies import deep_copy
 from passes.refusal import Reason, Refusal, ReparamError
 from passes.table import section
@@ -95,6 +96,7 @@ class Plan:
         try:
             edits, blocks = self._built(model)
             apply(model, edits, blocks)
+            remember(model, edits)
         # Whatever went wrong, a model edited in place must come back as it was; the error itself goes on.
         except BaseException:
             with torch.no_grad():

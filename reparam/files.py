@@ -3,8 +3,10 @@
 ``.safetensors`` files carry the note as string metadata; ``.pt`` / ``.pth`` files are dictionaries of tensors
 (``{"state_dict": ..., "metadata": ...}``), read with ``torch.load(weights_only=True)`` and in no other way.
 A note holds ``source`` (the spec that :func:`reparam.sources.create` builds), ``collapsed`` (``yes`` or ``no``),
-``expanded`` (a :class:`reparam.recipe.Recipe` as JSON; absent from files of plain and collapsed networks) and the
-versions of reparam and torch that wrote the file. :mod:`reparam.saving` writes them.
+``expanded`` (a :class:`reparam.recipe.Recipe` as JSON; absent from files of plain and collapsed networks), ``edits``
+(what collapsing changed, as :mod:`passes.edits.text` writes it; absent from files of plain and expanded networks, and
+from those of reparam before there were edits) and the versions of reparam and torch that wrote the file.
+:mod:`reparam.saving` writes them, :mod:`reparam.rebuilding` makes networks of them.
 
 ``.h5`` / ``.hdf5`` files are read only: one data set per name, as the authors of ACNet and DBB published their weights.
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -27,8 +29,19 @@ import torch
 from torch import Tensor, nn
 
 import reparam
+from reparam.rebuilding import shells, with_room
 from reparam.recipe import Recipe, RecipeError
-from reparam.saving import NOTE, SAFE, TORCH, FileError, check_target, replace_file, safetensors_torch, save_model
+from reparam.saving import (
+    NOTE,
+    SAFE,
+    TORCH,
+    UNWRITTEN,
+    FileError,
+    check_target,
+    replace_file,
+    safetensors_torch,
+    save_model,
+)
 
 __all__ = [
     "AVERAGED",
@@ -82,6 +95,12 @@ class StateFile:
     def collapsed(self) -> bool:
         """Whether these are the tensors of a collapsed network."""
         return self.metadata.get("collapsed") == "yes"
+
+    @property
+    def edits(self) -> str:
+        """What made a collapsed network of its source, as JSON; empty if the file does not say."""
+        text = self.metadata.get("edits", "")
+        return "" if text.startswith(UNWRITTEN) else text
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -274,7 +293,7 @@ def rebuild(content: StateFile, path: str | os.PathLike[str]) -> nn.Module:
             "load_state(path), or on the command line name the network and pass this file with --weights"
         )
     problem = ""
-    for model in _shells(content):
+    for model in shells(content, path):
         difference = misfit(model, content.tensors)
         if not difference:
             return load_into(model, content, path)
@@ -294,7 +313,7 @@ def load_into(model: nn.Module, content: StateFile, path: str | os.PathLike[str]
     problem = misfit(model, content.tensors)
     if problem:
         raise FileError(f"{path} does not fit the network: {problem}")
-    cast_like(model, content.tensors)
+    cast_like(with_room(model), content.tensors)
     model.load_state_dict(content.tensors, strict=True)
     return model.eval()
 
@@ -324,28 +343,3 @@ def misfit(model: nn.Module, tensors: dict[str, Tensor]) -> str:
         if value.shape != tensors[name].shape:
             return f"{name!r} is {tuple(tensors[name].shape)} in the file and {tuple(value.shape)} in the network"
     return ""
-
-
-def _shells(content: StateFile) -> Iterator[nn.Module]:
-    """Networks whose state dict the file may have, the likeliest first."""
-    from reparam import collapse, sources
-
-    model = sources.create(content.source).eval()
-    recipe = content.recipe
-    if not content.collapsed:
-        yield model if recipe is None else recipe.expand(model)
-        return
-    # Which folds are exact depends on the numbers (a bias that is zero, a kernel that is block-diagonal), and those
-    # of the file are not the ones a new network starts with: trained numbers are as good as random ones.
-    yield collapse(_generic(model), verify=False)
-    yield collapse(sources.create(content.source).eval(), verify=False)
-
-
-def _generic(model: nn.Module) -> nn.Module:
-    """Fill every floating-point state with positive random numbers, so that no two of them agree by chance."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in model.state_dict().values():
-            if value.is_floating_point():
-                value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
-    return model

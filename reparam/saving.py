@@ -5,24 +5,41 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from passes.edits.edit import Edit, made_by
+from passes.edits.errors import EditError
+from passes.edits.text import to_text
 from reparam import ReparamError
 from reparam.recipe import Recipe
 
-__all__ = ["NOTE", "SAFE", "TORCH", "FileError", "check_target", "replace_file", "safetensors_torch", "save_model"]
+__all__ = [
+    "NOTE",
+    "SAFE",
+    "TORCH",
+    "UNWRITTEN",
+    "FileError",
+    "check_target",
+    "replace_file",
+    "safetensors_torch",
+    "save_model",
+]
 
 log = logging.getLogger(__name__)
 
 SAFE = (".safetensors",)
 TORCH = (".pt", ".pth")
-NOTE = ("source", "collapsed", "expanded", "shape", "reparam", "torch")
+NOTE = ("source", "collapsed", "edits", "expanded", "shape", "reparam", "torch")
 """Keys of the note; any other key of a ``.safetensors`` file's metadata may be the name of a shared tensor."""
+
+
+UNWRITTEN = "not written: "
+"""How the note on edits begins where a file cannot hold them; the reason follows."""
 
 
 class FileError(ReparamError):
@@ -44,7 +61,8 @@ def save_model(
         model: any module whose state is tensors, on any device.
         path: ends in ``.safetensors``, ``.pt`` or ``.pth``; its folder must exist.
         source: the spec that rebuilds the network, kept for :func:`reparam.files.load_model`.
-        collapsed: whether ``model`` is the result of ``collapse`` without ``like=``, which gives ``source`` itself.
+        collapsed: whether ``model`` is the result of ``collapse`` without ``like=``, which gives ``source`` itself. The
+            edits that made it are written down with it, so that it is read without folding anything.
         expanded: how ``model`` was expanded from ``source``; ``load_model`` then expands it the same way.
         shape: of one sample that the network was trained on, for images ``(C, H, W)``; empty if unknown.
 
@@ -62,6 +80,8 @@ def save_model(
         note["shape"] = "x".join(map(str, shape))
     if expanded is not None:
         note["expanded"] = expanded.to_text()
+    if collapsed and (edits := made_by(model)) is not None:
+        note["edits"] = _edits_text(edits, target)
     clash = sorted(set(NOTE) & set(aliases))
     if clash:
         raise FileError(f"{target}: the model has a shared tensor named {clash[0]!r}, which the file's note needs")
@@ -74,6 +94,15 @@ def save_model(
         replace_file(target, lambda temporary: torch.save({"state_dict": whole, "metadata": note}, temporary))
     log.info("wrote %s (%d tensors)", target, len(tensors))
     return target
+
+
+def _edits_text(edits: Iterable[Edit], target: Path) -> str:
+    """The edits as JSON, or the reason why there are none: such a file is read by collapsing its source again."""
+    try:
+        return to_text(edits)
+    except EditError as error:
+        log.warning("%s can only be read by a version that folds the same: %s", target, error)
+        return f"{UNWRITTEN}{error}"
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:

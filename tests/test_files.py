@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import reparam
+from passes.edits.edit import Rewrite, made_by
 from reparam import Block, files, sources
 from reparam.recipe import Recipe, RecipeError, parse_blocks, parse_where
 
@@ -91,6 +94,89 @@ def test_a_collapsed_network_is_rebuilt(toy: str, tmp_path: Path, start: str) ->
     x = torch.randn(2, 3, 8, 8)
     assert same(rebuilt.state_dict(), folded.state_dict())
     assert torch.equal(rebuilt(x), folded(x))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("expanded", [False, True], ids=["plain", "expanded"])
+def test_a_collapsed_network_is_read_without_compiling(
+    toy: str, tmp_path: Path, suffix: str, dtype: torch.dtype, expanded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that folds otherwise tomorrow reads the file as well: it only makes the edits that the file names."""
+    model = sources.create(toy)
+    model = trained(reparam.expand(model, "acb") if expanded else model).double()
+    folded = reparam.collapse(model).to(dtype)
+    path = files.save_model(folded, tmp_path / f"net{suffix}", source=toy, collapsed=True)
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("nothing is to be traced or folded")
+
+    for place in (
+        "reparam.collapse",
+        "reparam.expand",
+        "passes.collapse.trace_units",
+        "passes.graph.capture.trace_units",
+    ):
+        monkeypatch.setattr(place, never)
+    rebuilt = files.load_model(path)
+    monkeypatch.undo()
+    assert same(rebuilt.state_dict(), folded.state_dict())
+    assert [str(m) for m in rebuilt.modules()] == [str(m) for m in folded.modules()]
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(rebuilt.float()(x), folded.float()(x))
+    again = files.save_model(rebuilt, tmp_path / f"again{suffix}", source=toy, collapsed=True)
+    assert files.load_state(again).edits == files.load_state(path).edits != ""
+
+
+def test_a_file_of_before_there_were_edits_is_read(toy: str, tmp_path: Path) -> None:
+    folded = reparam.collapse(trained(sources.create(toy)))
+    path = files.save_model(folded, tmp_path / "net.safetensors", source=toy, collapsed=True)
+    note = {k: v for k, v in files.load_state(path).metadata.items() if k != "edits"}
+    save_file(folded.state_dict(), path, metadata=note)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(files.load_model(path)(x), folded(x))
+
+
+def test_edits_that_no_file_can_hold_are_said(toy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A forward that calls a function of some library: the network is found again by collapsing its source."""
+    model = reparam.collapse(trained(sources.create(toy)))
+    edits = list(made_by(model) or ())
+    rewrite = edits.pop()
+    assert isinstance(rewrite, Rewrite)
+    program = replace(rewrite.program, functions={"somewhere.function": len})
+    model.reparam_edits = (*edits, replace(rewrite, program=program))
+    path = files.save_model(model, tmp_path / "net.safetensors", source=toy, collapsed=True)
+    assert "somewhere.function" in caplog.text
+    assert "somewhere.function" in files.load_state(path).metadata["edits"]
+    assert files.load_state(path).edits == ""
+    assert same(files.load_model(path).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-5],
+        lambda text: "[" * 100_000,
+        lambda text: text.replace('"version":1', '"version":7'),
+        lambda text: text.replace("square", "round"),
+        lambda text: text.replace("torch.relu", "os.system"),
+        lambda text: text.replace('["out_channels",4]', '["out_channels",1073741824]'),
+        lambda text: text.replace('["out_channels",4]', '["out_channels",8]'),
+        lambda text: text.replace('"Delete"', '"Execute"'),
+    ],
+)
+def test_a_damaged_note_on_edits_is_one_line(toy: str, tmp_path: Path, damage: Any) -> None:
+    folded = reparam.collapse(trained(sources.create(toy)))
+    path = files.save_model(folded, tmp_path / "net.safetensors", source=toy, collapsed=True)
+    content = files.load_state(path)
+    damaged = damage(content.edits)
+    assert damaged != content.edits
+    save_file(folded.state_dict(), path, metadata={**content.metadata, "edits": damaged})
+    with pytest.raises(files.FileError) as caught:
+        files.load_model(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -241,8 +241,8 @@ def test_failure_midway_leaves_the_model_untouched(stage: str, inplace: bool, mo
         "plan": (passes.collapse, "select", 0),
         "emit": (passes.fold.folds, "emit", 3),
         "prove": (passes.collapse, "prove", 3),
-        "edit": (passes.edits.edit, "_inherit", 3),
-        "rewrite": (passes.edits.edit, "rewrite_forward", 0),
+        "edit": (passes.edits.apply, "_inherit", 3),
+        "rewrite": (passes.edits.apply, "rewrite_forward", 0),
         "second unit": (passes.collapse, "apply", 1),
         "compare": (passes.collapse, "check_against", 0),
     }

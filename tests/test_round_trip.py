@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-import passes.edits.edit
+import passes.edits.apply
 import passes.expand
 import reparam
 from passes.blocks.kit.layers import ChannelScale, is_block
@@ -627,7 +627,7 @@ def test_failure_midway_leaves_the_model_as_it_was(
     model.stem.conv.eval()  # a layer alone in the other mode
     ready_statistics(model)
     before, calls = snapshot(model), []
-    owner = passes.edits.edit if stage == "remainder" else passes.expand
+    owner = passes.edits.apply if stage == "remainder" else passes.expand
     original = getattr(owner, stage)
 
     def fail(*args: Any, **kwargs: Any) -> Any:

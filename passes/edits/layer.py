@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import CONVS, PADS
+from passes.edits.errors import EditError
 
-__all__ = ["Layer", "LayerError", "describe"]
+__all__ = ["Layer", "describe"]
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _TRANSPOSED = (*_CONV[:5], "output_padding", *_CONV[5:])
@@ -31,10 +32,6 @@ _KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _OPTIONS}
 _WEIGHTED = tuple(kind for kind in _OPTIONS if issubclass(kind, (nn.Linear, _ConvNd)))
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _LARGEST = 2**31
-
-
-class LayerError(ValueError):
-    """A description that no layer has."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +59,15 @@ class Layer:
             kind = _KINDS[self.kind]
             wanted = (*_OPTIONS[kind], *(("bias",) if kind in _WEIGHTED else ()))
         else:
-            raise LayerError(f"no layer of the kind {self.kind!r} is known")
+            raise EditError(f"no layer of the kind {self.kind!r} is known")
         if names != wanted or (self.layers and self.kind != "Sequential"):
-            raise LayerError(f"{self.kind} takes {', '.join(wanted) or 'nothing'}, and is given {', '.join(names)}")
+            raise EditError(f"{self.kind} takes {', '.join(wanted) or 'nothing'}, and is given {', '.join(names)}")
         for name, value in self.options:
             if not _is_option(name, value):
-                raise LayerError(f"{self.kind} cannot have {name}={value!r}")
+                raise EditError(f"{self.kind} cannot have {name}={value!r}")
         for name, _ in self.layers:
             if not name.isidentifier():
-                raise LayerError(f"no layer can be named {name!r}")
+                raise EditError(f"no layer can be named {name!r}")
 
     def build(self, model: nn.Module) -> nn.Module:
         """The layer without numbers, on the meta device; ``model`` is where a layer that it is like stands."""
@@ -80,7 +77,10 @@ class Layer:
         if self.kind == "like":
             return _relative(model.get_submodule(given["path"]), given["bias"])
         kind: Callable[..., nn.Module] = _KINDS[self.kind]
-        return kind(**given, **({"device": "meta"} if kind in _WEIGHTED else {})).eval()
+        try:
+            return kind(**given, **({"device": "meta"} if kind in _WEIGHTED else {})).eval()
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise EditError(f"there is no {self} ({error})".splitlines()[0]) from error
 
     def __str__(self) -> str:
         given = dict(self.options)
@@ -104,7 +104,7 @@ def describe(layer: nn.Module, paths: dict[int, str]) -> Layer:
     A layer with a forward of its own is a copy of one in the model, with which it shares the table of its children:
     ``paths`` finds that one by the table's id.
 
-    Raises :class:`LayerError` for a layer that is neither.
+    Raises :class:`EditError` for a layer that is neither.
     """
     kind = type(layer)
     if kind is nn.Sequential:
@@ -114,14 +114,14 @@ def describe(layer: nn.Module, paths: dict[int, str]) -> Layer:
         return Layer(kind.__name__, (*options, *((("bias", layer.bias is not None),) if kind in _WEIGHTED else ())))
     of = paths.get(id(layer._modules))
     if of is None:
-        raise LayerError(f"a {kind.__name__} cannot be described")
+        raise EditError(f"a {kind.__name__} cannot be described")
     return Layer("like", (("path", of), ("bias", layer._parameters.get("bias") is not None)))
 
 
 def _relative(original: nn.Module, bias: bool) -> nn.Module:
     """A copy of a convolution of a class of its own, its weight and bias without numbers."""
     if not isinstance(original, _ConvNd):
-        raise LayerError(f"a {type(original).__name__} is no convolution whose numbers can be folded")
+        raise EditError(f"a {type(original).__name__} is no convolution whose numbers can be folded")
     layer = copy.copy(original)
     layer.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
     layer.weight = nn.Parameter(torch.empty_like(original.weight, device="meta"))

@@ -16,17 +16,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph import CodeGen
 
+from passes.edits.errors import EditError
 from passes.edits.operations import function_of, name_of
 
-__all__ = ["Argument", "Operation", "Program", "ProgramError", "Value", "mapped", "unchanged"]
+__all__ = ["Argument", "Operation", "Program", "Value", "mapped", "unchanged"]
 
 REQUIRED = "required"
 KINDS = {kind.name: kind for kind in (Kind.POSITIONAL_ONLY, Kind.POSITIONAL_OR_KEYWORD, Kind.KEYWORD_ONLY)}
 CALLS = ("call_function", "call_method", "call_module", "get_attr")
-
-
-class ProgramError(ValueError):
-    """A program that cannot be one."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Argument:
     def __post_init__(self) -> None:
         _check_name(self.name)
         if self.kind not in KINDS:
-            raise ProgramError(f"{self.name} is no ordinary parameter")
+            raise EditError(f"{self.name} is no ordinary parameter")
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Operation:
     def __post_init__(self) -> None:
         _check_name(self.name)
         if self.op not in CALLS:
-            raise ProgramError(f"{self.op!r} is no operation")
+            raise EditError(f"{self.op!r} is no operation")
         for name, _ in self.kwargs:
             _check_name(name)
         for name in self.target.split("."):
@@ -149,24 +146,24 @@ class Program:
             if not isinstance(value, Value):
                 return value
             if value.name not in env:
-                raise ProgramError(f"{value.name} is used before it is made")
+                raise EditError(f"{value.name} is used before it is made")
             return env[value.name]
 
         for argument in self.arguments:
             if argument.name in env:
-                raise ProgramError(f"two parameters are named {argument.name}")
+                raise EditError(f"two parameters are named {argument.name}")
             env[argument.name] = graph.placeholder(argument.name)
         for argument in self.arguments:
             if argument.fixed:
                 graph.call_function(unchanged, (env[argument.name], argument.value, argument.name))
         for op in self.operations:
             if op.name in env:
-                raise ProgramError(f"{op.name} is made twice")
+                raise EditError(f"{op.name} is made twice")
             target: Any = op.target
             if op.op == "call_function":
                 target = self.functions.get(op.target) or function_of(op.target)
                 if target is None:
-                    raise ProgramError(f"{op.target} is no operation of torch")
+                    raise EditError(f"{op.target} is no operation of torch")
             args = tuple(mapped(arg, node_of) for arg in op.args)
             kwargs = {key: mapped(arg, node_of) for key, arg in op.kwargs}
             node = graph.create_node(op.op, target, args, kwargs, name=op.name)
@@ -242,6 +239,6 @@ def _free(name: str, taken: set[str]) -> str:
 def _check_name(name: Any) -> None:
     """Names become code."""
     if not isinstance(name, str) or not name.isidentifier() or not name.isascii() or iskeyword(name):
-        raise ProgramError(f"{name!r:.60} is not a name")
+        raise EditError(f"{name!r:.60} is not a name")
     if name.startswith("__"):
-        raise ProgramError(f"{name!r:.60} is a name of Python's own")
+        raise EditError(f"{name!r:.60} is a name of Python's own")

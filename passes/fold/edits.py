@@ -19,8 +19,8 @@ from passes.edits.program import Program, Value
 from passes.fold.candidates import Candidate
 from passes.fold.folds import Fold
 from passes.fold.forward import new_forward
+from passes.fold.layout import Layout
 from passes.fold.methods import needed_elsewhere
-from passes.fold.placement import Layout
 from passes.fold.placement import Rewrite as Change
 from passes.graph.capture import Call, call_of, join
 
@@ -107,11 +107,11 @@ class _Writer:
             taken = name in {path for path, _ in self.unit.root.named_modules()}
             kind = Replace if taken else Add
             self._place(full, region, kind(full, self._description(region)))
-        self._clean(call, dead, uses, {*names.values(), *kept})
         path = join(self.unit.path, call.path)
         if isinstance(call.module, (_BatchNorm, _ConvNd)) and not names:
-            self.done.edits.append(_remainder(path, call, program))
+            self.done.edits.append(_remainder(path, program))
         else:
+            self._clean(call, dead, uses, {*names.values(), *kept})
             self.done.edits.append(Rewrite(path, program))
 
     def _kept(self, call: Call, dead: set[fx.Node]) -> set[str]:
@@ -227,7 +227,7 @@ def _layer_name(layout: Layout, call: Call, region: Candidate, dead: set[fx.Node
     return base
 
 
-def _remainder(path: str, call: Call, program: Program) -> Remove:
+def _remainder(path: str, program: Program) -> Remove:
     """What is left of a norm or convolution that also does something else: its activation, under its old name.
 
     Assertions about the input's shape go with the norm that made them.

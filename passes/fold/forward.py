@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from passes.edits.program import Argument, Program
 from passes.fold.candidates import Candidate
-from passes.fold.placement import Layout, Rewrite, nodes_in
+from passes.fold.layout import Layout
+from passes.fold.placement import Rewrite, nodes_in
 from passes.graph.capture import Call, call_of
 from passes.refusal import Reason, RefusalError
 

@@ -1,4 +1,4 @@
-"""What the other methods of a class use of a module, read from their code.
+"""What methods use of their own module and of others, read from their code.
 
 A rewritten forward needs fewer children than before. One that ``forward_features`` or ``extract_feat`` calls itself has
 to stay; one that only a method of re-parameterisation looks at (``switch_to_deploy``, ``get_equivalent_kernel``) has
@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from passes.edits.rewritten import plain_class
 
-__all__ = ["needed_elsewhere"]
+__all__ = ["asked_of_others", "needed_elsewhere"]
 
 _LOADS = {"LOAD_ATTR", "LOAD_METHOD"}
 
@@ -34,16 +35,22 @@ def needed_elsewhere(module: nn.Module, called: set[str], read: set[str]) -> dic
     reached: set[str] = set()
     todo = ["forward"] if "forward" in methods else []
     while todo:
-        for name in (_used(methods[todo.pop()])[0] & methods.keys()) - reached:
+        for name in (_used(methods[todo.pop()]).own & methods.keys()) - reached:
             reached.add(name)
             todo.append(name)
     found = {}
     for name, function in methods.items():
-        loads, calls = _used(function)
-        needed = called & (loads if name in reached else calls)
+        used = _used(function)
+        needed = called & (used.own if name in reached else used.called)
         if needed and name != "forward":
-            found[name] = needed | (read & loads)
+            found[name] = needed | (read & used.own)
     return found
+
+
+def asked_of_others(model: nn.Module) -> set[str]:
+    """Names of attributes that the methods of a model's classes read of anything but their own object."""
+    kinds = {plain_class(module) for module in model.modules()}
+    return {name for kind in kinds for function in _methods(kind).values() for name in _used(function).others}
 
 
 def _methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
@@ -58,23 +65,32 @@ def _methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
     return found
 
 
+@dataclass(frozen=True)
+class _Used:
+    """Attributes that a method reads of its own object, those of them that it calls, and those it reads of others."""
+
+    own: frozenset[str]
+    called: frozenset[str]
+    others: frozenset[str]
+
+
 @functools.lru_cache(maxsize=4096)
-def _used(function: FunctionType) -> tuple[set[str], set[str]]:
-    """Attributes of its own object that a method reads, and those of them that it calls."""
-    loads: set[str] = set()
-    calls: set[str] = set()
+def _used(function: FunctionType) -> _Used:
+    own: set[str] = set()
+    called: set[str] = set()
+    others: set[str] = set()
     whole = inspect.unwrap(function).__code__
-    own = whole.co_varnames[0] if whole.co_argcount else "self"
+    me = whole.co_varnames[0] if whole.co_argcount else "self"
     for code in _codes(whole):
         before: Any = None
         for step in dis.get_instructions(code):
-            if step.opname in _LOADS and (before == own or (isinstance(before, tuple) and before[-1:] == (own,))):
-                name = str(step.argval)
-                loads.add(name)
-                if step.opname == "LOAD_METHOD" or (sys.version_info >= (3, 12) and (step.arg or 0) & 1):
-                    calls.add(name)
+            if step.opname in _LOADS:
+                mine = before == me or (isinstance(before, tuple) and before[-1:] == (me,))
+                (own if mine else others).add(str(step.argval))
+                if mine and (step.opname == "LOAD_METHOD" or (sys.version_info >= (3, 12) and (step.arg or 0) & 1)):
+                    called.add(str(step.argval))
             before = step.argval
-    return loads, calls
+    return _Used(frozenset(own), frozenset(called), frozenset(others))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

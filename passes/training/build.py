@@ -19,14 +19,15 @@ from passes.algebra.lowering import target_of
 from passes.blocks.kit.builder import Site
 from passes.blocks.kit.layers import BranchSum, silence, stand_in
 from passes.blocks.kit.registry import Block
+from passes.edits.edit import Block as BlockEdit
 from passes.graph.attributes import carry_attributes
 from passes.graph.modes import kept_modes
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
-from passes.training.discovery import Found, plain_norm
+from passes.training.discovery import Found, Norm, plain_norm
 from passes.training.equivalent import Reading
 from passes.training.online import OnlineSum, scales_for_norms
 
-__all__ = ["Cost", "build", "check_preserved", "signature", "site_of", "try_on_meta"]
+__all__ = ["Cost", "build", "check_preserved", "rebuilt", "signature", "site_of", "try_on_meta"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,16 @@ def build(layer: str, site: Site, block: Block, online: bool) -> nn.Module:
     module.training = conv.training
     carry_attributes(conv, module)
     return module
+
+
+def rebuilt(model: nn.Module, edit: BlockEdit) -> nn.Module:
+    """The block that an edit puts in the place of a convolution of ``model``."""
+    conv = model.get_submodule(edit.path)
+    if not isinstance(conv, _ConvNd):
+        raise ReparamError(f"{edit.path} is no convolution, so it cannot get a block")
+    found = Found(edit.path, conv, Norm(edit.norm, edit.rest) if edit.norm else None)
+    site = site_of(model, found, edit.preserve, edit.online)
+    return build(edit.path, site, Block(edit.block, **dict(edit.options)), edit.online)
 
 
 def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, online: bool) -> Cost | Refusal:

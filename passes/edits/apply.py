@@ -1,0 +1,221 @@
+"""Edits carried out on a model, and taken back."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from passes.edits.edit import Add, Block, Clear, Delete, Edit, Remove, Replace, Rewrite
+from passes.edits.errors import EditError
+from passes.edits.holders import Holder, holders, substituted
+from passes.edits.rewritten import Remainder, rewrite_forward
+from passes.graph.attributes import carry_attributes
+
+__all__ = ["Undo", "apply", "remainder"]
+
+
+class Undo:
+    """What is needed to take edits back: of each module that was touched, everything as it was before."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._saved: list[tuple[nn.Module, type, dict[str, Any], list[tuple[Any, Any]]]] = []
+
+    def touch(self, module: nn.Module) -> None:
+        """Remember a module before it is changed for the first time."""
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        tables = [(t, copy.copy(t)) for t in vars(module).values() if isinstance(t, (dict, set))]
+        self._saved.append((module, type(module), dict(vars(module)), tables))
+
+    def __call__(self) -> None:
+        """Take every edit back; a second call does nothing."""
+        while self._saved:
+            module, kind, attributes, tables = self._saved.pop()
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            for table, content in tables:
+                table.clear()
+                table.update(content)
+
+
+def apply(
+    model: nn.Module,
+    edits: Iterable[Edit],
+    layers: Mapping[str, nn.Module] | None = None,
+    *,
+    build_block: Callable[[nn.Module, Block], nn.Module] | None = None,
+) -> Undo:
+    """Carry out ``edits``, in order. If one fails, those before it are taken back.
+
+    Args:
+        model: edited in place.
+        edits: in the order in which they were made.
+        layers: new layers with their numbers by path; the others are made on the meta device, in eval mode.
+        build_block: makes the block of a :class:`Block` that is not among the layers.
+
+    Raises :class:`EditError` for a path that is not there or a layer that does not fit.
+    """
+    editor = _Editor(model, layers or {}, build_block)
+    try:
+        for edit in edits:
+            editor.apply(edit)
+    # Whatever went wrong, the model must come back as it was; the error itself goes on.
+    except BaseException:
+        editor.undo()
+        raise
+    return editor.undo
+
+
+class _Editor:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        build_block: Callable[[nn.Module, Block], nn.Module] | None,
+    ) -> None:
+        self.model, self.layers, self.build_block = model, layers, build_block
+        self.undo = Undo()
+        self.holders: dict[int, list[Holder]] = holders(model)
+
+    def apply(self, edit: Edit) -> None:
+        match edit:
+            case Replace() | Block():
+                self._replace(edit.path, self._layer(edit))
+            case Remove():
+                self._replace(edit.path, remainder(self._module(edit.path), edit))
+            case Add():
+                owner, name = self._owner(edit.path)
+                if hasattr(owner, name):
+                    raise EditError(f"{edit}: the name is taken")
+                self.undo.touch(owner)
+                owner._modules[name] = self._layer(edit)
+            case Delete():
+                owner, name = self._owner(edit.path)
+                self._module(edit.path)
+                self.undo.touch(owner)
+                del owner._modules[name]
+            case Clear():
+                self._clear(edit)
+            case Rewrite():
+                module = self._module(edit.path)
+                _check_targets(module, edit)
+                self.undo.touch(module)
+                rewrite_forward(module, edit.program)
+
+    def _layer(self, edit: Replace | Add | Block) -> nn.Module:
+        given = self.layers.get(edit.path)
+        if given is not None:
+            return given
+        if not isinstance(edit, Block):
+            return edit.layer.build(self.model)
+        if self.build_block is None:
+            raise EditError(f"{edit}: nothing here builds blocks")
+        return self.build_block(self.model, edit)
+
+    def _replace(self, path: str, new: nn.Module) -> None:
+        old = self._module(path)
+        owner, name = self._owner(path)
+        self.undo.touch(owner)
+        owner._modules[name] = new
+        _inherit(old, new)
+        for holder in self.holders.get(id(old), ()):
+            self.undo.touch(holder.owner)
+            value = vars(holder.owner)[holder.name]
+            vars(holder.owner)[holder.name] = substituted(value, old, new)
+            self.holders.setdefault(id(new), []).append(holder)
+
+    def _clear(self, edit: Clear) -> None:
+        owner, name = self._owner(edit.path)
+        table = owner._parameters if name in owner._parameters else owner._buffers
+        if table.get(name) is None:
+            raise EditError(f"{edit}: there is no such tensor")
+        self.undo.touch(owner)
+        table[name] = None
+
+    def _owner(self, path: str) -> tuple[nn.Module, str]:
+        parent, _, name = path.rpartition(".")
+        return self._module(parent), name
+
+    def _module(self, path: str) -> nn.Module:
+        module = self.model
+        for name in path.split(".") if path else ():
+            child = module._modules.get(name)
+            if child is None:
+                raise EditError(f"there is no {path} in this network")
+            module = child
+        return module
+
+
+def remainder(old: nn.Module, edit: Remove) -> nn.Module:
+    """What stays in the place of a module that is removed."""
+    left: nn.Module
+    if edit.program is not None:
+        left = Remainder()
+        for op in edit.program.operations:
+            name = op.target.partition(".")[0]
+            for table in ("_modules", "_parameters", "_buffers"):
+                if op.op in ("call_module", "get_attr") and name in getattr(old, table):
+                    getattr(left, table)[name] = getattr(old, table)[name]
+        _check_targets(left, edit)
+        rewrite_forward(left, edit.program)
+    else:
+        kept: OrderedDict[str, nn.Module] = OrderedDict()
+        for name in edit.leaving:
+            child = old._modules.get(name)
+            if child is None:
+                raise EditError(f"{edit}: there is no {edit.path}.{name}")
+            if type(child) is not nn.Identity:
+                kept[name] = child
+        left = nn.Sequential(kept) if kept else nn.Identity()
+    for name in edit.keeping:
+        table = "_parameters" if name in old._parameters else "_buffers"
+        if name not in getattr(old, table) or hasattr(left, name):
+            raise EditError(f"{edit}: there is no such tensor")
+        getattr(left, table)[name] = getattr(old, table)[name]
+    left.training = old.training
+    return left
+
+
+def _inherit(old: nn.Module, new: nn.Module) -> None:
+    """What other code may ask the module for that stood here, and the hooks that people put on it.
+
+    The layer that takes a module's place sees the same input and returns the same value; a handle still removes its
+    hook, since the table is the very same.
+    """
+    carry_attributes(old, new)
+    for name, table in vars(old).items():
+        hooks = name.startswith(("_forward_", "_backward_")) and name.endswith("_hooks") and bool(table)
+        if hooks and not any(hasattr(hook, "compute_weight") for hook in table.values()):
+            new.__dict__[name] = table
+    for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+        if vars(old).get(name):
+            new.__dict__[name] = vars(old)[name]
+    if vars(old).get("_backward_hooks"):
+        new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def _check_targets(module: nn.Module, edit: Rewrite | Remove) -> None:
+    """Everything that a new forward names must be there: a file may say anything."""
+    assert edit.program is not None
+    for op in edit.program.operations:
+        if op.op not in ("call_module", "get_attr") or op.target in edit.program.constants:
+            continue
+        *path, last = op.target.split(".")
+        owner: Any = module
+        for name in path:
+            owner = owner._modules.get(name) if isinstance(owner, nn.Module) else None
+        if not isinstance(owner, nn.Module) or not _has(owner, last, op.op == "call_module"):
+            raise EditError(f"{edit}: it uses {op.target}, which is not there")
+
+
+def _has(owner: nn.Module, name: str, child: bool) -> bool:
+    if child:
+        return owner._modules.get(name) is not None
+    return any(isinstance(table.get(name), Tensor) for table in (owner._parameters, owner._buffers, vars(owner)))

@@ -1,0 +1,116 @@
+"""Facts about a unit's modules that decide how they may be edited: who calls, holds and reads them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from passes.algebra.conv_form import ConvForm
+from passes.edits.holders import Holder, holders
+from passes.fold.methods import asked_of_others
+from passes.graph.capture import Call, call_of
+from passes.graph.dataflow import Flow
+
+__all__ = ["Layout"]
+
+
+class Layout:
+    """Facts about one unit's modules that surgery needs: how often each is called, and where it is registered."""
+
+    def __init__(self, flow: Flow, model: nn.Module) -> None:
+        self.flow = flow
+        self.registered = Counter(id(child) for m in model.modules() for child in m._modules.values())
+        self.holders = holders(model)
+        self._model = model
+        self._asked: set[str] | None = None
+        unit = flow.unit
+        self.leaf_calls = Counter(str(n.target) for n in flow.modules)
+        self.calls = Counter(id(call.module) for call in unit.calls)
+        self.items: dict[Call, list[fx.Node | Call]] = {call: [] for call in unit.calls}
+        entered: set[Call] = set()
+        for node in flow.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            item: fx.Node | Call = node
+            for call in call_of(node).chain():
+                self.items[call].append(item)
+                if call in entered:
+                    break
+                entered.add(call)
+                item = call
+
+    def inside(self, call: Call) -> Iterator[fx.Node]:
+        """All traced nodes of a call and of the calls in it, in order."""
+        for item in self.items[call]:
+            if isinstance(item, Call):
+                yield from self.inside(item)
+            else:
+                yield item
+
+    def replaceable(self, module: nn.Module, path: str, parent: Call | None) -> bool:
+        """Whether putting another module into this slot changes this one call and nothing else."""
+        once = self.leaf_calls[path] <= 1 and self.calls[id(module)] <= 1
+        around = all(self.calls[id(c.module)] == 1 for c in (parent.chain() if parent is not None else ()))
+        pinned = id(module) in self.flow.unit.pinned or any(not h.changeable for h in self.holders.get(id(module), ()))
+        return once and around and not pinned and self.registered[id(module)] == 1 and path != ""
+
+    def rewritable(self, call: Call) -> bool:
+        """Whether this module's forward may be replaced."""
+        once = self.registered[id(call.module)] <= 1 or call.parent is None  # a unit is the same one wherever it stands
+        return once and all(self.calls[id(c.module)] == 1 for c in call.chain())
+
+    def out_of_reach(self, module: nn.Module) -> Holder | None:
+        """An attribute through which code that was not read, or that an edit cannot change, may call this module.
+
+        What a forward replaced on an instance closes over was read with it; such a forward can be rewritten.
+        """
+        unit = self.flow.unit
+        inside = {id(m) for m in unit.root.modules()}
+        for holder in self.holders.get(id(module), ()):
+            owner = id(holder.owner)
+            if owner == id(module) or (self.calls[owner] and (holder.changeable or holder.name == "forward")):
+                continue
+            untouched = owner in inside and owner not in unit.pinned and not self._is_opaque(holder.owner)
+            if not (untouched and holder.changeable):
+                return holder
+        return None
+
+    def _is_opaque(self, module: nn.Module) -> bool:
+        return any(self.flow.unit.root.get_submodule(path) is module for path in self.flow.unit.opaque)
+
+    def read(self, path: str) -> dict[str, list[fx.Node]]:
+        """Tensors of the module at ``path`` that other code reads itself, each with the nodes that do.
+
+        There are none where it only asked (``bn.weight is None``, or for a dtype), which leaves no node.
+        """
+        inside = {id(c) for c in self.flow.unit.calls if c.path == path}
+        found: dict[str, list[fx.Node]] = {}
+        if not inside and path not in self.flow.unit.opaque:  # nor were they read in vain by the module itself
+            found = {name: [] for name in self.flow.unit.read if name.startswith(path + ".")}
+        for node in self.flow.nodes:
+            theirs = node.op == "get_attr" and str(node.target).startswith(path + ".")
+            if theirs and not any(id(c) in inside for c in call_of(node).chain()):
+                found.setdefault(str(node.target), []).append(node)
+        return found
+
+    def misled(self, module: nn.Module, form: ConvForm) -> bool:
+        """Whether other code asks the module for something that the layer of this form would answer differently."""
+        told = {
+            "in_channels": form.in_channels, "out_channels": form.out_channels, "kernel_size": form.kernel,
+            "stride": form.stride, "dilation": form.dilation, "groups": form.groups,
+        }  # fmt: skip
+        differs = {name for name, value in told.items() if getattr(module, name, value) != value}
+        if differs and self._asked is None:
+            self._asked = asked_of_others(self._model)
+        return bool(differs and self._asked and differs & self._asked)
+
+    def reads_numbers(self, path: str) -> bool:
+        """Whether other code reads more of a tensor of the module at ``path`` than its dtype and device."""
+        return any(not _asks_for_kind(user) for nodes in self.read(path).values() for n in nodes for user in n.users)
+
+
+def _asks_for_kind(node: fx.Node) -> bool:
+    """Whether this asks a tensor for its dtype or device, which the folded layer's has as well."""
+    return node.target is getattr and node.args[1] in ("dtype", "device")
