@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.lowering import all_finite
 from passes.edits.apply import Undo, apply
@@ -35,6 +36,7 @@ from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example
 from passes.graph.modes import evaluate, has_own_modes, kept_modes
+from passes.graph.variants import OtherCalls
 from passes.proof.check import Checked, explained
 from passes.proof.compare import EquivalenceError, Verdict
 from passes.proof.hold import Before, Exact, FoldKey, Ledger, check_against, place_of
@@ -210,8 +212,10 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
             raise ReparamError(f"{name} is on the meta device and has no numbers: load the weights first")
         if tensor.is_quantized:
             raise ReparamError(f"{name} is quantised: rewrite the model first, quantise the result")
-    for name, tensor in _weights(model):
-        if tensor.is_floating_point() and not all_finite(tensor):
+    for name, tensor, layer in _weights(model):
+        # Code of one's own may hold infinities on purpose, such as a mask; a layer that does is broken.
+        own = not isinstance(layer, (_ConvNd, nn.Linear, _NormBase)) and not bool(torch.isnan(tensor).any())
+        if not own and tensor.is_floating_point() and not all_finite(tensor):
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "an infinite value"
             raise ReparamError(f"{name} holds {kind}: the model is broken before any fold; restore an older checkpoint")
 
@@ -223,12 +227,11 @@ def _is_quantised(module: nn.Module) -> bool:
     return home[0] == "torch" and "quantized" in home and not floats
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
     for path, module in model.named_modules():
-        if isinstance(module, _NormBase):
-            for name, tensor in module.named_buffers(recurse=False):
-                yield f"{path}.{name}", tensor
+        buffers = module.named_buffers(recurse=False) if isinstance(module, _NormBase) else ()
+        for name, tensor in [*module.named_parameters(recurse=False), *buffers]:
+            yield join(path, name), tensor, module
 
 
 # ------------------------------------------------------------------ one model
@@ -317,13 +320,18 @@ def _owners(model: nn.Module) -> Counter[int]:
 
 
 def _guard(flow: Flow, layout: Layout) -> Guard:
-    memory = Memory(flow)
+    memory, calls = Memory(flow), OtherCalls(flow.unit)
 
     def place_safely(candidate: Candidate) -> Placement | Refusal:
         try:
-            return memory.refusal(candidate) or place(layout, candidate)
+            found = memory.refusal(candidate) or place(layout, candidate)
         except RefusalError as error:
             return error.refusal
+        # A forward that is written anew says itself which arguments it was made for.
+        anew = isinstance(found, Placement) and any(rewrite.call.parent is None for rewrite in found.rewrites)
+        if isinstance(found, Refusal) or anew:
+            return found
+        return calls.refusal([*candidate.dying, *candidate.constants], candidate.result) or found
 
     return place_safely
 

@@ -1,7 +1,8 @@
 """The expansion compiler: find convolutions by dataflow, choose a block for each, plan, and put the blocks in place.
 
-A plan touches nothing: every block is built on the meta device first, and must fold back into just the convolution that
-it replaces, by the laws of :mod:`passes.algebra.conv_form`. What does not is left alone with the reason.
+A plan touches nothing: every block is built on the meta device first, and must fold back into just the convolution
+that it replaces, by the laws of :mod:`passes.algebra.conv_form`. What does not is left alone with the reason. Then all
+blocks are tried on a copy that is run against the original (:mod:`passes.training.trial`).
 """
 
 from __future__ import annotations
@@ -10,27 +11,32 @@ import logging
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import Geometry
-from passes.blocks.kit.layers import is_block
+from passes.blocks.kit.layers import BranchSum, SilenceError, is_block
 from passes.blocks.kit.registry import Block
 from passes.collapse import check_model
 from passes.edits.apply import apply
 from passes.edits.edit import Block as BlockEdit
 from passes.edits.edit import Edit, Remove, remember
+from passes.graph.capture import join
 from passes.graph.copies import deep_copy
-from passes.refusal import Reason, Refusal, ReparamError
+from passes.graph.inputs import as_example
+from passes.proof.compare import EquivalenceError
+from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.table import section
 from passes.training.build import Cost, build, check_preserved, signature, site_of, try_on_meta
 from passes.training.discovery import Found, find_convs
 from passes.training.filters import Blocks, Where, block_chooser, selector
 from passes.training.positions import positions_of
+from passes.training.trial import try_blocks
 
 __all__ = ["Cost", "Plan", "PlanRow", "make_plan"]
 
@@ -39,10 +45,16 @@ log = logging.getLogger("reparam")
 _UNASKED = (Reason.NOT_SELECTED, Reason.KERNEL_OF_ONE)
 """Refusals of convolutions that the caller did not ask for."""
 
+_TAKEN_BACK = (Reason.NOT_RUN, Reason.DIFFERS)
+"""Refusals of convolutions whose block was tried and did not hold."""
+
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One convolution in a plan: the block that it gets and what that costs, or the refusal that says why not."""
+    """One convolution in a plan: the block that it gets and what that costs, or the refusal that says why not.
+
+    ``norm_stays`` says why a norm that reads it stays outside of the block.
+    """
 
     layer: str
     geometry: Geometry
@@ -50,6 +62,11 @@ class PlanRow:
     refusal: Refusal | None
     cost: Cost | None
     found: Found = field(repr=False)
+    online: bool = False
+
+    @property
+    def norm_stays(self) -> Refusal | None:
+        return self.found.norm_stays
 
 
 @dataclass(frozen=True)
@@ -59,14 +76,16 @@ class Plan:
     Args:
         rows: one per convolution, in order of registration.
         per_sample: whether multiply-adds are those of one sample, else of one output position.
+        compared: what the trial compared and on what, or why it could not; empty without a trial.
     """
 
     rows: tuple[PlanRow, ...]
     per_sample: bool
     _model: nn.Module = field(repr=False)
     _preserve: bool = True
-    _online: dict[str, bool] = field(default_factory=dict, repr=False)
     _inplace: bool = False
+    _verify: bool | str = True
+    compared: tuple[str, ...] = ()
 
     @property
     def expanded(self) -> tuple[PlanRow, ...]:
@@ -77,6 +96,11 @@ class Plan:
     def refused(self) -> tuple[PlanRow, ...]:
         """Rows of convolutions that were asked for and are left alone."""
         return tuple(row for row in self.rows if row.refusal is not None and row.refusal.reason not in _UNASKED)
+
+    @property
+    def taken_back(self) -> tuple[PlanRow, ...]:
+        """Rows whose block was tried, and is not put in because it did not hold."""
+        return tuple(row for row in self.rows if row.refusal is not None and row.refusal.reason in _TAKEN_BACK)
 
     def reasons(self) -> Counter[str]:
         """How many convolutions are left alone for each reason, unselected ones included."""
@@ -94,8 +118,7 @@ class Plan:
             [] if self._preserve or not self._inplace else _norm_weights((row.found for row in self.expanded), model)
         )
         try:
-            edits, blocks = self._built(model)
-            apply(model, edits, blocks)
+            edits, _ = _put(model, self.expanded, self._preserve, check=bool(self._verify))
             remember(model, edits)
         # Whatever went wrong, a model edited in place must come back as it was; the error itself goes on.
         except BaseException:
@@ -103,31 +126,11 @@ class Plan:
                 for weight, before in scaled:
                     weight.copy_(before)
             raise
+        for row in self.taken_back:
+            log.warning("expand: the block of %s is taken back: %s", row.layer, row.refusal and row.refusal.message)
         level = logging.INFO if self.expanded else logging.WARNING
         log.log(level, "expand: %d of %d convolutions get a block", len(self.expanded), len(self.rows))
         return model
-
-    def _built(self, model: nn.Module) -> tuple[list[Edit], dict[str, nn.Module]]:
-        """The edits, and the blocks that they put in place; one of each signature is seen to keep the function."""
-        edits: list[Edit] = []
-        blocks: dict[str, nn.Module] = {}
-        checked: set[Any] = set()
-        for row in self.expanded:
-            block, path, norm = row.block, row.layer, row.found.norm
-            assert block is not None
-            online = self._online[path]
-            site = site_of(model, row.found, self._preserve, online)
-            blocks[path] = build(path, site, block, online)
-            kind = signature(site, block, online)
-            if self._preserve and kind not in checked:
-                checked.add(kind)
-                check_preserved(path, site, blocks[path])
-            options = tuple(block.options.items())
-            behind = ("", ()) if norm is None else (norm.path, norm.rest)
-            edits.append(BlockEdit(path, block.name, options, online, self._preserve, *behind))
-            if site.norm_taken and norm is not None:
-                edits.append(Remove(norm.path, norm.rest))
-        return edits, blocks
 
     def _check_unchanged(self) -> None:
         modules = dict(self._model.named_modules())
@@ -147,13 +150,56 @@ class Plan:
             body = [(*name, *row) for name, *row in zip(names, *cells, strict=True)]
             lines += ["parameters and multiply-adds are those before -> in training -> after collapse"]
             lines += section("", ("layer", "geometry", "block", "parameters", work), body)
-        lines += _grouped("left alone", self.refused, layers=True)
-        lines += _grouped("not considered", self._unasked, layers=False)
+        back = self.taken_back
+        said = [(row, row.refusal) for row in self.refused if row not in back]
+        stays = [(row, row.norm_stays) for row in self.expanded if row.norm_stays is not None]
+        lines[1:1] = _grouped("taken back", [(row, row.refusal) for row in back], layers=True)
+        lines += _grouped("left alone", said, layers=True)
+        lines += _grouped("without their norm", stays, layers=True)
+        lines += _grouped("not considered", [(row, row.refusal) for row in self._unasked], layers=False)
+        if self.compared:
+            lines += ["", *(line for text in self.compared for line in textwrap.wrap(f"tried: {text}", 110))]
         return "\n".join(lines)
 
     @property
     def _unasked(self) -> tuple[PlanRow, ...]:
         return tuple(row for row in self.rows if row.refusal is not None and row.refusal.reason in _UNASKED)
+
+
+def _put(
+    model: nn.Module, rows: Iterable[PlanRow], preserve: bool, *, check: bool, real: bool = True
+) -> tuple[list[Edit], dict[str, _BatchNorm]]:
+    """Build the blocks of ``rows`` and put them in place; gives the edits, and norms that moved by their former paths.
+
+    With ``check``, one block of each signature is seen to keep the function. Without ``real`` they are blocks to be
+    tried: they record no kernel, and where a block cannot start as what it replaces, its main branch is there alone.
+    """
+    edits: list[Edit] = []
+    blocks: dict[str, nn.Module] = {}
+    moved: dict[str, _BatchNorm] = {}
+    checked: set[Any] = set()
+    for row in rows:
+        block, path, norm = row.block, row.layer, row.found.norm
+        assert block is not None
+        site = site_of(model, row.found, preserve, row.online)
+        try:
+            blocks[path] = build(path, site, block, row.online, recorded=real)
+        except (RefusalError, SilenceError):
+            if real:
+                raise
+            blocks[path] = BranchSum(str(block), {"main": site.main()}, site.conv)
+        kind = signature(site, block, row.online)
+        if check and preserve and kind not in checked:
+            checked.add(kind)
+            check_preserved(path, site, blocks[path])
+        options = tuple(block.options.items())
+        behind = ("", ()) if norm is None else (norm.path, norm.rest)
+        edits.append(BlockEdit(path, block.name, options, row.online, preserve, *behind))
+        if site.norm_taken and site.norm is not None and norm is not None:
+            edits.append(Remove(norm.path, norm.rest))
+            moved[norm.path] = site.norm
+    apply(model, edits, blocks)
+    return edits, moved
 
 
 def make_plan(
@@ -163,61 +209,106 @@ def make_plan(
     where: Where = None,
     init: str = "preserve",
     online: bool | None = None,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: Any = None,
+    verify: bool | str = True,
+    strict: bool = False,
     inplace: bool = False,
 ) -> Plan:
     """Decide for every convolution of ``model``; see :func:`reparam.plan`. The model is not changed."""
-    _check(model, init, online, inplace)
+    _check(model, init, online, verify, inplace)
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
-        return _decided(model, block, where, init == "preserve", online, example_inputs, inplace)
+        positions = None
+        convs = find_convs(model)
+        if example_inputs is not None:
+            example_inputs = as_example(example_inputs, model)
+            positions = positions_of(model, convs, example_inputs)
+        decide = _Decision(model, init == "preserve", positions)
+        rows = decide.rows(convs, block, where, online)
+        plan = Plan(rows, positions is not None, model, init == "preserve", inplace, verify)
+        return _tried(plan, decide, example_inputs, strict) if verify is True else plan
 
 
-def _decided(
-    model: nn.Module,
-    block: Blocks,
-    where: Where,
-    preserve: bool,
-    online: bool | None,
-    example_inputs: tuple[Any, ...] | None,
-    inplace: bool,
-) -> Plan:
-    convs = find_convs(model)
-    paths = [found.path for found in convs]
-    selected, chosen = selector(where, paths), block_chooser(block, paths)
-    positions = None if example_inputs is None else positions_of(model, convs, example_inputs)
-    decided: dict[Any, Cost | Refusal] = {}
-    rows, onlines = [], {}
-    for found in convs:
-        mine = chosen(found.path)
-        outcome: Cost | Refusal | None = selected(found.path, found.conv)
-        if outcome is None and mine is None:
-            outcome = Refusal(Reason.NOT_SELECTED, Reason.NOT_SELECTED.value)
-        asked = not isinstance(outcome, Refusal) or outcome.reason is not Reason.NOT_SELECTED
-        if asked and _inside_block(model, found.path):
-            outcome = Refusal(Reason.BLOCK, "it is part of a block already; collapse the model first")
-        outcome = outcome or found.refusal
-        if outcome is None:
-            assert mine is not None
-            as_one = mine.info.online if online is None else online
-            onlines[found.path] = as_one
-            key = signature(site_of(model, found, preserve, as_one), mine, as_one)
-            if key not in decided:
-                decided[key] = try_on_meta(model, found, mine, preserve, as_one)
-            outcome = decided[key]
-        cost = outcome if isinstance(outcome, Cost) else None
-        refusal = outcome.at(found.path) if isinstance(outcome, Refusal) else None
-        if cost is not None and positions is not None:
-            cost = _times(cost, positions.get(found.path, 0))
-        rows.append(PlanRow(found.path, Geometry.of(found.conv), mine if cost else None, refusal, cost, found))
-    return Plan(tuple(rows), positions is not None, model, preserve, onlines, inplace)
+def _tried(plan: Plan, decide: _Decision, example: Any, strict: bool) -> Plan:
+    """The plan without the blocks that do not hold when the network runs."""
+
+    def put(model: nn.Module, rows: Sequence[PlanRow]) -> dict[str, dict[str, str]]:
+        _, norms = _put(model, rows, preserve=True, check=False, real=False)
+        paths = {id(module): path for path, module in model.named_modules()}
+        moved = {}
+        for row in rows:
+            if (norm := row.found.norm) is not None and norm.path in norms:
+                stay = {path: path for name in norm.rest for path in [join(norm.path, name)]}
+                moved[row.layer] = {norm.path: paths[id(norms[norm.path])], **stay}
+        return moved
+
+    rows = {row.layer: row for row in plan.rows}
+    outcome = try_blocks(plan._model, plan.expanded, put, decide.without_norm, example, lambda row: row.found.always)
+    if strict and (outcome.taken_back or outcome.changed):
+        refusal = next(iter([*outcome.taken_back.values(), *outcome.changed.values()]))
+        raise EquivalenceError(str(refusal), layer=refusal.layer)
+    for layer, refusal in outcome.taken_back.items():
+        rows[layer] = replace(rows[layer], block=None, refusal=refusal, cost=None)
+    rows |= {row.layer: row for row in outcome.kept}
+    for layer, refusal in outcome.changed.items():
+        rows[layer] = replace(rows[layer], found=replace(rows[layer].found, norm_stays=refusal))
+    return replace(plan, rows=tuple(rows.values()), compared=outcome.compared)
 
 
-def _check(model: Any, init: Any, online: Any, inplace: bool) -> None:
+class _Decision:
+    """Decides convolution by convolution; layers that are alike are tried once."""
+
+    def __init__(self, model: nn.Module, preserve: bool, positions: dict[str, float] | None) -> None:
+        self.model, self.preserve, self.positions = model, preserve, positions
+        self._decided: dict[Any, Cost | Refusal] = {}
+
+    def rows(self, convs: list[Found], block: Blocks, where: Where, online: bool | None) -> tuple[PlanRow, ...]:
+        paths = [found.path for found in convs]
+        selected, chosen = selector(where, paths), block_chooser(block, paths)
+        rows = []
+        for found in convs:
+            mine = chosen(found.path)
+            refusal = selected(found.path, found.conv)
+            if refusal is None and mine is None:
+                refusal = Refusal(Reason.NOT_SELECTED, Reason.NOT_SELECTED.value)
+            asked = refusal is None or refusal.reason is not Reason.NOT_SELECTED
+            if asked and _inside_block(self.model, found.path):
+                refusal = Refusal(Reason.BLOCK, "it is part of a block already; collapse the model first")
+            refusal = refusal or found.refusal
+            if refusal is not None or mine is None:
+                rows.append(
+                    PlanRow(found.path, Geometry.of(found.conv), None, refusal and refusal.at(found.path), None, found)
+                )
+            else:
+                rows.append(self.row(found, mine, mine.info.online if online is None else online))
+        return tuple(rows)
+
+    def row(self, found: Found, block: Block, online: bool) -> PlanRow:
+        """The block in the place of one convolution, or why it does not fit."""
+        key = signature(site_of(self.model, found, self.preserve, online), block, online)
+        if key not in self._decided:
+            self._decided[key] = try_on_meta(self.model, found, block, self.preserve, online)
+        outcome, geometry = self._decided[key], Geometry.of(found.conv)
+        if isinstance(outcome, Refusal):
+            return PlanRow(found.path, geometry, None, outcome.at(found.path), None, found, online)
+        cost = outcome if self.positions is None else _times(outcome, self.positions.get(found.path, 0))
+        return PlanRow(found.path, geometry, block, None, cost, found, online)
+
+    def without_norm(self, row: PlanRow) -> PlanRow | None:
+        """The same block with the norm left where it is; None if that is how it is, or if the block needs the norm."""
+        if row.found.norm is None or row.block is None:
+            return None
+        alone = self.row(replace(row.found, norm=None), row.block, row.online)
+        return alone if alone.refusal is None else None
+
+
+def _check(model: Any, init: Any, online: Any, verify: Any, inplace: bool) -> None:
     if init not in ("preserve", "paper"):
         raise ReparamError(f"init is 'preserve' or 'paper', got {init!r}")
     if online not in (None, True, False):
         raise ReparamError(f"online is True, False or None (as the block says), got {online!r}")
+    if verify not in (True, False, "folds"):
+        raise ReparamError(f"verify is True, 'folds' or False, got {verify!r}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ReparamError("a scripted model cannot be expanded: expand first, then torch.jit.script the result")
     if hasattr(model, "_orig_mod"):
@@ -262,13 +353,13 @@ def _aligned(triples: Sequence[Sequence[float]]) -> list[str]:
     return [" -> ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
 
 
-def _grouped(title: str, rows: Sequence[PlanRow], *, layers: bool) -> list[str]:
+def _grouped(title: str, rows: Iterable[tuple[PlanRow, Refusal | None]], *, layers: bool) -> list[str]:
     """Convolutions under the reason that they share."""
     lines = []
     reasons: dict[str, list[PlanRow]] = {}
-    for row in rows:
-        assert row.refusal is not None
-        reasons.setdefault(row.refusal.message, []).append(row)
+    for row, refusal in rows:
+        assert refusal is not None
+        reasons.setdefault(refusal.message, []).append(row)
     for reason, members in reasons.items():
         lines += ["", *textwrap.wrap(f"{len(members)} {title}: {reason}", 110, subsequent_indent="  ")]
         if layers:

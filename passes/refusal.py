@@ -51,6 +51,8 @@ class Reason(Enum):
     ARGUMENT = "an optional argument changes what uses it"
     MODES = "training and evaluation use it differently"
     NEVER_CALLED = "nothing calls it"
+    NOT_RUN = "its block would never run"
+    DIFFERS = "with its block the network computes something else"
     NOT_FINITE = "the result is not finite"
     TAKEN_BACK = "taken back: it does not hold"
 

@@ -12,7 +12,7 @@ from passes.expand import Plan, make_plan
 from passes.refusal import RefusalError, ReparamError
 from passes.training.equivalent import Reading
 from passes.training.filters import Blocks, Where
-from reparam.api import as_tuple, ordinary_tensors
+from reparam.api import ordinary_tensors
 
 __all__ = ["equivalent_conv", "expand", "param_groups", "plan"]
 
@@ -25,6 +25,8 @@ def expand(
     init: str = "preserve",
     online: bool | None = None,
     example_inputs: Any = None,
+    verify: bool | str = True,
+    strict: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Replace convolutions of ``model``, with the batch norm behind each, by training-time blocks.
@@ -47,15 +49,25 @@ def expand(
             main branch keeps its kernel.
         online: train with one convolution per layer, its kernel computed in each forward; batch norms of branches
             become factors per channel. Default: as the block says (only ``orepa`` does).
-        example_inputs: only for the plan's multiply-adds; a tuple for several arguments.
+        example_inputs: what to run the network on; a tuple for several arguments. They are made up if left out, and
+            multiply-adds are then not counted per sample.
+        verify: True: every kind of block is run against the layers that it replaces, and the network with all blocks
+            against the original, on a copy, once in eval and once in train mode; every block has to be entered. A block
+            that does not hold is taken back alone, with a warning. ``"folds"``: only the blocks by themselves. False:
+            neither.
+        strict: raise for a block that does not hold.
         inplace: edit ``model`` itself and return it. Original parameters stay the same objects, so an optimizer keeps
             them (it does not know the new ones); only ``doconv`` replaces the kernel by its own W.
 
     Raises:
         ReparamError: bad input, an unknown block, option or filter, a pattern that matches nothing (near names are
             listed). The model is then as it was.
+        EquivalenceError: with ``strict`` a block does not hold; without, the network differs whatever is taken back.
     """
-    planned = plan(model, block, where=where, init=init, online=online, example_inputs=example_inputs, inplace=inplace)
+    planned = plan(
+        model, block, where=where, init=init, online=online, example_inputs=example_inputs, verify=verify,
+        strict=strict, inplace=inplace,
+    )  # fmt: skip
     with ordinary_tensors():
         return planned.apply()
 
@@ -68,6 +80,8 @@ def plan(
     init: str = "preserve",
     online: bool | None = None,
     example_inputs: Any = None,
+    verify: bool | str = True,
+    strict: bool = False,
     inplace: bool = False,
 ) -> Plan:
     """What :func:`expand` would do with the same arguments: a table when printed, ``.apply()`` does it.
@@ -85,7 +99,9 @@ def plan(
             where=where,
             init=init,
             online=online,
-            example_inputs=as_tuple(example_inputs),
+            example_inputs=example_inputs,
+            verify=verify,
+            strict=strict,
             inplace=inplace,
         )
 

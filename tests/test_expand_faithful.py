@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +18,9 @@ from torch.nn import functional as F
 
 import reparam
 from passes.blocks.kit.layers import is_block
-from reparam import ReparamError
+from passes.blocks.kit.registry import unregister
+from passes.training import discovery
+from reparam import EquivalenceError, Reason, ReparamError
 
 BLOCKS = ("acb", "dbb", "doconv", "orepa")
 
@@ -402,6 +406,21 @@ def test_a_norm_that_another_call_needs_stays(case: str, block: str) -> None:
     torch.testing.assert_close(back(double(), *more, **named), model(double(), *more, **named), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("case", OTHER_CALLS)
+def test_folds_hold_for_other_calls(case: str) -> None:
+    """What is folded for one call and needed by another is not folded, with the reason."""
+    kind, more, named, _ = OTHER_CALLS[case]
+    model = exact(kind())
+    collapsed, report = reparam.collapse_with_report(model)
+    for given, options in (((), {}), (more, named)):
+        want = model(double(), *given, **options)
+        torch.testing.assert_close(collapsed(double(), *given, **options), want, rtol=1e-10, atol=1e-10)
+    if more or named:
+        assert not report.folds
+        assert {r.reason for r in report.refusals} == {Reason.ARGUMENT}
+        assert [str(r) for r in reparam.explain(model).refusals] == [str(r) for r in report.refusals]
+
+
 class Harmless(nn.Module):
     """Optional arguments that change nothing about who reads what."""
 
@@ -417,7 +436,7 @@ class Harmless(nn.Module):
         y = self.body(x)
         if mask is not None:
             y = y * mask
-        y = y * scale + size
+        y = F.relu(y) * scale + size
         if extra:
             y = F.relu(self.extra(y))
         if kind == "both":
@@ -435,6 +454,9 @@ def test_arguments_that_change_nothing() -> None:
     expanded = plan.apply()
     computes(model, expanded, double())
     computes(model, expanded, double(), None, 2.0, True, "both")
+    collapsed, report = reparam.collapse_with_report(model)
+    assert report.after.norms == 0
+    computes(model, collapsed, double(), None, 2.0, True, "both", modes=(False,))
 
 
 class Twice(TwoNorms):
@@ -471,3 +493,249 @@ class Raises(TwoNorms):
 def test_a_call_that_cannot_be_looked_into_counts_as_another_way() -> None:
     (row,) = reparam.plan(exact(Raises()), "acb").expanded
     assert "with groups what reads it cannot be traced" in row.found.norm_stays.message
+
+
+# ------------------------------------------------------------------ every block that was put in is seen to run
+
+
+class Held(nn.Module):
+    """A convolution and its norm, called through whatever else holds them."""
+
+    def __init__(self, hold: Callable[[Any], Any], run: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.bn = nn.BatchNorm2d(WIDTH)
+        self.last = ConvBN()
+        self.held, self.run = hold(self), run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.run(self.held, x)))
+
+
+def _one_after_another(held: Any, x: Tensor) -> Tensor:
+    for layer in held:
+        x = layer(x)
+    return x
+
+
+def _closed_over(m: Any) -> Callable[[Tensor], Tensor]:
+    conv, bn = m.conv, m.bn
+    return lambda x: bn(conv(x))
+
+
+HELD: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Tensor], Tensor]]] = {
+    "list": (lambda m: [m.conv, m.bn], _one_after_another),
+    "tuple": (lambda m: (m.conv, m.bn), _one_after_another),
+    "dict": (lambda m: {"a": m.conv, "b": m.bn}, lambda held, x: held["b"](held["a"](x))),
+    "nested": (lambda m: {"a": [(m.conv, m.bn)]}, lambda held, x: _one_after_another(held["a"][0], x)),
+    "closure": (_closed_over, lambda held, x: held(x)),
+    "partial": (lambda m: functools.partial(_one_after_another, (m.conv, m.bn)), lambda held, x: held(x)),
+    "bound method": (lambda m: (m.conv.forward, m.bn.forward), _one_after_another),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("block", ["acb", "doconv"])
+@pytest.mark.parametrize("case", HELD)
+def test_layers_that_other_code_holds(case: str, block: str, inplace: bool) -> None:
+    """The block is entered, or is not put in; the other one stands."""
+    model = exact(Held(*HELD[case]))
+    wanted = model(double()).detach()
+    plan = reparam.plan(model, block, inplace=inplace)
+    expanded = plan.apply()
+    torch.testing.assert_close(expanded(double()), wanted, rtol=1e-10, atol=1e-10)
+    assert "last.conv" in blocks(expanded)
+    entered: list[str] = []
+    for path in blocks(expanded):
+        expanded.get_submodule(path).register_forward_hook(lambda *_, path=path: entered.append(path))
+    expanded(double())
+    assert entered == blocks(expanded)
+    assert ("conv" in entered) == (case in ("list", "tuple", "dict", "nested"))
+    assert [r.layer for r in plan.taken_back] == (["conv"] if case in ("closure", "partial") else [])
+
+
+def test_forward_that_was_replaced_on_an_instance() -> None:
+    model = exact(nn.Sequential(ConvBN(), ConvBN()))
+    model[0].forward = types.MethodType(lambda self, x: F.relu(self.norm(self.conv(x))), model[0])
+    expanded = reparam.expand(model, "acb")
+    assert blocks(expanded) == ["0.conv", "1.conv"]
+    computes(model, expanded, double())
+
+
+def test_what_is_taken_back_is_said_first(caplog: pytest.LogCaptureFixture) -> None:
+    """In the plan and in the log; the reason names the layer."""
+    model = exact(Held(*HELD["closure"]))
+    plan = reparam.plan(model, "acb")
+    assert str(plan).splitlines()[:4] == [
+        "1 of 2 convolutions get a block",
+        "",
+        "1 taken back: its block would never run: other code holds the layer and calls it itself",
+        "  conv  8->8 3x3",
+    ]
+    with caplog.at_level("WARNING", "reparam"):
+        plan.apply()
+    assert "the block of conv is taken back: its block would never run" in caplog.text
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_strict(inplace: bool) -> None:
+    model = exact(Held(*HELD["closure"]))
+    before = snapshot(model)
+    with pytest.raises(EquivalenceError, match=r"^conv: its block would never run"):
+        reparam.expand(model, "acb", strict=True, inplace=inplace)
+    assert unchanged(model, before)
+    assert blocks(reparam.expand(exact(Net()), "acb", strict=True))
+
+
+@pytest.mark.parametrize("verify", [True, "folds", False])
+@pytest.mark.parametrize("init", ["preserve", "paper"])
+def test_a_norm_that_is_not_its_own_is_noticed(verify: Any, init: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted defect in discovery: the network as a whole tells, and only that norm stays outside."""
+    model = exact(Read())
+    real = discovery._norm_of
+
+    def wrong(conv: Any, ways: Any) -> Any:
+        return discovery.Norm("bn") if conv is model.conv else real(conv, ways)
+
+    monkeypatch.setattr(discovery, "_norm_of", wrong)
+    plan = reparam.plan(model, "acb", init=init, verify=verify)
+    taken = {r.layer: r.found.norm is not None for r in plan.expanded}
+    assert taken == {"conv": verify is not True, "last.conv": True}
+    if verify is True:
+        assert "computes something else: the network returns other numbers" in str(plan.expanded[0].norm_stays)
+        assert "1 without their norm: with its block the network computes" in str(plan)
+        if init == "preserve":
+            computes(model, plan.apply(), double())
+
+
+class Read(nn.Module):
+    """Something stands between the convolution and the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.bn = nn.BatchNorm2d(WIDTH)
+        self.last = ConvBN()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.bn(F.relu(self.conv(x))))
+
+
+def test_a_block_that_is_another_function_in_training() -> None:
+    """The folds, made in evaluation, cannot tell."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean() + x * self.gain if self.training else x * self.gain
+
+        def silence(self) -> None:
+            pass
+
+    @reparam.block("noisy")
+    def noisy(conv: reparam.Site) -> Any:
+        """The kernel, and in training the mean."""
+        yield "main", conv.main()
+        if conv.stride == (1, 1):
+            yield "noise", Noisy().to(conv.conv.weight.device, conv.conv.weight.dtype)
+
+    try:
+        model = exact(nn.Sequential(ConvBN(stride=2), ConvBN()))
+        plan = reparam.plan(model, "noisy")
+        assert [r.layer for r in plan.expanded] == ["0.conv"]
+        assert "computes something else" in plan.taken_back[0].refusal.message
+        assert len(reparam.plan(model, "noisy", verify="folds").expanded) == 2
+    finally:
+        unregister("noisy")
+
+
+class KeptInTraining(nn.Module):
+    """Its own train() treats one norm by name, or all by their kind."""
+
+    def __init__(self, by_name: bool, mode: bool) -> None:
+        super().__init__()
+        self.body, self.head = ConvBN(), ConvBN()
+        self.by_name, self.mode = by_name, mode
+
+    def train(self, mode: bool = True) -> KeptInTraining:
+        super().train(mode)
+        norms = [self.body.norm] if self.by_name else [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.train(self.mode)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.body(x)))
+
+
+@pytest.mark.parametrize("mode", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_norms_whose_mode_the_models_own_train_sets(by_name: bool, mode: bool) -> None:
+    """One that is set by name stays where the code looks for it; one that is found by its kind is found in a block."""
+    model = exact(KeptInTraining(by_name, mode))
+    plan = reparam.plan(model, "acb")
+    assert {r.layer: r.found.norm is None for r in plan.expanded} == {"body.conv": by_name, "head.conv": False}
+    expanded = plan.apply()
+    for training in (False, True):
+        wanted, got = (copy.deepcopy(m).train(training)(double()) for m in (model, expanded))
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_what_could_not_be_tried_is_said() -> None:
+    class Odd(ConvBN):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.view(3, WIDTH, 5, 7))
+
+    class Single(ConvBN):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.view(5, WIDTH, 4, 24) if self.training else x)
+
+    model = exact(nn.Sequential(ConvBN()))
+    assert [text[:13] for text in reparam.plan(model, "acb").compared] == ["whole network"] * 2
+    odd = reparam.plan(Odd(), "acb")
+    assert [r.layer for r in odd.expanded] == ["conv"]
+    assert odd.compared[0].startswith("not run: no input could be made up")
+    single = reparam.plan(Single(), "acb", example_inputs=maps(count=2))
+    assert [text[:28] for text in single.compared] == ["whole network, example_input", "not run in training: the mod"]
+    with torch.device("meta"):
+        meta = ConvBN()
+    assert reparam.plan(meta, "acb").compared == ("not run: the model is on the meta device",)
+
+
+def test_a_model_that_differs_from_itself() -> None:
+    """It keeps a count outside of itself: nothing can be told from a difference, and nothing is taken back."""
+    count = [0]
+
+    class Counts(ConvBN):
+        def forward(self, x: Tensor) -> Tensor:
+            count[0] += 1
+            return super().forward(x) * count[0]
+
+    plan = reparam.plan(exact(Counts()), "acb")
+    assert [r.layer for r in plan.expanded] == ["conv"]
+    assert plan.compared[0].startswith("not compared: the network itself does not return the same twice")
+
+
+@pytest.mark.parametrize("verify", ["fold", None, 1.5])
+def test_misspelt_verify(verify: Any) -> None:
+    with pytest.raises(ReparamError, match="verify is True, 'folds' or False"):
+        reparam.expand(ConvBN(), "acb", verify=verify)
+
+
+def test_a_mask_of_infinities_is_no_broken_weight() -> None:
+    class Masked(ConvBN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask = nn.Parameter(torch.full((1, WIDTH, 1, 1), float("-inf")), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.maximum(super().forward(x), self.mask)
+
+    model = exact(Masked())
+    nn.init.constant_(model.mask, float("-inf"))
+    expanded = reparam.expand(model, "acb")
+    assert blocks(expanded) == ["conv"]
+    computes(model, expanded, double())

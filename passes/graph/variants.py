@@ -136,7 +136,6 @@ class OtherCalls:
     def __init__(self, unit: Unit) -> None:
         self._unit = unit
         self._graphs: list[tuple[str, fx.Graph | None, str]] | None = None
-        self._names: dict[str, fx.Node] = {}
 
     def refusal(self, nodes: list[fx.Node], result: fx.Node) -> Refusal | None:
         """Why ``nodes`` cannot become one layer in place of their modules: some call uses them in another way.
@@ -148,17 +147,11 @@ class OtherCalls:
         if self._graphs is None:
             found = variants(self._unit) if _optional(self._unit.root) else []
             self._graphs = [(v.given, None if v.unit is None else v.unit.graph, v.why) for v in found]
-            # Planning may have written into the unit's own graph.
-            self._names = {n.name: n for n in trace_variant(self._unit, {}).graph.nodes} if found else {}
-        if not self._graphs:
-            return None
-        own = [node for name in (n.name for n in nodes) if (node := self._names.get(name)) is not None]
-        last = self._names.get(result.name)
         for given, graph, why in self._graphs:
             if graph is None:
-                if any(_calls_itself(node) for node in own):
+                if any(_calls_itself(node) for node in nodes):
                     return Refusal(Reason.ARGUMENT, f"cannot be traced with {given}, which may use it otherwise: {why}")
-            elif not _together(own, last, graph):
+            elif not _together(nodes, result, graph):
                 return Refusal(Reason.ARGUMENT, f"with {given} it is used in another way")
         return None
 
@@ -168,7 +161,7 @@ def _calls_itself(node: fx.Node) -> bool:
     return node.meta["call"].parent is None
 
 
-def _together(nodes: list[fx.Node], result: fx.Node | None, graph: fx.Graph) -> bool:
+def _together(nodes: list[fx.Node], result: fx.Node, graph: fx.Graph) -> bool:
     """Whether ``graph`` has these nodes with the very same connections, or calls none of their modules."""
     anchors = [n for n in nodes if n.op in ("call_module", "get_attr")]
     calls: dict[str, list[fx.Node]] = {}
@@ -192,8 +185,7 @@ def _together(nodes: list[fx.Node], result: fx.Node | None, graph: fx.Graph) -> 
             if not any(_match(node, candidate, inside, same) for candidate in candidates):
                 return False
     mine = {same[node] for node in nodes}
-    last = None if result is None else same.get(result)
-    inner = [n for n in mine if n is not last and n.op != "get_attr"]
+    inner = [n for n in mine if n is not same[result] and n.op != "get_attr"]
     return all(u in mine or is_shape_query(u.op, u.target, u.args) for n in inner for u in n.users)
 
 

@@ -97,6 +97,7 @@ class Checked:
         differences: each with its place.
         error: largest relative difference of any output.
         ran: paths of the result's modules that took part.
+        called: paths of those that were called themselves.
     """
 
     verdict: Verdict
@@ -104,6 +105,7 @@ class Checked:
     differences: tuple[Difference, ...] = ()
     error: float = 0.0
     ran: frozenset[str] = frozenset()
+    called: frozenset[str] = frozenset()
 
     @property
     def ok(self) -> bool:
@@ -119,8 +121,8 @@ class Checked:
             raise EquivalenceError(message, layer=first.layer or place, error=first.error)
 
     def missing(self, paths: Iterable[str]) -> list[str]:
-        """Those of ``paths`` that were not seen to run."""
-        return [path for path in paths if path not in self.ran]
+        """Those of ``paths`` that were not seen to be called."""
+        return [path for path in paths if path not in self.called]
 
     def __str__(self) -> str:
         return "; ".join([self.compared, *map(str, self.differences[:3])])
@@ -274,8 +276,8 @@ def check(
     if runs and observed.shipped is not None:
         differences += _as_shipped(result, observed)
     verdict = Verdict.DIFFERENT if differences else Verdict.EQUAL if total.numbers else Verdict.INCONCLUSIVE
-    ran = frozenset().union(*(r.ran for r in runs))
-    found = Checked(verdict, _sentence(observed, total), tuple(differences), total.max_rel, ran)
+    ran, called = (frozenset().union(*sets) for sets in ((r.ran for r in runs), (r.called for r in runs)))
+    found = Checked(verdict, _sentence(observed, total), tuple(differences), total.max_rel, ran, called)
     if found.ok or observed.source is None:
         return found
     candidate = runner_of(result, double=observed.double, training=training, exact=exact)
@@ -303,9 +305,10 @@ def explained(found: Checked, observed: Observed, original: nn.Module, candidate
     if not observed.double or not all(d.numbers for d in found.differences):
         return None
     dtype = coarsest_dtype(original)
+    error = max([found.error, *(d.error for d in found.differences)])  # also of what is left behind
     for precision, times, most in ((torch.float64, 10, ROUNDING), (dtype, 1, math.inf)):
         noise = rounding(original, example, value, training, precision=precision)
-        if found.error <= times * noise <= most:
+        if error <= times * noise <= most:
             what = f"{found.compared}, no more than rounding in {_dtype(precision)} makes of it ({noise:.1g})"
             return replace(found, verdict=Verdict.EQUAL, compared=what, differences=())
     try:

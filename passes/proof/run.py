@@ -39,6 +39,7 @@ class Run:
         had: all paths and names that there were before it.
         generators: digest of the random generators' states after the call.
         ran: paths of the modules that took part.
+        called: paths of those that were called themselves.
         cast: whether a number had to be cast for the call to be in float64 throughout.
     """
 
@@ -47,6 +48,7 @@ class Run:
     had: frozenset[tuple[str, str]] = frozenset()
     generators: str = ""
     ran: frozenset[str] = frozenset()
+    called: frozenset[str] = frozenset()
     cast: bool = False
 
 
@@ -137,7 +139,7 @@ def run(runner: nn.Module, example: Example, *, double: bool = True, within: Any
     with surroundings(runner) as generators, seen, mode, within or nullcontext():
         value = runner(*args, **kwargs)
     ran = seen.paths() | _owners(runner, mode.used)
-    return Run(value, changes(runner, before), frozenset(before.of), generators[0], ran, mode.cast)
+    return Run(value, changes(runner, before), frozenset(before.of), generators[0], ran, seen.paths(), mode.cast)
 
 
 def outputs(model: nn.Module, example: Example, dtype: torch.dtype | None = torch.float64) -> Any:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from passes.graph.inputs import copied
@@ -14,6 +15,9 @@ __all__ = ["Marks", "changes"]
 
 _TABLES = frozenset(vars(nn.Module())) - {"training"}
 """Attributes that every module has: its own tables and hooks."""
+
+_SMALL = 1 << 14
+"""Numbers in a tensor whose content is compared."""
 
 _DEPTH = 4
 """How deep containers are looked into."""
@@ -32,7 +36,8 @@ class Marks:
             return type(value), value
         self._kept.append(value)
         if isinstance(value, Tensor):
-            return id(value), 0 if value.is_inference() else value._version, value.data_ptr() if _dense(value) else 0
+            version = 0 if value.is_inference() else value._version
+            return id(value), version, value.data_ptr() if _dense(value) else 0, _numbers(value)
         if depth and isinstance(value, Mapping):
             return type(value), tuple((_key(k), self.mark(v, depth - 1)) for k, v in value.items())
         if depth and isinstance(value, (list, tuple, deque)):
@@ -82,6 +87,13 @@ def _key(value: Any) -> Any:
     except TypeError:
         return id(value)
     return value
+
+
+def _numbers(tensor: Tensor) -> bytes:
+    """The content of a small tensor that is no weight: a batch norm in training counts no version of its statistics."""
+    if isinstance(tensor, nn.Parameter) or tensor.is_meta or not _dense(tensor) or tensor.numel() > _SMALL:
+        return b""
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -20,7 +20,6 @@ from passes.blocks.kit.builder import Site
 from passes.blocks.kit.layers import BranchSum, silence, stand_in
 from passes.blocks.kit.registry import Block
 from passes.edits.edit import Block as BlockEdit
-from passes.graph.attributes import carry_attributes
 from passes.graph.modes import kept_modes
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.training.discovery import Found, Norm, plain_norm
@@ -54,8 +53,11 @@ def site_of(model: nn.Module, found: Found, preserve: bool, online: bool) -> Sit
     return Site(conv, norm, preserve=preserve, online=online)
 
 
-def build(layer: str, site: Site, block: Block, online: bool) -> nn.Module:
-    """The block for one convolution, in its dtype, on its device, as trainable as it is."""
+def build(layer: str, site: Site, block: Block, online: bool, *, recorded: bool = True) -> nn.Module:
+    """The block for one convolution, in its dtype, on its device, as trainable as it is.
+
+    Without ``recorded``, one that trains online is left as the sum of branches that its kernel is recorded from.
+    """
     conv, norm = site.conv, site.norm
     own = {id(p) for m in (conv, norm) if m is not None for p in m.parameters()}
     try:
@@ -85,14 +87,13 @@ def build(layer: str, site: Site, block: Block, online: bool) -> nn.Module:
             if layout.channels_last and parameter.dim() == conv.weight.dim() and parameter.dim() in (4, 5):
                 last = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
                 parameter.data = parameter.data.contiguous(memory_format=last)
-    if not online and len(branches) == 1:
+    recorded = recorded and online
+    if not recorded and len(branches) == 1:
         (alone,) = branches.values()
         stand_in(alone, str(block), conv)
-        carry_attributes(conv, alone)
         return alone
-    module = (OnlineSum if online else BranchSum)(str(block), branches, conv)
+    module = (OnlineSum if recorded else BranchSum)(str(block), branches, conv)
     module.training = conv.training
-    carry_attributes(conv, module)
     return module
 
 

@@ -39,7 +39,8 @@ class Norm:
 class Found:
     """A convolution of a model: its path, the norm that alone reads it, or the reason why it must be left alone.
 
-    ``norm_stays`` says why a norm that reads it does not belong to it.
+    ``norm_stays`` says why a norm that reads it does not belong to it; ``always``, whether each call with defaults runs
+    it, in evaluation or in training.
     """
 
     path: str
@@ -47,6 +48,7 @@ class Found:
     norm: Norm | None = None
     refusal: Refusal | None = None
     norm_stays: Refusal | None = None
+    always: bool = False
 
 
 def find_convs(model: nn.Module) -> list[Found]:
@@ -67,13 +69,14 @@ def find_convs(model: nn.Module) -> list[Found]:
             if refusal is not None:
                 found.append(Found(path, module, refusal=refusal.at(path)))
                 continue
+            always = any(u.calls[id(module)] and not u.unit_of[id(module)].path for u in seen)
             norm = _norm_of(module, [*seen, *other])
             if isinstance(norm, Norm):
                 norm = _stays(model.get_submodule(norm.path), places, owners) or norm
             if isinstance(norm, Refusal):
-                found.append(Found(path, module, norm_stays=norm.at(path)))
+                found.append(Found(path, module, norm_stays=norm.at(path), always=always))
             else:
-                found.append(Found(path, module, norm))
+                found.append(Found(path, module, norm, always=always))
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.graph.copies import deep_copy
+from passes.graph.inputs import Example, copied
 from passes.graph.modes import kept_modes
 from passes.refusal import ReparamError
 from passes.training.discovery import Found
@@ -18,8 +19,9 @@ __all__ = ["positions_of"]
 log = logging.getLogger("reparam")
 
 
-def positions_of(model: nn.Module, convs: list[Found], inputs: tuple[Any, ...]) -> dict[str, float]:
-    """Output positions of every convolution for one sample of ``inputs``, in evaluation."""
+def positions_of(model: nn.Module, convs: list[Found], example: Example) -> dict[str, float]:
+    """Output positions of every convolution for one sample of ``example``, in evaluation."""
+    args, kwargs = copied((example.args, dict(example.kwargs)))
     try:
         model = deep_copy(model)  # a forward may leave marks
     # Whatever a copy that fails raises: one that edits in place needs none.
@@ -39,14 +41,14 @@ def positions_of(model: nn.Module, convs: list[Found], inputs: tuple[Any, ...]) 
         hooks.append(model.get_submodule(each.path).register_forward_hook(note))
     try:
         with kept_modes(model), torch.no_grad():
-            model(*inputs)
+            model(*args, **kwargs)
     # The model is user code: whatever it raises means that it does not take these inputs.
     except Exception as error:
         raise ReparamError(f"the model rejects example_inputs: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
-    samples = 1 if single else _samples(inputs)
+    samples = 1 if single else _samples((*args, *kwargs.values()))
     return {path: count / samples for path, count in found.items()}
 
 

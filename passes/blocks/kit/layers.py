@@ -18,6 +18,7 @@ __all__ = [
     "BranchSum",
     "ChannelScale",
     "IdentityConv",
+    "SilenceError",
     "WindowMean",
     "is_block",
     "silence",
@@ -128,10 +129,14 @@ def is_block(module: nn.Module) -> bool:
     return isinstance(getattr(module, "reparam_block", None), str)
 
 
+class SilenceError(ReparamError):
+    """A branch of which it is not known how it starts at zero."""
+
+
 def silence(branch: nn.Module) -> None:
     """Let a branch return zero while its last layer takes a gradient.
 
-    Raises :class:`RefusalError` if it has nothing to train, and :class:`ReparamError` if its last layer is of a kind
+    Raises :class:`RefusalError` if it has nothing to train, and :class:`SilenceError` if its last layer is of a kind
     that is not known.
     """
     trained = [m for m in branch.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
@@ -142,7 +147,7 @@ def silence(branch: nn.Module) -> None:
         last.silence()
         return
     if not isinstance(last, (_ConvNd, _BatchNorm)):
-        raise ReparamError(
+        raise SilenceError(
             f"a branch ends in {type(last).__name__}, and init='preserve' does not know how to start that at zero: "
             "end it in a convolution or batch norm, or give it a method silence()"
         )

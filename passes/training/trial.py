@@ -1,0 +1,234 @@
+"""Expansion tried on a copy: the original against the network with blocks, in evaluation and in training.
+
+A block is built from what the graphs say; whether the module does the same is seen by running it. Every block has to be
+entered where its convolution was: a layer that other code holds as well (in a list, in a closure) would be called past
+its block. What does not hold is taken back alone, or keeps its norm outside if that is enough; the rest stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from passes.graph.copies import deep_copy, shadow
+from passes.graph.inputs import likely
+from passes.graph.modes import has_own_modes
+from passes.proof.check import Checked, NoInputError, Observed, check, observe
+from passes.refusal import Reason, Refusal, ReparamError
+
+__all__ = ["Outcome", "try_blocks"]
+
+MAX_CULPRITS = 16
+"""Most blocks that are looked for one by one; beyond that the expansion as a whole is wrong."""
+
+
+class Placed(Protocol):
+    """A block in a convolution's place."""
+
+    @property
+    def layer(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=Placed)
+Put = Callable[[nn.Module, Sequence[Row]], dict[str, dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Row]):
+    """What holds: the rows to carry out, what was taken back or changed, and what was compared.
+
+    Args:
+        kept: rows in their order; one may stand for another that kept less outside.
+        taken_back: why a row is not carried out, by its layer.
+        changed: why a row is carried out in another way, by its layer.
+        compared: what was compared and on what, or why nothing could be.
+    """
+
+    kept: tuple[Row, ...]
+    taken_back: dict[str, Refusal]
+    changed: dict[str, Refusal]
+    compared: tuple[str, ...]
+
+
+def try_blocks(
+    model: nn.Module,
+    rows: Sequence[Row],
+    put: Put[Row],
+    smaller: Callable[[Row], Row | None],
+    example: Any = None,
+    expected: Callable[[Row], bool] = lambda row: True,
+) -> Outcome[Row]:
+    """Which blocks the model runs, and computes the same with.
+
+    Args:
+        model: the original; it is not changed.
+        rows: what to try.
+        put: puts blocks, made to keep the function, into a model, and gives the new paths of modules that moved, by the
+            layer that they moved for.
+        smaller: the row with less in its block; None if there is no less.
+        example: example inputs in any form, or None to make some up.
+        expected: whether a row's convolution runs on every input.
+
+    Raises:
+        EquivalenceError: the network differs, and it is not single blocks that are to blame.
+        ReparamError: the model rejects ``example``.
+    """
+    if not rows:
+        return Outcome((), {}, {}, ())
+    with _eager():
+        seen, why = _observed(model, example)
+        if not seen:
+            return Outcome(tuple(rows), {}, {}, tuple(why))
+        trial = _Trial(model, seen, put, expected)
+        return trial.settle(list(rows), smaller, why)
+
+
+def _eager() -> Any:
+    """Parts that are compiled run as they are written: to compile them for one call takes longer than all the rest."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")
+
+
+def _observed(model: nn.Module, example: Any) -> tuple[list[Observed], list[str]]:
+    """The model in evaluation and in training, and why one of them could not be seen."""
+    if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
+        return [], ["not run: the model is on the meta device"]
+    try:
+        evaluated = observe(model, example) if example is not None else _made_up(model)
+    except NoInputError as error:
+        return [], [f"not run: {error}; pass example_inputs"]
+    except ReparamError as error:
+        if example is not None and "rejects" in str(error):
+            raise
+        return [], [f"not run: {error}"]
+    try:
+        return [evaluated, observe(model, evaluated.example, training=True)], []
+    except ReparamError as error:
+        return [evaluated], [f"not run in training: {error}"]
+
+
+LEAST = {4: (32, 32), 5: (8, 16, 16)}
+"""Sizes of a map, by its rank, that show who calls whom as well as larger ones do."""
+
+
+def _made_up(model: nn.Module) -> Observed:
+    first = next(likely(model), None)
+    if first is not None and all(isinstance(x, Tensor) and x.dim() in LEAST for x in first.args):
+        cropped = [x[(..., *(slice(size) for size in LEAST[x.dim()]))] for x in first.args]
+        try:
+            return observe(model, replace(first, args=tuple(cropped)))
+        except ReparamError:
+            pass  # too small for this model, which other sizes may not be
+    return observe(model)
+
+
+def _modes(model: nn.Module) -> list[dict[str, bool]]:
+    """The mode of every module after the model's own train(), and after its eval(); empty if these are torch's."""
+    if not has_own_modes(model):
+        return []
+    copied = deep_copy(model)
+    found = []
+    for training in (True, False):
+        copied.train(training)
+        found.append({path: module.training for path, module in copied.named_modules()})
+    return found
+
+
+class _Trial(Generic[Row]):
+    """Runs the model with some of the blocks; every attempt begins with a new copy."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        seen: list[Observed],
+        put: Put[Row],
+        expected: Callable[[Row], bool],
+    ) -> None:
+        self.model, self.seen, self.put, self.expected = model, seen, put, expected
+        self.ran: frozenset[str] = frozenset().union(*(one.ran for one in seen))
+        self.modes = _modes(model)
+
+    def settle(self, rows: list[Row], smaller: Callable[[Row], Row | None], why: list[str]) -> Outcome[Row]:
+        taken_back: dict[str, Refusal] = {}
+        changed: dict[str, Refusal] = {}
+        while True:
+            checks, unlike = self.run(rows)
+            missing = self.never_run(rows, checks)
+            for row in missing:
+                why_not = f"{Reason.NOT_RUN.value}: other code holds the layer and calls it itself"
+                taken_back[row.layer] = Refusal(Reason.NOT_RUN, why_not, row.layer)
+            for row in [row for row in rows if row.layer in unlike]:
+                (taken_back if smaller(row) is None else changed)[row.layer] = unlike[row.layer]
+            left = [smaller(row) if row.layer in unlike else row for row in rows if row not in missing]
+            rows = [row for row in left if row is not None]
+            if missing or unlike:
+                continue
+            wrong = next((c for c in checks if not c.ok), None)
+            if wrong is None:
+                idle = [row for row in rows if row.layer not in self.ran]
+                said = [c.compared for c in checks] + why
+                said += [f"{len(idle)} blocks did not run, nor did their convolutions before"] if idle else []
+                return Outcome(tuple(rows), taken_back, changed, tuple(said))
+            if not self.equal([]):
+                said = [f"inconclusive: a copy of the model itself differs from it ({wrong})", *why]
+                return Outcome(tuple(rows), taken_back, changed, tuple(said))
+            if len(taken_back) + len(changed) >= MAX_CULPRITS:
+                wrong.raise_if_different()
+            i, reason = self.culprit(rows)
+            row, less = rows[i], smaller(rows[i])
+            if less is not None and self.holds([*rows[:i], less]):
+                rows[i] = less
+                changed[row.layer] = reason
+            else:
+                del rows[i]
+                taken_back[row.layer] = reason
+
+    def run(self, rows: Sequence[Row]) -> tuple[list[Checked], dict[str, Refusal]]:
+        """The model with ``rows`` compared with itself without, and rows whose norm is put into another mode."""
+        trial = shadow(self.model)
+        moved = self.put(trial, rows)
+        everywhere = {old: new for paths in moved.values() for old, new in paths.items()}
+        checks = [check(seen, trial, training=seen.training, moved=everywhere) for seen in self.seen]
+        return checks, self.unlike(trial, moved) if self.modes else {}
+
+    def equal(self, rows: Sequence[Row]) -> bool:
+        return all(c.ok for c in self.run(rows)[0])
+
+    def holds(self, rows: Sequence[Row]) -> bool:
+        checks, unlike = self.run(rows)
+        return all(c.ok for c in checks) and not unlike and not self.never_run(rows, checks)
+
+    def unlike(self, trial: nn.Module, moved: dict[str, dict[str, str]]) -> dict[str, Refusal]:
+        """Rows with a norm that the model's own train() would no longer find where it is now."""
+        now = _modes(trial)
+        return {
+            layer: Refusal(Reason.MODES, f"the model's own train() sets the mode of {old}", layer)
+            for layer, paths in moved.items()
+            for old, new in paths.items()
+            if any(modes.get(old) != after.get(new) for modes, after in zip(self.modes, now, strict=True))
+        }
+
+    def never_run(self, rows: Sequence[Row], checks: Sequence[Checked]) -> list[Row]:
+        """Rows whose block was not entered, although the convolution was, or has to be."""
+        if any("raises" in str(c.differences[0]) for c in checks if c.differences):
+            return []  # it did not come that far
+        called = frozenset().union(*(c.called for c in checks))
+        return [r for r in rows if r.layer not in called and (r.layer in self.ran or self.expected(r))]
+
+    def culprit(self, rows: Sequence[Row]) -> tuple[int, Refusal]:
+        """The last of the shortest run of rows that does not hold, and what is seen then."""
+        low, high = 0, len(rows)  # the first `low` rows hold, the first `high` do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.equal(rows[:middle]):
+                low = middle
+            else:
+                high = middle
+        wrong = next(c for c in self.run(rows[:high])[0] if not c.ok)
+        layer = rows[high - 1].layer
+        return high - 1, Refusal(Reason.DIFFERS, f"{Reason.DIFFERS.value}: {wrong.differences[0]}", layer)
