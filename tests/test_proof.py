@@ -469,3 +469,10 @@ def test_error_in_the_report_is_the_rounding() -> None:
         folds = reparam.collapse_with_report(ready(Net()).to(dtype))[1].folds
         assert folds
         assert all(fold.error is not None and low <= fold.error <= high for fold in folds)
+
+
+def test_an_input_for_a_network_that_begins_with_a_block() -> None:
+    """No plain convolution comes before the block that stands for the first one, and the next reads other channels."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    (x,) = reparam.guess_inputs(reparam.expand(model, "doconv"))
+    assert x.shape[1] == 3

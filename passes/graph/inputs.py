@@ -228,8 +228,8 @@ def likely_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
             yield small
         yield declared
         return
-    layers = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear, _NormBase))]
-    conv = next((m for m in layers if isinstance(m, _ConvNd)), None)
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, _NormBase))]
+    conv: Any = next((m for m in model.modules() if _convolves(m)), None)
     linear = next((m for m in layers if isinstance(m, nn.Linear)), None)
     if conv is not None:
         n = len(conv.kernel_size)
@@ -242,6 +242,13 @@ def likely_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     if conv is None and linear is None:
         norm = next((m for m in layers if isinstance(m, _NormBase)), None)
         yield (3 if norm is None else norm.num_features, *SMALL[2])
+
+
+def _convolves(module: Any) -> bool:
+    """A convolution, or a block that stands for one."""
+    return isinstance(getattr(module, "in_channels", None), int) and isinstance(
+        getattr(module, "kernel_size", None), tuple
+    )
 
 
 def declared_shape(model: nn.Module) -> tuple[int, ...] | None:
