@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import Form
+from passes.algebra.opaque import OpaqueForm
 from passes.blocks.kit.kernel_conv import KernelConv
 from passes.edits.edit import Edit
 from passes.fold.candidates import Candidate, layers_of
@@ -69,7 +70,7 @@ class Fold:
     error: float | None = None
 
     @staticmethod
-    def of(flow: Flow, candidate: Candidate, form: ConvForm, where: str, error: float | None) -> Fold:
+    def of(flow: Flow, candidate: Candidate, form: Form, where: str, error: float | None) -> Fold:
         """What is reported of a candidate whose layer, which computes ``form``, stands at ``where``."""
         return Fold(
             layers_of(flow, candidate),
@@ -146,11 +147,14 @@ def _short(layers: tuple[str, ...]) -> str:
     return ", ".join(layers) if len(layers) <= 3 else f"{layers[0]}, {layers[1]}, ... {layers[-1]} ({len(layers)})"
 
 
-def _described(form: ConvForm) -> str:
-    kernel = "x".join(map(str, form.kernel))
+def _described(form: Form) -> str:
     if form.n == 0:
         return f"Linear({form.in_channels} -> {form.out_channels})"
-    kind = "ConvTranspose" if any(u != 1 for u in form.up) else "Conv"
+    if isinstance(form, OpaqueForm):
+        kind = type(form.layer).__name__
+    else:
+        kind = f"ConvTranspose{form.n}d" if any(u != 1 for u in form.up) else f"Conv{form.n}d"
     grouped = f", groups {form.groups}" if form.groups > 1 else ""
     stride = f", stride {'x'.join(map(str, form.stride))}" if any(s > 1 for s in form.stride) else ""
-    return f"{kind}{form.n}d({form.in_channels} -> {form.out_channels}, {kernel}{stride}{grouped})"
+    kernel = "x".join(map(str, form.kernel))
+    return f"{kind}({form.in_channels} -> {form.out_channels}, {kernel}{stride}{grouped})"

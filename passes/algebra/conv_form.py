@@ -37,9 +37,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from passes.algebra.opaque import OpaqueForm
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["ConvForm", "Ints"]
+__all__ = ["ConvForm", "Form", "Ints", "per_dim"]
 
 Ints = tuple[int, ...]
 
@@ -89,12 +90,12 @@ class ConvForm:
         """The form of an ordinary convolution; ``padding`` may give (leading, trailing) per dimension."""
         kernel = tuple(weight.shape[2:])
         n = len(kernel)
-        pads = [(p, p) if isinstance(p, int) else tuple(p) for p in _per_dim(padding, n)]
-        d = tuple(_per_dim(dilation, n))
+        pads = [(p, p) if isinstance(p, int) else tuple(p) for p in per_dim(padding, n)]
+        d = tuple(per_dim(dilation, n))
         return ConvForm(
             weight,
             bias,
-            stride=tuple(_per_dim(stride, n)),
+            stride=tuple(per_dim(stride, n)),
             dilation=d,
             offset=tuple(-lead for lead, _ in pads),
             extent=tuple(a + b - d[i] * (kernel[i] - 1) - 1 for i, (a, b) in enumerate(pads)),
@@ -117,7 +118,7 @@ class ConvForm:
         """The form of a transposed convolution; ``weight`` in torch's layout ``(in, out / groups, *kernel)``."""
         kernel = tuple(weight.shape[2:])
         n = len(kernel)
-        d, p, op = (tuple(_per_dim(v, n)) for v in (dilation, padding, output_padding))
+        d, p, op = (tuple(per_dim(v, n)) for v in (dilation, padding, output_padding))
         lead = tuple(d[i] * (kernel[i] - 1) - p[i] for i in range(n))
         return ConvForm(
             _swap_in_out(weight, groups).flip(tuple(range(2, 2 + n))),
@@ -126,7 +127,7 @@ class ConvForm:
             dilation=d,
             offset=tuple(-x for x in lead),
             extent=tuple(2 * lead[i] + op[i] - d[i] * (kernel[i] - 1) - 1 for i in range(n)),
-            up=tuple(_per_dim(stride, n)),
+            up=tuple(per_dim(stride, n)),
             groups=groups,
         )
 
@@ -239,6 +240,13 @@ class ConvForm:
         fits = (g for g in _divisors(channels) if g * inputs <= self.in_channels and g * outputs <= self.out_channels)
         return max(fits, default=1)
 
+    def same_size(self, other: object) -> bool:
+        """Whether another form gives maps of the same size and number of channels for every input."""
+        if not isinstance(other, ConvForm):
+            return False
+        own = (self.stride, self.extent, self.up, self.out_channels)
+        return own == (other.stride, other.extent, other.up, other.out_channels)
+
     def to(self, device: torch.device | str) -> ConvForm:
         """The same form with its numbers elsewhere; on the meta device only the shapes are left."""
         bias = None if self.bias is None else self.bias.to(device)
@@ -261,7 +269,9 @@ class ConvForm:
     def __neg__(self) -> ConvForm:
         return replace(self, weight=-self.weight, bias=None if self.bias is None else -self.bias)
 
-    def __add__(self, other: ConvForm) -> ConvForm:
+    def __add__(self, other: Form) -> ConvForm:
+        if isinstance(other, OpaqueForm):
+            other.refuse()
         if self.out_channels != other.out_channels or self.in_channels != other.in_channels:
             raise RefusalError(
                 Reason.CHANNELS,
@@ -282,8 +292,10 @@ class ConvForm:
         widened = self.widened or other.widened
         return replace(whole, weight=weight, bias=bias, widened=widened, ties=_ties(self, other) if widened else None)
 
-    def then(self, outer: ConvForm) -> ConvForm:
+    def then(self, outer: Form) -> ConvForm:
         """``outer`` applied to the result of this form."""
+        if isinstance(outer, OpaqueForm):
+            outer.refuse()
         if outer.in_channels != self.out_channels or outer.n != self.n:
             raise RefusalError(
                 Reason.CHANNELS,
@@ -344,10 +356,11 @@ class ConvForm:
         return replace(dense, weight=dense.weight[rows], bias=bias, widened=True, ties=ties)
 
     @staticmethod
-    def concat(forms: Sequence[ConvForm]) -> ConvForm:
+    def concat(given: Sequence[Form]) -> ConvForm:
         """Output channels of several forms over the same input, one after another."""
-        if len({f.in_channels for f in forms}) != 1:
+        if len({f.in_channels for f in given}) != 1:
             raise RefusalError(Reason.CHANNELS, "concatenated maps read different numbers of channels")
+        forms = [f.refuse() if isinstance(f, OpaqueForm) else f for f in given]
         dense = [f._widen(1) for f in forms]
         grid = _common_grid(dense)
         aligned = [grid.embed(f) for f in dense]
@@ -435,6 +448,10 @@ class ConvForm:
         blocks = dense.weight.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # G, o, G, i, k
         own = torch.stack([blocks[g, :, g] for g in range(groups)])
         return replace(dense, weight=own.flatten(0, 1), groups=groups)
+
+
+Form = ConvForm | OpaqueForm
+"""What a linear layer may be."""
 
 
 @dataclass(frozen=True)
@@ -657,6 +674,7 @@ def _placed(like: Tensor | None) -> dict[str, Any]:
     return {"dtype": torch.float64} if like is None else {"dtype": like.dtype, "device": like.device}
 
 
-def _per_dim(value: Sequence[Any] | int, n: int) -> list[Any]:
-    """One value per spatial dimension; a single number stands for all."""
-    return [value] * n if isinstance(value, int) else list(value)
+def per_dim(value: Sequence[Any] | int, n: int) -> list[Any]:
+    """One value per spatial dimension; as in torch, a single one stands for all."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * n if len(values) == 1 else values

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.conv_form import ConvForm, Ints
+from passes.algebra.conv_form import ConvForm, Ints, per_dim
 
-__all__ = ["CONVS", "PADS", "Geometry", "flat_pads"]
+__all__ = ["CONVS", "PADS", "Geometry", "flat_pads", "paddings"]
 
 CONVS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Convolutions by number of spatial dimensions, from one."""
@@ -46,19 +46,18 @@ class Geometry:
     @staticmethod
     def of(conv: _ConvNd) -> Geometry:
         """The geometry of a convolution, ``padding="same"`` included."""
-        n = len(conv.kernel_size)
-        pads = conv._reversed_padding_repeated_twice
-        steps = zip(conv.dilation, conv.kernel_size, strict=True)
+        kernel, pads = tuple(conv.kernel_size), paddings(conv)
+        steps = zip(per_dim(conv.dilation, len(kernel)), kernel, strict=True)
         return Geometry(
             conv.in_channels,
             conv.out_channels,
-            tuple(conv.kernel_size),
-            tuple(conv.stride),
-            tuple(pads[2 * (n - 1 - i)] for i in range(n)),
-            tuple(pads[2 * (n - 1 - i) + 1] for i in range(n)),
+            kernel,
+            tuple(per_dim(conv.stride, len(kernel))),
+            tuple(lead for lead, _ in pads),
+            tuple(trail for _, trail in pads),
             tuple(d if k > 1 else 1 for d, k in steps),
             conv.groups,
-            conv.padding_mode if any(pads) else "zeros",
+            conv.padding_mode if any(map(any, pads)) else "zeros",
         )
 
     @property
@@ -98,6 +97,24 @@ class Geometry:
         if self.groups > 1:
             parts.append("depthwise" if self.groups == self.in_channels else f"groups {self.groups}")
         return " ".join(parts) + ("" if self.mode == "zeros" else f" {self.mode}")
+
+
+def paddings(conv: _ConvNd) -> list[tuple[int, int]]:
+    """What a layer's own forward pads, leading and trailing, per dimension.
+
+    People set stride, dilation and padding after construction. Zeros are padded by what ``padding`` says now, ``same``
+    with the present dilation; in another mode torch pads by what it said when the layer was made.
+    """
+    n = len(conv.kernel_size)
+    if conv.padding_mode != "zeros":
+        flat = list(conv._reversed_padding_repeated_twice)
+        return list(zip(flat[-2::-2], flat[-1::-2], strict=True))
+    if conv.padding == "valid":
+        return [(0, 0)] * n
+    if conv.padding == "same":
+        totals = (d * (k - 1) for d, k in zip(per_dim(conv.dilation, n), conv.kernel_size, strict=True))
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(p, p) for p in per_dim(conv.padding, n)]
 
 
 def flat_pads(lead: Ints, trail: Ints) -> list[int]:

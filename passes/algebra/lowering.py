@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.algebra.conv_form import ConvForm, _swap_in_out
+from passes.algebra.conv_form import ConvForm, Form, _swap_in_out
 from passes.algebra.geometry import CONVS, PADS
-from passes.laws.probe import CarriedForm
+from passes.algebra.opaque import OpaqueForm
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Target", "all_finite", "emit", "target_of"]
@@ -45,14 +45,13 @@ def target_of(tensors: Iterable[Tensor]) -> Target:
     return Target(main.dtype, main.device, any(t.requires_grad for t in ordered), last)
 
 
-def emit(form: ConvForm, target: Target) -> nn.Module:
+def emit(form: Form, target: Target) -> nn.Module:
     """The layer that computes ``form``; refuses with ``NOT_FINITE`` if the cast overflows."""
     weight, bias = (_cast(t, target, what) for t, what in ((form.weight, "weight"), (form.bias, "bias")))
     assert weight is not None
     layer: nn.Module
-    if isinstance(form, CarriedForm):
-        assert form.carrier is not None
-        layer = copy.copy(form.carrier)
+    if isinstance(form, OpaqueForm):
+        layer = copy.copy(form.layer)
         layer.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
     elif form.n == 0:
         layer = nn.Linear(form.in_channels, form.out_channels, device="meta")

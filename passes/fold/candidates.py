@@ -2,8 +2,8 @@
 
 For every node r the dominators d1 = idom(r), d2 = idom(d1), ... are walked up while all nodes between are affine. Each
 (d, r) is a region; its form is evaluated from d alone, on meta tensors. It is a candidate when the single convolution
-holds no more numbers and needs no more multiply-adds than the nodes that would die with it. A node that is used from
-outside stays, and so do all nodes it needs: none of them counts as saved.
+holds no more numbers (:mod:`passes.fold.cost`) and needs no more multiply-adds than the nodes that would die with it.
+A node that is used from outside stays, and so do all nodes it needs: none of them counts as saved.
 
 The search is linear in the size of the graph: the walk is bounded, and values are shared by all regions of an entry.
 """
@@ -14,11 +14,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import fx, nn
-from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import Form
+from passes.fold.cost import numbers_of
 from passes.graph.capture import call_of
 from passes.graph.dataflow import Flow
+from passes.graph.opset import Kind
 from passes.laws.interpreter import Interpreter
 from passes.laws.layouts import is_conv, views
 from passes.laws.regions import Contraction, Region
@@ -42,6 +44,7 @@ class Candidate(Region):
         dying: those of ``between`` that nothing else needs.
         constants: weight expressions that only dying nodes read.
         numbers, work: numbers held and multiply-adds per position of the entry that would be saved.
+        computed: how many of these numbers are only there because a weight is computed.
         convs: the dying convolutions and linear layers.
         gain: what orders candidates.
     """
@@ -51,6 +54,7 @@ class Candidate(Region):
     constants: tuple[fx.Node, ...]
     numbers: int
     work: float
+    computed: int
     convs: frozenset[fx.Node]
     gain: tuple[bool, float, bool, float, int]
 
@@ -64,7 +68,7 @@ class Candidate(Region):
         """What finds this candidate again in another selection."""
         return self.entry, self.result, frozenset(self.dying)
 
-    def costs(self, form: ConvForm) -> Refusal | None:
+    def costs(self, form: Form) -> Refusal | None:
         """A refusal if ``form`` costs more than what would die."""
         if form.numbers > self.numbers or form.multiply_adds > self.work:
             return Refusal(Reason.LARGER, cost_message(form, self.numbers, self.work))
@@ -135,7 +139,7 @@ def _reach(graph: Contraction, changed: set[fx.Node]) -> set[fx.Node]:
 # ------------------------------------------------------------------ one region
 
 
-def _weigh(interpreter: Interpreter, result: fx.Node, form: ConvForm) -> Candidate | Refusal | None:
+def _weigh(interpreter: Interpreter, result: fx.Node, form: Form) -> Candidate | Refusal | None:
     """The region from the entry to ``result``, a refusal if it costs more, None if nothing would be gained."""
     graph, flow, entry = interpreter.graph, interpreter.flow, interpreter.entry
     between = _between(graph, entry, result)
@@ -145,7 +149,8 @@ def _weigh(interpreter: Interpreter, result: fx.Node, form: ConvForm) -> Candida
     if not convs or _is_planned(graph, dying, entry):
         return None
     constants = _dying_constants(graph, dying)
-    numbers = _numbers(graph, [*dying, *constants])
+    held, computed = numbers_of(interpreter, dying, signals, constants)
+    numbers = held + computed
     work = sum(s.work * s.form.rate for s in signals.values())
     best = form.numbers, form.multiply_adds
     if form.widened:  # zeros may turn out to be block structure; decided with numbers
@@ -153,15 +158,15 @@ def _weigh(interpreter: Interpreter, result: fx.Node, form: ConvForm) -> Candida
         best = form.weight.numel() // groups + (form.numbers - form.weight.numel()), form.multiply_adds / groups
     if best[0] > numbers or best[1] > work:
         return Refusal(Reason.LARGER, cost_message(form, numbers, work), flow.unit.name(result))
-    if best == (numbers, work) and len(convs) == 1:
+    if best == (numbers, work) and len(convs) == 1 and not computed:
         return None
     inner = [region for n in between if isinstance(region := graph.regions.get(n), Candidate)]
     swallowed = [region for region in inner if region.result in dying]
     conv_first = _begins_with_conv(interpreter, between)
-    pads = sum(n.op == "call_function" and n.target is F.pad for n in dying)
+    pads = sum(_stays_in_code(flow, n) for n in dying)
     # A norm between two convolutions belongs to the one before it; then count the numbers saved, biases aside, then
-    # multiply-adds, then the fewer nodes touched, but rather with a functional pad than without: left alone, it would
-    # keep the code around it from becoming one layer.
+    # multiply-adds, then the fewer nodes touched, but rather with a pad that code does than without: left alone, it
+    # would keep that code from becoming one layer.
     gain = (
         conv_first or not _is_conv(graph, entry),
         numbers - sum(s.bias for s in signals.values()) - form.weight.numel(),
@@ -176,9 +181,18 @@ def _weigh(interpreter: Interpreter, result: fx.Node, form: ConvForm) -> Candida
         constants=_in_order(flow, constants, *(region.constants for region in swallowed)),
         numbers=numbers,
         work=work,
+        computed=computed,
         convs=frozenset(convs - graph.regions.keys()).union(*(region.convs for region in swallowed)),
         gain=gain,
     )  # fmt: skip
+
+
+def _stays_in_code(flow: Flow, node: fx.Node) -> bool:
+    """Whether this is a pad that a module with operations of its own does."""
+    operation = flow.operations.get(node)
+    if operation is None or operation.kind is not Kind.PAD:
+        return False
+    return node.op == "call_function" or isinstance(call_of(node).module, _ConvNd)
 
 
 def _in_order(flow: Flow, *groups: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
@@ -211,7 +225,7 @@ def _between(graph: Contraction, entry: fx.Node, result: fx.Node) -> list[fx.Nod
     return sorted(seen, key=lambda n: graph.flow.order[n])
 
 
-def _dying(interpreter: Interpreter, between: list[fx.Node], result: fx.Node, form: ConvForm) -> list[fx.Node]:
+def _dying(interpreter: Interpreter, between: list[fx.Node], result: fx.Node, form: Form) -> list[fx.Node]:
     dying = {result}
     for node in reversed(between):
         readers = interpreter.graph.readers(node)
@@ -220,16 +234,14 @@ def _dying(interpreter: Interpreter, between: list[fx.Node], result: fx.Node, fo
     return [n for n in between if n in dying]
 
 
-def _harmless(interpreter: Interpreter, user: fx.Node, node: fx.Node, form: ConvForm) -> bool:
+def _harmless(interpreter: Interpreter, user: fx.Node, node: fx.Node, form: Form) -> bool:
     """A question about the shape may be asked of the result instead, if it has the same shape."""
     if not interpreter.flow.shape_only(user):
         return False
     value = interpreter.value(node)
     if not isinstance(value, Signal):
         return True
-    own = value.form
-    same = (own.stride, own.extent, own.up, own.out_channels) == (form.stride, form.extent, form.up, form.out_channels)
-    return same and value.ids is None
+    return value.ids is None and value.form.same_size(form)
 
 
 def _dying_constants(graph: Contraction, dying: list[fx.Node]) -> list[fx.Node]:
@@ -245,15 +257,6 @@ def _dying_constants(graph: Contraction, dying: list[fx.Node]) -> list[fx.Node]:
         found.append(node)
         todo += node.all_input_nodes
     return found
-
-
-def _numbers(graph: Contraction, nodes: list[fx.Node]) -> int:
-    """Numbers held by weights that no other node and no other place of the model uses."""
-    flow, gone = graph.flow, graph.gone.union(nodes)
-    unique = {id(t): t for n in nodes if n not in graph.regions for t in flow.tensors.get(n, ())}
-    own = [t for key, t in unique.items() if flow.holders[key] <= gone and flow.owners.get(key, 1) == 1]
-    regions = [region for n in nodes if (region := graph.regions.get(n)) is not None]
-    return sum(t.numel() for t in own) + sum(region.form.numbers for region in regions)
 
 
 # ------------------------------------------------------------------ words
@@ -273,7 +276,7 @@ def layers_of(flow: Flow, candidate: Candidate) -> tuple[str, ...]:
     return tuple(dict.fromkeys(flow.unit.name(n) for n in named or order))
 
 
-def cost_message(form: ConvForm, numbers: int, work: float) -> str:
+def cost_message(form: Form, numbers: int, work: float) -> str:
     """What a fold would cost, and what the layers cost that it would replace."""
     return (
         f"{Reason.LARGER.value}: {form.numbers} numbers and {form.multiply_adds:.0f} multiply-adds per position "

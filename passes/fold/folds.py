@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import Form
 from passes.algebra.lowering import emit, target_of
 from passes.fold.candidates import Candidate
 from passes.fold.placement import Placement
@@ -33,7 +33,7 @@ class Fold:
     candidate: Candidate
     placement: Placement
     layer: nn.Module
-    form: ConvForm
+    form: Form
     error: float | None = None
 
 

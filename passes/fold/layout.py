@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import Form
 from passes.edits.holders import Holder, holders
 from passes.fold.methods import asked_of_others
 from passes.graph.capture import Call, call_of
@@ -95,7 +95,7 @@ class Layout:
                 found.setdefault(str(node.target), []).append(node)
         return found
 
-    def misled(self, module: nn.Module, form: ConvForm) -> bool:
+    def misled(self, module: nn.Module, form: Form) -> bool:
         """Whether other code asks the module for something that the layer of this form would answer differently."""
         told = {
             "in_channels": form.in_channels, "out_channels": form.out_channels, "kernel_size": form.kernel,

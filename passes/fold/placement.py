@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import Form
 from passes.fold.candidates import Candidate
 from passes.fold.layout import Layout
 from passes.graph.capture import Call, call_of, join
@@ -207,7 +207,7 @@ def _as_chain(layout: Layout, region: Candidate, call: Call, step: Step, trial: 
 
 
 def _leaf_slot(
-    layout: Layout, node: fx.Node, source: fx.Node, call: Call, form: ConvForm, is_layer: bool, trial: Placement
+    layout: Layout, node: fx.Node, source: fx.Node, call: Call, form: Form, is_layer: bool, trial: Placement
 ) -> bool:
     """Put the layer or Identity into a leaf module's slot; a layer that does nothing in eval may stay."""
     if len(node.args) != 1 or node.kwargs or nodes_in(node.args) != [source]:

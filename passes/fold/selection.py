@@ -98,9 +98,9 @@ def _decide(flow: Flow, candidate: Candidate, guard: Guard) -> tuple[Candidate, 
 
 
 def _gains(candidate: Candidate) -> bool:
-    """Whether anything is saved: numbers, multiply-adds, a layer, or what stands around a fold."""
+    """Whether anything is saved: numbers, multiply-adds, a layer, computing a weight, or what stands around a fold."""
     fewer = candidate.form.numbers < candidate.numbers or candidate.form.multiply_adds < candidate.work
-    return fewer or bool(candidate.swallowed) or len(candidate.convs) > 1
+    return fewer or candidate.computed > 0 or bool(candidate.swallowed) or len(candidate.convs) > 1
 
 
 def _contracted(graph: Contraction, chosen: list[Candidate]) -> Contraction:

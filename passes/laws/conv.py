@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from passes.algebra.conv_form import ConvForm
+from passes.algebra.geometry import paddings
 from passes.laws.arguments import constant, integers, read, signal, then
 from passes.laws.values import Signal, settle
 from passes.refusal import Reason, RefusalError
@@ -51,12 +52,8 @@ def conv(n: int) -> Law:
 
 
 def conv_arguments(m: Any, weights: Weights) -> tuple[Any, ...]:
-    """What a layer convolves with. With a padding mode, torch pads by what ``padding`` was when the layer was made."""
-    padding = m.padding
-    if m.padding_mode != "zeros":
-        flat = list(m._reversed_padding_repeated_twice)
-        padding = tuple((a, b) for a, b in zip(flat[-2::-2], flat[-1::-2], strict=True))
-    return weights(m, "weight"), weights(m, "bias"), m.stride, padding, m.dilation, m.groups, m.padding_mode
+    """What a layer convolves with, padding included as its own forward pads."""
+    return weights(m, "weight"), weights(m, "bias"), m.stride, tuple(paddings(m)), m.dilation, m.groups, m.padding_mode
 
 
 def conv_transpose(n: int) -> Law:

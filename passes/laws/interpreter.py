@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import ConvForm, Form
 from passes.graph.dataflow import Constants, Flow
 from passes.laws.laws import law_of
 from passes.laws.probe import ProbedForms
@@ -23,13 +23,13 @@ from passes.refusal import Reason, Refusal, RefusalError
 __all__ = ["Interpreter", "form_of"]
 
 
-def form_of(flow: Flow, region: Region, dtype: torch.dtype = torch.float64) -> ConvForm:
+def form_of(flow: Flow, region: Region, dtype: torch.dtype = torch.float64) -> Form:
     """The region's form in numbers, its block structure found again; refuses where only numbers tell."""
     graph = Contraction(flow, region.inner)
     value = Interpreter(graph, region.entry, region.view, region.channels, dtype).value(region.result)
     if isinstance(value, Refusal):
         raise RefusalError(value.reason, value.message, value.layer)
-    form: ConvForm = value.form
+    form: Form = value.form
     return form.narrowed()
 
 
@@ -117,7 +117,7 @@ class Interpreter:
         if (x.view.last, x.view.n) != (region.view.last, region.view.n) or x.ids is not None:
             raise RefusalError(Reason.LAYOUT)
         form = region.form if self.dtype is None else form_of(self.flow, region, self.dtype)
-        return x.with_form(x.form.then(form), work=form.weight.numel(), conv=True)
+        return x.with_form(form if x.untouched else x.form.then(form), work=form.weight.numel(), conv=True)
 
     def _law(self, node: fx.Node) -> Callable[..., Any] | None:
         if node.op == "call_module":

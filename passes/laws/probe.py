@@ -11,7 +11,7 @@ ConvForm, but per-channel maps behind it still fold into its weight. That it is 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.conv_form import ConvForm, Ints
+from passes.algebra.conv_form import ConvForm, Form, Ints
+from passes.algebra.opaque import OpaqueForm
 from passes.graph.capture import Unit
 from passes.graph.copies import deep_copy
 from passes.laws.laws import module_law
@@ -28,7 +29,7 @@ from passes.laws.values import Signal, View, settle
 from passes.laws.watch import watched
 from passes.refusal import Reason, Refusal, RefusalError
 
-__all__ = ["CarriedForm", "ProbedForms", "probe"]
+__all__ = ["ProbedForms", "probe"]
 
 TOLERANCE = 1e-10
 """Largest difference from a convolution, relative to the output, that still counts as rounding in float64."""
@@ -37,35 +38,13 @@ MAX_NUMBERS = 1 << 24
 """Modules with more numbers than this are not probed: none of them is a single block."""
 
 
-@dataclass(frozen=True)
-class CarriedForm(ConvForm):
-    """A convolution known only through its module: per-channel maps go into the weight, nothing else combines."""
-
-    carrier: nn.Module | None = None
-
-    def then(self, outer: ConvForm) -> ConvForm:
-        raise RefusalError(Reason.PAD_MODE, "a convolution that pads by a rule of its own takes only per-channel maps")
-
-    def __add__(self, other: ConvForm) -> ConvForm:
-        return self.then(other)
-
-    def pad(self, lead: Ints, trail: Ints, value: float | Tensor = 0.0) -> ConvForm:
-        return self.then(self)
-
-    def pad_mode(self, lead: Ints, trail: Ints, mode: str) -> ConvForm:
-        return self.then(self)
-
-    def rows(self, index: object) -> ConvForm:
-        return self.then(self)
-
-
 class ProbedForms:
     """What probing found, once per module of a unit."""
 
     _of: ClassVar[WeakKeyDictionary[Unit, ProbedForms]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self._found: dict[int, ConvForm | Refusal] = {}
+        self._found: dict[int, Form | Refusal] = {}
 
     @classmethod
     def of(cls, unit: Unit) -> ProbedForms:
@@ -79,18 +58,14 @@ class ProbedForms:
         if not isinstance(x, Signal) or settle(x).view != View(found.n):
             raise RefusalError(Reason.LAYOUT)
         form = found.to(x.form.weight.device)
-        if isinstance(form, CarriedForm):
-            if not x.untouched:
-                form.then(form)
-            return x.with_form(form, work=form.weight.numel(), conv=True)
-        return x.with_form(settle(x).form.then(form), work=form.weight.numel(), conv=True)
+        return x.with_form(form if x.untouched else settle(x).form.then(form), work=form.weight.numel(), conv=True)
 
     def demand(self, module: nn.Module) -> tuple[View, int] | None:
         """How the module reads its input, None if it is not a convolution."""
         found = self._form(module)
         return None if isinstance(found, Refusal) else (View(found.n), found.in_channels)
 
-    def _form(self, module: nn.Module) -> ConvForm | Refusal:
+    def _form(self, module: nn.Module) -> Form | Refusal:
         if id(module) not in self._found:
             try:
                 self._found[id(module)] = probe(module)
@@ -99,7 +74,7 @@ class ProbedForms:
         return self._found[id(module)]
 
 
-def probe(module: nn.Module) -> ConvForm:
+def probe(module: nn.Module) -> Form:
     """The convolution that ``module`` acts as, in float64 on the CPU; refuses with ``NOT_A_CONVOLUTION``.
 
     The module takes one tensor and gives one. It is run on a copy; nothing about it changes.
@@ -114,7 +89,7 @@ def probe(module: nn.Module) -> ConvForm:
         torch.manual_seed(0)
         runner = _Runner(module)
         if isinstance(module, _ConvNd) and next(module.children(), None) is None:
-            return _carried(module, runner)
+            return _opaque(module, runner)
         for n, channels in _guesses(module):
             affine = runner.is_affine(n, channels)
             if affine:
@@ -246,7 +221,7 @@ def _geometry(runner: _Runner, n: int, channels: int, size: int) -> tuple[Ints, 
     return tuple(stride), tuple(extent)
 
 
-def _carried(module: _ConvNd, runner: _Runner) -> ConvForm:
+def _opaque(module: _ConvNd, runner: _Runner) -> OpaqueForm:
     """Whether the module is linear in weight and bias per output channel; then those carry per-channel maps."""
     n, own = len(module.kernel_size), runner.module
     if not all(isinstance(own._parameters.get(name), (nn.Parameter, type(None))) for name in ("weight", "bias")):
@@ -265,10 +240,7 @@ def _carried(module: _ConvNd, runner: _Runner) -> ConvForm:
     for x, y in zip(inputs, before, strict=True):
         if not _close(runner(x), y * scale.reshape(tail) + shift.reshape(tail)):
             raise RefusalError(Reason.NOT_A_CONVOLUTION, "probed: not linear in its weight")
-    ones, zeros = (1,) * n, (0,) * n
-    return CarriedForm(
-        weight, bias, tuple(module.stride), ones, zeros, tuple(-1 for _ in ones), ones, module.groups, carrier=module
-    )
+    return OpaqueForm(module, weight, bias)
 
 
 def _close(got: Tensor, wanted: Tensor) -> bool:

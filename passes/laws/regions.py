@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import Form
 from passes.graph.dataflow import Flow
 from passes.laws.values import View
 
@@ -35,7 +35,7 @@ class Region:
     result: fx.Node
     view: View
     channels: int
-    form: ConvForm
+    form: Form
     inner: tuple[Region, ...]
 
 

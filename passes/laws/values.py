@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.algebra.conv_form import ConvForm, Ints
+from passes.algebra.conv_form import ConvForm, Form, Ints
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Dim", "Signal", "View", "crop", "merge", "move", "per_channel", "settle"]
@@ -56,7 +56,7 @@ class Signal:
         untouched: whether this is the entry itself.
     """
 
-    form: ConvForm
+    form: Form
     view: View
     ids: Tensor | None = None
     work: int = 0
@@ -64,7 +64,7 @@ class Signal:
     bias: int = 0
     untouched: bool = False
 
-    def with_form(self, form: ConvForm, work: int | None = None, conv: bool = False, bias: int = 0) -> Signal:
+    def with_form(self, form: Form, work: int | None = None, conv: bool = False, bias: int = 0) -> Signal:
         """Same layout, another function."""
         work = form.out_channels if work is None else work
         return replace(self, form=form, work=work, conv=conv, bias=bias, untouched=False)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import Form
 from passes.algebra.lowering import Target, emit
 from passes.graph.copies import deep_copy
 from passes.proof.check import Checked, NoInputError, Observed, check, observe
@@ -38,7 +38,7 @@ class Exact(Mapping[int, Tensor]):
         self.twice = False
         """Whether a layer was folded from layers that had been rounded already."""
 
-    def note(self, layer: nn.Module, form: ConvForm, sources: Iterable[Tensor] = ()) -> None:
+    def note(self, layer: nn.Module, form: Form, sources: Iterable[Tensor] = ()) -> None:
         """Remember what ``form`` says of the layer that was made of it, from ``sources``."""
         self.twice |= any(id(t) in self._numbers for t in sources)
         numbers = dict(emit(form, Target(torch.float64, form.weight.device, False, False)).named_parameters())

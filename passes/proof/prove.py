@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import Form
 from passes.algebra.lowering import Target, emit
+from passes.algebra.opaque import OpaqueForm
 from passes.graph.copies import deep_copy
 from passes.graph.dataflow import Constants, Flow
-from passes.laws.probe import CarriedForm
 from passes.laws.regions import Region
 from passes.proof.compare import FLOAT64_TOLERANCE, EquivalenceError
 from passes.refusal import Reason, RefusalError
@@ -30,7 +30,7 @@ ROWS = 64
 """Output channels whose numbers are compared at a time."""
 
 
-def prove(flow: Flow, region: Region, form: ConvForm, layer: nn.Module, name: str) -> float:
+def prove(flow: Flow, region: Region, form: Form, layer: nn.Module, name: str) -> float:
     """Largest error of ``layer`` against the region's original layers, relative to the largest output.
 
     Raises :class:`EquivalenceError`, under ``name``, if the difference is more than rounding. One float64 copy of
@@ -55,7 +55,7 @@ def prove(flow: Flow, region: Region, form: ConvForm, layer: nn.Module, name: st
     return worst
 
 
-def _exact(name: str, form: ConvForm, layer: nn.Module) -> nn.Module:
+def _exact(name: str, form: Form, layer: nn.Module) -> nn.Module:
     """The emitted layer with the form's float64 numbers, once its own are seen to be those, rounded."""
     device = form.weight.device
     wanted = emit(form, Target(torch.float64, device, False, False))
@@ -104,21 +104,24 @@ def _wrong(name: str, message: str, error: float = math.nan) -> EquivalenceError
     return EquivalenceError(f"{name}: the fold {message}", layer=name, error=error)
 
 
-def _shapes(flow: Flow, region: Region, form: ConvForm) -> list[tuple[int, ...]]:
+def _shapes(flow: Flow, region: Region, form: Form) -> list[tuple[int, ...]]:
     if region.view.last:
         return [((2, 3, 5, 7)[: (region.view.rank or _least_rank(flow, region)) - 1]) + (form.in_channels,)]
-    # Just large enough that every tap reads inside for some pixel and, with padding, outside for another.
-    least = []
-    for i in range(form.n):
-        reach = form.dilation[i] * (form.kernel[i] - 1) + 1
-        pads = form.lead[i], form.trail[i]
-        least.append(max(*pads, *(-p for p in pads), *(reach - p for p in pads)) + 2 * form.stride[i])
-        least[i] += 8 if isinstance(form, CarriedForm) else 0
+    least = [_least_size(form, i) for i in range(form.n)]
     small = form.weight.numel() < 1 << 16
     shapes = [(2 if small else 1, form.in_channels, *(s + i for i, s in enumerate(least)))]
     if small or any(s > 1 for s in form.stride):  # what a stride leaves over depends on the size
         shapes.append((1, form.in_channels, *(s + form.n - i for i, s in enumerate(least))))
     return shapes
+
+
+def _least_size(form: Form, i: int) -> int:
+    """Just large enough that every tap reads inside for some pixel and, with padding, outside for another."""
+    if isinstance(form, OpaqueForm):
+        return form.dilation[i] * (form.kernel[i] - 1) + 2 * form.stride[i] + 8
+    reach = form.dilation[i] * (form.kernel[i] - 1) + 1
+    pads = form.lead[i], form.trail[i]
+    return max(*pads, *(-p for p in pads), *(reach - p for p in pads)) + 2 * form.stride[i]
 
 
 def _least_rank(flow: Flow, region: Region) -> int:

@@ -15,6 +15,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from passes.algebra.conv_form import ConvForm
 from passes.algebra.geometry import Geometry
+from passes.algebra.opaque import OpaqueForm
 from passes.fold.candidates import Candidate
 from passes.graph.capture import trace_units
 from passes.graph.dataflow import Flow
@@ -55,7 +56,8 @@ class Reading:
 
     def form(self, dtype: torch.dtype | None = torch.float64) -> ConvForm:
         """The map with its numbers in ``dtype``; shapes only with None. Differentiable where gradients are on."""
-        return self._signal(dtype)[0].form
+        form = self._signal(dtype)[0].form
+        return form.refuse() if isinstance(form, OpaqueForm) else form
 
     def multiply_adds(self) -> float:
         """Multiply-adds of all layers inside, per output position."""
@@ -79,6 +81,7 @@ class Reading:
             constants=tuple(n for n in inner if n in flow.constant),
             numbers=sum(t.numel() for t in tensors.values()),
             work=sum(s.work * s.form.rate for s in signals),
+            computed=0,
             convs=frozenset(),
             gain=(True, 0, True, 0, 0),
         )  # fmt: skip

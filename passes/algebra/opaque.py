@@ -1,0 +1,120 @@
+"""A convolution that pads by a rule of its own, and is therefore no :class:`ConvForm`.
+
+timm's ``same`` padding depends on the input's size. Such a layer is still linear in its weight, so one law holds: a map
+per output channel goes into weight and bias (F1, F10). Every other law refuses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+
+from passes.refusal import Reason, RefusalError
+
+if TYPE_CHECKING:
+    from passes.algebra.conv_form import Ints
+
+__all__ = ["OpaqueForm"]
+
+
+@dataclass(frozen=True, eq=False)
+class OpaqueForm:
+    """A layer of such a class, with other numbers.
+
+    Args:
+        layer: what decides where its windows lie.
+        weight, bias: as in :class:`ConvForm`.
+    """
+
+    layer: _ConvNd
+    weight: Tensor
+    bias: Tensor | None
+    widened = False
+
+    # ---------------------------------------------------------------- facts
+
+    @property
+    def n(self) -> int:
+        """Number of spatial dimensions."""
+        return self.weight.dim() - 2
+
+    @property
+    def kernel(self) -> Ints:
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def stride(self) -> Ints:
+        return tuple(self.layer.stride)
+
+    @property
+    def dilation(self) -> Ints:
+        return tuple(self.layer.dilation)
+
+    @property
+    def groups(self) -> int:
+        return self.layer.groups
+
+    @property
+    def out_channels(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def in_channels(self) -> int:
+        return int(self.weight.shape[1]) * self.groups
+
+    @property
+    def rate(self) -> float:
+        """Output positions per input position, about."""
+        return 1 / math.prod(self.stride)
+
+    @property
+    def multiply_adds(self) -> float:
+        """Multiply-adds per input position, about."""
+        return self.weight.numel() * self.rate
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers weight and bias hold."""
+        return self.weight.numel() + (0 if self.bias is None else self.out_channels)
+
+    @property
+    def most_groups(self) -> int:
+        return self.groups
+
+    def same_size(self, other: object) -> bool:
+        """Whether another form gives maps of the same size and number of channels for every input."""
+        return isinstance(other, OpaqueForm) and other.layer is self.layer
+
+    def to(self, device: torch.device | str) -> OpaqueForm:
+        """The same form with its numbers elsewhere."""
+        return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
+
+    # ---------------------------------------------------------------- laws
+
+    def affine(self, scale: Tensor | None, shift: Tensor | None) -> OpaqueForm:
+        """``scale * y + shift`` per output channel; both ``(out,)`` or None."""
+        weight, bias = self.weight, self.bias
+        if scale is not None:
+            weight = weight * scale.reshape(-1, *(1,) * self.n, 1)
+            bias = None if bias is None else bias * scale
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        return replace(self, weight=weight, bias=bias)
+
+    def __neg__(self) -> OpaqueForm:
+        return replace(self, weight=-self.weight, bias=None if self.bias is None else -self.bias)
+
+    def narrowed(self) -> OpaqueForm:
+        """Its groups are those of its layer."""
+        return self
+
+    def refuse(self, *_: object) -> NoReturn:
+        """What every other law answers."""
+        raise RefusalError(Reason.PAD_MODE, "a convolution that pads by a rule of its own takes only per-channel maps")
+
+    __add__ = then = pad = pad_mode = rows = out_size = refuse
