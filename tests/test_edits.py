@@ -563,6 +563,71 @@ def test_other_methods_still_work(kind: type[Features], around: Any) -> None:
     assert close(inner.forward_features(features()), own.forward_features(features()))
 
 
+@pytest.mark.parametrize("around", [lambda m: m, lambda m: nn.Sequential(m, nn.ReLU())], ids=["alone", "inside"])
+def test_the_method_that_holds_the_fold_is_rewritten(around: Any) -> None:
+    """The forward that calls it stays, and nothing is kept beside the folded layer."""
+    model = lively(around(Features()))
+    folded, report = reparam.collapse_with_report(model)
+    assert str(report.edits[-1]).startswith("rewrite forward_features of")
+    assert reparam.collapse_with_report(folded)[1].edits == []
+    inner = folded if isinstance(folded, Features) else folded[0]
+    assert sorted(name for name, _ in inner.named_children()) == ["a", "head"]
+    assert not report.notes
+    file = io.BytesIO()
+    torch.save(folded, file)
+    file.seek(0)
+    for other in (copy.deepcopy(folded), torch.load(file, weights_only=False)):
+        assert torch.equal(other(features()), folded(features()))
+
+
+class Distilled(nn.Module):
+    """Two heads whose mean counts, as DeiT's and LeViT's, and a method that replaces them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.reset(4)
+
+    def reset(self, classes: int) -> None:
+        self.head, self.head_dist = nn.Linear(6, classes), nn.Linear(6, classes)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        return x if pre_logits else (self.head(x) + self.head_dist(x)) / 2
+
+    def forward(self, x: Tensor) -> Any:
+        return self.forward_head(torch.tanh(self.stem(x)))
+
+
+def test_heads_that_were_folded_are_not_replaced_in_silence() -> None:
+    model = lively(Distilled())
+    folded = reparam.collapse(model)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    assert close(folded(x), model(x))
+    assert close(folded.forward_head(x), model.forward_head(x))
+    assert [name for name, _ in folded.named_children()] == ["stem", "head"]
+    with pytest.raises(ValueError, match="collapsed for pre_logits=False"):
+        folded.forward_head(x, pre_logits=True)
+    with pytest.raises(reparam.ReparamError, match="head of this Distilled is folded"):
+        folded.reset(7)
+
+
+class Keeps(Features):
+    """The method makes one of the branches, the forward the other: the forward is written anew."""
+
+    def forward_features(self, x: Tensor) -> Any:
+        return self.a(x)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(F.relu(self.bn(self.forward_features(x) + self.b(x)) * self.scale))
+
+
+def test_a_fold_across_methods_keeps_what_they_call() -> None:
+    model = lively(Keeps())
+    folded = reparam.collapse(model)
+    assert close(folded(features()), model(features()))
+    assert close(folded.forward_features(features()), model.forward_features(features()))
+
+
 class Published(TwoBranches):
     """A method of re-parameterisation looks at the branches; it needs none of them any more."""
 

@@ -242,7 +242,7 @@ def test_failure_midway_leaves_the_model_untouched(stage: str, inplace: bool, mo
         "emit": (passes.fold.folds, "emit", 3),
         "prove": (passes.collapse, "prove", 3),
         "edit": (passes.edits.apply, "_inherit", 3),
-        "rewrite": (passes.edits.apply, "rewrite_forward", 0),
+        "rewrite": (passes.edits.apply, "rewrite", 0),
         "second unit": (passes.collapse, "apply", 1),
         "compare": (passes.collapse, "check_against", 0),
     }

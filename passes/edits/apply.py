@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from passes.edits.edit import Add, Block, Clear, Delete, Edit, Remove, Replace, Rewrite
 from passes.edits.errors import EditError
 from passes.edits.holders import Holder, holders, substituted
-from passes.edits.rewritten import Remainder, rewrite_forward
+from passes.edits.rewritten import Remainder, rewrite
 from passes.graph.attributes import carry_attributes
 
 __all__ = ["Undo", "apply", "remainder"]
@@ -107,7 +107,7 @@ class _Editor:
                 module = self._module(edit.path)
                 _check_targets(module, edit)
                 self.undo.touch(module)
-                rewrite_forward(module, edit.program)
+                rewrite(module, edit.program, edit.method, edit.folded)
 
     def _layer(self, edit: Replace | Add | Block) -> nn.Module:
         given = self.layers.get(edit.path)
@@ -164,7 +164,7 @@ def remainder(old: nn.Module, edit: Remove) -> nn.Module:
                 if op.op in ("call_module", "get_attr") and name in getattr(old, table):
                     getattr(left, table)[name] = getattr(old, table)[name]
         _check_targets(left, edit)
-        rewrite_forward(left, edit.program)
+        rewrite(left, edit.program)
     else:
         kept: OrderedDict[str, nn.Module] = OrderedDict()
         for name in edit.leaving:

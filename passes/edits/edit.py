@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from passes.edits.layer import Layer
-from passes.edits.program import Program
+from passes.edits.program import Program, check_name
 
 __all__ = ["Add", "Block", "Clear", "Delete", "Edit", "Remove", "Replace", "Rewrite", "made_by", "remember"]
 
@@ -86,13 +86,26 @@ class Clear:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """Give the module at ``path`` a new forward; an empty path is the model itself."""
+    """Give the module at ``path`` a new forward; an empty path is the model itself.
+
+    Args:
+        path: of the module.
+        program: what it computes from now on.
+        method: the method that does, where the forward hands its work on.
+        folded: names of its children that are no longer what they were.
+    """
 
     path: str
     program: Program
+    method: str = "forward"
+    folded: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_name(self.method)
 
     def __str__(self) -> str:
-        return f"rewrite the forward of {self.path or 'the model'}"
+        what = "the forward" if self.method == "forward" else self.method
+        return f"rewrite {what} of {self.path or 'the model'}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.fx.graph import CodeGen
 from passes.edits.errors import EditError
 from passes.edits.operations import function_of, name_of
 
-__all__ = ["Argument", "Operation", "Program", "Value", "mapped", "unchanged"]
+__all__ = ["Argument", "Operation", "Program", "Value", "check_name", "mapped", "unchanged"]
 
 REQUIRED = "required"
 KINDS = {kind.name: kind for kind in (Kind.POSITIONAL_ONLY, Kind.POSITIONAL_OR_KEYWORD, Kind.KEYWORD_ONLY)}
@@ -33,7 +33,7 @@ class Value:
     name: str
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Argument:
     value: Any = None
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_name(self.name)
         if self.kind not in KINDS:
             raise EditError(f"{self.name} is no ordinary parameter")
 
@@ -73,14 +73,14 @@ class Operation:
     kwargs: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_name(self.name)
         if self.op not in CALLS:
             raise EditError(f"{self.op!r} is no operation")
         for name, _ in self.kwargs:
-            _check_name(name)
+            check_name(name)
         for name in self.target.split("."):
             if self.op == "call_method":
-                _check_name(name)
+                check_name(name)
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,8 @@ def _free(name: str, taken: set[str]) -> str:
     return name
 
 
-def _check_name(name: Any) -> None:
-    """Names become code."""
+def check_name(name: Any) -> None:
+    """Raise unless a text can be a name in generated code."""
     if not isinstance(name, str) or not name.isidentifier() or not name.isascii() or iskeyword(name):
         raise EditError(f"{name!r:.60} is not a name")
     if name.startswith("__"):

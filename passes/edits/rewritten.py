@@ -1,4 +1,4 @@
-"""Give one module a new forward, generated from a program, and leave everything else about it alone.
+"""Give one module a new forward, or another method, generated from a program, and leave all else about it alone.
 
 The module keeps its attributes, hooks, other methods and state-dict names; ``isinstance`` with its class still holds,
 as with ``torch.nn.utils.parametrize``, which also swaps the class. Copies and pickles keep the new forward.
@@ -7,20 +7,23 @@ as with ``torch.nn.utils.parametrize``, which also swaps the class. Copies and p
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
 from torch import fx, nn
 
 from passes.edits.program import Program
+from passes.refusal import ReparamError
 
-__all__ = ["Remainder", "Rewritten", "plain_class", "rewrite_forward"]
+__all__ = ["Remainder", "Rewritten", "plain_class", "rewrite"]
 
 
 class Rewritten:
-    """Mixed into the class of a module whose forward was rewritten."""
+    """Mixed into the class of a module of which methods were rewritten, most often its forward."""
 
-    _program: Program
+    _programs: Mapping[str, Program]
+    _folded: frozenset[str]
     _plain: type[nn.Module]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -30,26 +33,46 @@ class Rewritten:
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._plain, self._program), self.__dict__
+        return _restore, (self._plain, dict(self._programs), self._folded), self.__dict__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The new code no longer calls what is set here, or calls it for several layers: not to be ignored in silence.
+        if name in self._folded and isinstance(value, nn.Module):
+            raise ReparamError(
+                f"{name} of this {self._plain.__name__} is folded with other layers and cannot be replaced any more: "
+                "replace it in the network that was collapsed"
+            )
+        super().__setattr__(name, value)
 
 
 class Remainder(nn.Module):
     """What is left of a layer that also did something else: the rest of its forward."""
 
 
-def rewrite_forward(module: nn.Module, program: Program) -> None:
-    """Replace ``module.forward`` by what ``program`` computes; its paths are relative to the module."""
+def rewrite(module: nn.Module, program: Program, method: str = "forward", folded: Iterable[str] = ()) -> None:
+    """Replace a method by what ``program`` computes; its paths are relative to the module.
+
+    ``folded`` are names of children that are no longer what they were.
+    """
+    earlier = module if isinstance(module, Rewritten) else None
+    programs = {**(earlier._programs if earlier is not None else {}), method: program}
+    _swap(module, plain_class(module), programs, frozenset(folded) | (earlier._folded if earlier else frozenset()))
+    module.__dict__.pop(method, None)  # one replaced on the instance would go first
+
+
+def _swap(module: nn.Module, plain: type[nn.Module], programs: Mapping[str, Program], folded: frozenset[str]) -> None:
+    constants = {name: tensor for program in programs.values() for name, tensor in program.constants.items()}
     members = {
-        **program.constants,
-        "forward": _forward(program),
-        "_program": program,
-        "_plain": (plain := plain_class(module)),
+        **constants,
+        **{method: _function(program, method) for method, program in programs.items()},
+        "_programs": programs,
+        "_folded": folded,
+        "_plain": plain,
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
     }
     module.__class__ = type(plain.__name__, (Rewritten, plain), members)
-    module.__dict__.pop("forward", None)  # one replaced on the instance would go first
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -57,19 +80,20 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return module._plain if isinstance(module, Rewritten) else type(module)
 
 
-def _forward(program: Program) -> FunctionType:
+def _function(program: Program, name: str) -> FunctionType:
     """GraphModule generates the code and registers its source: tracebacks, torch.jit and torch.compile see it."""
     graph = program.graph()
     # It wants something in each place that the code names; the code finds the module's own there.
     held = {str(node.target): nn.Identity() for node in graph.nodes if node.op in ("call_module", "get_attr")}
     made = type(fx.GraphModule(held, graph)).forward
     assert isinstance(made, FunctionType)
+    made.__name__ = name
     made.__defaults__, made.__kwdefaults__ = program.defaults()
     return made
 
 
-def _restore(plain: type[nn.Module], program: Program) -> nn.Module:
+def _restore(plain: type[nn.Module], programs: dict[str, Program], folded: frozenset[str]) -> nn.Module:
     module = plain.__new__(plain)
     nn.Module.__init__(module)
-    rewrite_forward(module, program)
+    _swap(module, plain, programs, folded)
     return module

@@ -6,6 +6,7 @@ included.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,8 @@ from passes.fold.layout import Layout
 from passes.fold.methods import needed_elsewhere
 from passes.fold.placement import Rewrite as Change
 from passes.graph.capture import Call, call_of, join
+from passes.graph.methods import MethodCall
+from passes.refusal import RefusalError
 
 __all__ = ["Edited", "edits_of"]
 
@@ -58,8 +61,8 @@ class _Writer:
         self.folds = folds
         self.layers = {fold.candidate: fold.layer for fold in folds}
         self.done = Edited()
-        root = self.unit.root
-        self.described = {id(m._modules): join(self.unit.path, path) for path, m in root.named_modules()}
+        self.paths = dict(self.unit.root.named_modules())
+        self.described = {id(m._modules): join(self.unit.path, path) for path, m in self.paths.items()}
         self.gone: set[str] = set()
 
     def written(self) -> Edited:
@@ -91,8 +94,18 @@ class _Writer:
 
     def _rewrite(self, call: Call, changes: Changes) -> None:
         dead = {n for change, region in changes for n in _dead_inside(region, change)}
+        method = _method_of(call, dead)
+        if method is not None:
+            try:
+                self._rewrite_method(call, changes, dead, method)
+                return
+            except RefusalError:
+                pass  # it uses what it is not given; the forward that calls it has all at hand
+        self._rewrite_method(call, changes, dead, None)
+
+    def _rewrite_method(self, call: Call, changes: Changes, dead: set[fx.Node], method: MethodCall | None) -> None:
         uses = list(_uses(self.layout, call, dead))
-        kept = self._kept(call, dead)
+        kept, notes = self._kept(call, dead, "forward" if method is None else method.name)
         names: dict[Candidate, str] = {}
         for change, region in changes:
             if change.layer:
@@ -101,30 +114,29 @@ class _Writer:
                 holder = change.call if alive else call
                 local = _layer_name(self.layout, holder, region, dead, {*names.values(), *kept}, uses)
                 names[region] = join(holder.path, local)
-        program = new_forward(self.layout, call, changes, names, dead)
+        program = new_forward(self.layout, call, changes, names, dead, method)
         for region, name in names.items():
             full = join(self.unit.path, name)
-            taken = name in {path for path, _ in self.unit.root.named_modules()}
-            kind = Replace if taken else Add
+            kind = Replace if name in self.paths else Add
             self._place(full, region, kind(full, self._description(region)))
         path = join(self.unit.path, call.path)
         if isinstance(call.module, (_BatchNorm, _ConvNd)) and not names:
             self.done.edits.append(_remainder(path, program))
-        else:
-            self._clean(call, dead, uses, {*names.values(), *kept})
-            self.done.edits.append(Rewrite(path, program))
+            return
+        self._clean(call, dead, uses, {*names.values(), *kept})
+        folded = tuple(sorted({name for n in dead if (name := _child_of(n, call))}))
+        self.done.edits.append(Rewrite(path, program, "forward" if method is None else method.name, folded))
+        self.done.notes.extend(notes)
 
-    def _kept(self, call: Call, dead: set[fx.Node]) -> set[str]:
-        """Paths of children and tensors that other methods of the module use, beside its forward."""
+    def _kept(self, call: Call, dead: set[fx.Node], rewritten: str) -> tuple[set[str], list[str]]:
+        """Paths of children and tensors that other methods than the rewritten one use, and notes that say so."""
         called, read = (
-            {name for n in dead if n.op == op and (name := _child(str(n.target), call.path))}
-            for op in ("call_module", "get_attr")
+            {name for n in dead if n.op == op and (name := _child_of(n, call))} for op in ("call_module", "get_attr")
         )
-        methods = needed_elsewhere(call.module, called, read)
-        for method, names in methods.items():
-            where = join(self.unit.path, call.path) or "the model"
-            self.done.notes.append(f"{', '.join(sorted(names))} of {where} stay for its method {method}")
-        return {join(call.path, name) for names in methods.values() for name in names}
+        methods = needed_elsewhere(call.module, called, read, rewritten)
+        where = join(self.unit.path, call.path) or "the model"
+        notes = [f"{', '.join(sorted(names))} of {where} stay for its method {m}" for m, names in methods.items()]
+        return {join(call.path, name) for names in methods.values() for name in names}, notes
 
     def _clean(self, call: Call, dead: set[fx.Node], uses: Uses, kept: set[str]) -> None:
         """Take away the modules and weights below ``call`` that only dead nodes used."""
@@ -196,6 +208,22 @@ def _uses(layout: Layout, call: Call, dead: set[fx.Node]) -> Iterator[tuple[str,
                 break
             if inner not in opened:  # called as before, whatever it does
                 yield inner.path, node
+
+
+def _method_of(call: Call, dead: set[fx.Node]) -> MethodCall | None:
+    """The innermost method to which the forward hands on all that vanishes, if it does so once and can be rewritten."""
+    for method in call.methods:
+        parameters = inspect.signature(getattr(call.module, method.name)).parameters.values()
+        varying = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+        once = sum(other.name == method.name for other in call.methods) == 1
+        if once and not varying and dead and dead <= method.nodes:
+            return method
+    return None
+
+
+def _child_of(node: fx.Node, call: Call) -> str:
+    """The name of the child of ``call``'s module that a node calls or reads, or that holds it."""
+    return _child(str(node.target), call.path) if node.op in ("call_module", "get_attr") else ""
 
 
 def _child(target: str, path: str) -> str:

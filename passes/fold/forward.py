@@ -14,6 +14,7 @@ from passes.fold.candidates import Candidate
 from passes.fold.layout import Layout
 from passes.fold.placement import Rewrite, nodes_in
 from passes.graph.capture import Call, call_of
+from passes.graph.methods import MethodCall
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["new_forward"]
@@ -25,14 +26,15 @@ def new_forward(
     changes: list[tuple[Rewrite, Candidate]],
     names: dict[Candidate, str],
     dead: set[fx.Node],
+    method: MethodCall | None = None,
 ) -> Program:
-    """The forward of ``call``'s module after ``changes``, its paths relative to that module.
+    """The forward of ``call``'s module after ``changes``, its paths relative to that module, or another of its methods.
 
     ``names`` are the paths of the folded layers, ``dead`` the traced nodes that vanish. Refuses with ``CODE`` if the
     forward uses a module or weight that stands elsewhere.
     """
     try:
-        return _Local(layout, call, changes, names, dead).build()
+        return _Local(layout, call, changes, names, dead, method).build()
     except KeyError as missing:
         where = call.path or type(call.module).__name__
         raise RefusalError(Reason.CODE, f"{missing} is not at hand in the forward of {where}") from missing
@@ -48,8 +50,11 @@ class _Local:
         changes: list[tuple[Rewrite, Candidate]],
         names: dict[Candidate, str],
         dead: set[fx.Node],
+        method: MethodCall | None,
     ) -> None:
         self.layout, self.call, self.names, self.dead = layout, call, names, dead
+        self.body: Call | MethodCall = call if method is None else method
+        self.function = getattr(call.module, "forward" if method is None else method.name)
         self.touched = self._calls_with(dead)
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
@@ -64,7 +69,7 @@ class _Local:
     def build(self) -> Program:
         arguments = tuple(self._arguments())
         self._copy(self.call)
-        self.graph.output(self._map(self.call.output))
+        self.graph.output(self._map(self.body.output))
         for node in reversed(self.parts):
             if not node.users:
                 self.graph.erase_node(node)
@@ -73,8 +78,8 @@ class _Local:
 
     def _arguments(self) -> Iterator[Argument]:
         """All parameters that the original takes; one that was traced at a fixed value may have no other."""
-        signature = inspect.signature(self.call.module.forward)
-        given = signature.bind(*self.call.args, **self.call.kwargs).arguments
+        signature = inspect.signature(self.function)
+        given = signature.bind(*self.body.args, **self.body.kwargs).arguments
         for name, parameter in signature.parameters.items():
             optional = parameter.default is not parameter.empty
             value = given.get(name, parameter.default)
@@ -85,12 +90,19 @@ class _Local:
 
     def _copy(self, call: Call) -> None:
         for item in self.layout.items[call]:
+            if call is self.call and not self._is_in_body(item):
+                continue
             if isinstance(item, fx.Node):
                 self._node(item)
             elif item in self.touched:
                 self._copy(item)
             else:
                 self._call(item)
+
+    def _is_in_body(self, item: fx.Node | Call) -> bool:
+        if isinstance(self.body, Call):
+            return True
+        return (item if isinstance(item, fx.Node) else next(self.layout.inside(item))) in self.body.nodes
 
     def _node(self, node: fx.Node) -> None:
         if node in self.first:
@@ -143,6 +155,8 @@ class _Local:
         if node.op != "get_attr" or target not in unit.constants or _is_there(unit.root, target):
             return None
         name = target.replace(".", "_")
+        while name not in self.constants and hasattr(self.call.module, name):  # of another method that was rewritten
+            name += "_"
         self.constants[name] = unit.constants[target]
         return name
 

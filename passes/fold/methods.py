@@ -19,19 +19,20 @@ from typing import Any
 from torch import nn
 
 from passes.edits.rewritten import plain_class
+from passes.graph.methods import methods_of
 
 __all__ = ["asked_of_others", "needed_elsewhere"]
 
 _LOADS = {"LOAD_ATTR", "LOAD_METHOD"}
 
 
-def needed_elsewhere(module: nn.Module, called: set[str], read: set[str]) -> dict[str, set[str]]:
-    """What other methods than ``forward`` need of the children ``called`` and the tensors ``read``, by method.
+def needed_elsewhere(module: nn.Module, called: set[str], read: set[str], rewritten: str) -> dict[str, set[str]]:
+    """What other methods than the ``rewritten`` one need of the children ``called`` and the tensors ``read``.
 
     A method needs the children that it calls itself, and one to which ``forward`` hands its work on all that it uses;
     with them the tensors that it reads.
     """
-    methods = _methods(plain_class(module))
+    methods = methods_of(plain_class(module))
     reached: set[str] = set()
     todo = ["forward"] if "forward" in methods else []
     while todo:
@@ -42,7 +43,7 @@ def needed_elsewhere(module: nn.Module, called: set[str], read: set[str]) -> dic
     for name, function in methods.items():
         used = _used(function)
         needed = called & (used.own if name in reached else used.called)
-        if needed and name != "forward":
+        if needed and name not in ("forward", rewritten):
             found[name] = needed | (read & used.own)
     return found
 
@@ -50,19 +51,7 @@ def needed_elsewhere(module: nn.Module, called: set[str], read: set[str]) -> dic
 def asked_of_others(model: nn.Module) -> set[str]:
     """Names of attributes that the methods of a model's classes read of anything but their own object."""
     kinds = {plain_class(module) for module in model.modules()}
-    return {name for kind in kinds for function in _methods(kind).values() for name in _used(function).others}
-
-
-def _methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
-    """The functions of a class and its bases, torch's own left out."""
-    found: dict[str, FunctionType] = {}
-    for base in kind.__mro__:
-        if base.__module__.startswith("torch.nn.modules"):
-            continue
-        for name, value in vars(base).items():
-            if inspect.isfunction(value) and (name == "forward" or not name.startswith("__")):
-                found.setdefault(name, value)
-    return found
+    return {name for kind in kinds for function in methods_of(kind).values() for name in _used(function).others}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
+from passes.graph.methods import MethodCall, noting_methods
 from passes.refusal import Reason, Refusal
 
 __all__ = ["Call", "Unit", "call_of", "has_hooks", "inherits_forward", "join", "retrace", "trace_units"]
@@ -38,6 +39,7 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
+    methods: list[MethodCall] = field(default_factory=list)
 
     def chain(self) -> Iterator[Call]:
         """This call and those around it, innermost first."""
@@ -177,7 +179,8 @@ class _Tracer(fx.Tracer):
         self.read: set[str] = set()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        graph = super().trace(root, concrete_args)
+        with noting_methods(root, self.current.methods, lambda: self.graph):
+            graph = super().trace(root, concrete_args)
         for node in reversed(graph.nodes):
             if node.op == "get_attr" and not node.users:  # read only to ask whether it is there
                 graph.erase_node(node)
@@ -236,7 +239,8 @@ class _Tracer(fx.Tracer):
         self.calls.append(call)
         self.current = call
         try:
-            out = m.forward(*args, **kwargs)
+            with noting_methods(m, call.methods, lambda: self.graph):
+                out = m.forward(*args, **kwargs)
             call.output = self.create_arg(out)
             return out
         # Any exception at all may come out of user code that runs on proxies; the module becomes a leaf.
