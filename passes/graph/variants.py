@@ -19,7 +19,7 @@ from typing import Any
 from torch import fx, nn
 
 from passes.graph.capture import Unit, retrace
-from passes.laws.laws import is_shape_query
+from passes.graph.opset import is_shape_query
 from passes.refusal import Reason, Refusal
 
 __all__ = ["OtherCalls", "Variant", "variants"]
