@@ -7,6 +7,7 @@ per output channel goes into weight and bias (F1, F10). Every other law refuses.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
@@ -90,6 +91,10 @@ class OpaqueForm:
         """Whether another form gives maps of the same size and number of channels for every input."""
         return isinstance(other, OpaqueForm) and other.layer is self.layer
 
+    def out_size(self, size: Sequence[int]) -> Ints:
+        """A size that the output may have, to follow questions about it by example."""
+        return tuple(-(-s // t) for s, t in zip(size, self.stride, strict=True))
+
     def to(self, device: torch.device | str) -> OpaqueForm:
         """The same form with its numbers elsewhere."""
         return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
@@ -117,4 +122,4 @@ class OpaqueForm:
         """What every other law answers."""
         raise RefusalError(Reason.PAD_MODE, "a convolution that pads by a rule of its own takes only per-channel maps")
 
-    __add__ = then = pad = pad_mode = rows = out_size = refuse
+    __add__ = then = pad = pad_mode = rows = refuse

@@ -25,6 +25,7 @@ class Layout:
         self.holders = holders(model)
         self._model = model
         self._asked: set[str] | None = None
+        self._inside = {id(m) for m in flow.unit.root.modules()}
         unit = flow.unit
         self.leaf_calls = Counter(str(n.target) for n in flow.modules)
         self.calls = Counter(id(call.module) for call in unit.calls)
@@ -67,12 +68,11 @@ class Layout:
         What a forward replaced on an instance closes over was read with it; such a forward can be rewritten.
         """
         unit = self.flow.unit
-        inside = {id(m) for m in unit.root.modules()}
         for holder in self.holders.get(id(module), ()):
             owner = id(holder.owner)
             if owner == id(module) or (self.calls[owner] and (holder.changeable or holder.name == "forward")):
                 continue
-            untouched = owner in inside and owner not in unit.pinned and not self._is_opaque(holder.owner)
+            untouched = owner in self._inside and owner not in unit.pinned and not self._is_opaque(holder.owner)
             if not (untouched and holder.changeable):
                 return holder
         return None
