@@ -324,6 +324,32 @@ def test_everything_around_an_opaque_convolution_is_right(kind: str) -> None:
     assert close(plain(maps()), model(maps()))
 
 
+def test_what_stands_behind_an_opaque_convolution_is_known_to_be_maps() -> None:
+    """A split layer far behind it folds: the channels that it splits are those of the norm between."""
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.same, self.norm = Same(WIDTH, WIDTH, 3), nn.BatchNorm2d(WIDTH)
+            self.left, self.right = nn.Conv2d(WIDTH // 2, 4, 1), nn.Conv2d(WIDTH // 2, 4, 1)
+            self.behind = nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = F.relu(F.batch_norm(self.same(x), *self.numbers())).split([WIDTH // 2, WIDTH // 2], 1)
+            return F.relu(self.behind(torch.cat([self.left(left), self.right(right)], 1)))
+
+        def numbers(self) -> tuple[Tensor | None, ...]:
+            return self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
+
+    model = ready(Split())
+    plain, report = collapse_with_report(model)
+    assert {fold.into for fold in report.folds} == {
+        f"Same({WIDTH} -> {WIDTH}, 3x3)",
+        f"Conv2d({WIDTH} -> 8, 1x1, groups 2)",
+    }
+    assert close(plain(maps()), model(maps()))
+
+
 def test_an_opaque_convolution_stays_one_layer_of_its_class() -> None:
     plain, report = collapse_with_report(ready(Around("norms")))
     assert type(plain.same) is Same

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.graph.opset import Kind, Operation, Rank, argument
+from passes.graph.opset import Kind, Operation, Rank, argument, base_operation
 
 __all__ = ["Shapes", "cast_to", "shapes_of"]
 
@@ -68,8 +68,9 @@ def _rank(
     constant: set[fx.Node],
     rank: dict[fx.Node, int | None],
 ) -> int | None:
-    if operation is None:
-        return None
+    if operation is None:  # a convolution that pads by a rule of its own still gives maps
+        base = None if module is None else base_operation(module)
+        return base.n + 2 if base is not None and base.kind is Kind.CONV and base.n is not None else None
     inputs = [rank.get(n) for n in node.all_input_nodes if n not in constant] or [
         rank.get(n) for n in node.all_input_nodes
     ]
