@@ -34,7 +34,7 @@ from passes.fold.selection import Guard, select
 from passes.graph.capture import Unit, join, trace_units
 from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.dataflow import Flow
-from passes.graph.inputs import Example
+from passes.graph.inputs import Example, observed_ranks
 from passes.graph.modes import evaluate, has_own_modes, kept_modes
 from passes.graph.variants import OtherCalls
 from passes.proof.check import Checked, explained
@@ -191,8 +191,10 @@ def explain_model(model: nn.Module, example: Example | None = None) -> Explanati
     with kept_modes(model, training=None):
         if model.training:
             evaluate(model)
-        for unit in _traced(model, explanation):
-            _compile_unit(model, unit, _ranks(unit, example), explanation, None, Ledger(prove=False))
+        units = _traced(model, explanation)
+        ranks = _ranks(model, units, example)
+        for unit in units:
+            _compile_unit(model, unit, ranks.get(unit, []), explanation, None, Ledger(prove=False))
     return explanation
 
 
@@ -247,11 +249,13 @@ def _compile(
     while True:
         before, shared = len(explanation.folds), False
         explanation.refusals.clear()
-        for unit in _traced(model, explanation):
+        units = _traced(model, explanation)
+        ranks = _ranks(model, units, example)
+        for unit in units:
             if all(unit.root is not m for m in model.modules()):
                 continue  # inside a module that was probed and folded
             shared |= any(refusal.reason is Reason.SHARED for refusal in unit.opaque.values())
-            _compile_unit(model, unit, _ranks(unit, example), explanation, undos, ledger)
+            _compile_unit(model, unit, ranks.get(unit, []), explanation, undos, ledger)
         # A container that is called twice may be one layer by now, and its surroundings can be read through it.
         if not shared or len(explanation.folds) == before:
             return
@@ -394,10 +398,14 @@ def _traced(model: nn.Module, explanation: Explanation) -> list[Unit]:
     return units
 
 
-def _ranks(unit: Unit, example: Example | None) -> list[int | None]:
-    if unit.path or example is None:
-        return []
-    return [x.dim() if isinstance(x, Tensor) else None for x in example.args]
+def _ranks(model: nn.Module, units: list[Unit], example: Example | None) -> dict[Unit, list[int | None]]:
+    """Numbers of dimensions of what each unit is given, where an example shows them."""
+    if example is None:
+        return {}
+    if len(units) == 1 and units[0].root is model:
+        return {units[0]: [x.dim() if isinstance(x, Tensor) else None for x in example.args]}
+    seen = observed_ranks(model, [unit.path for unit in units], example)
+    return {unit: seen.get(unit.path, []) for unit in units}
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def test_half_precision_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_linear_and_other_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof of a linear layer, of 1-d and of 3-d convolutions finds one weight as well."""
     for parts in (
-        (nn.Linear(6, 5), nn.BatchNorm1d(5)),
+        (nn.Linear(6, 5), nn.Linear(5, 4)),
         (nn.Conv1d(6, 5, 3), nn.BatchNorm1d(5)),
         (nn.Conv3d(6, 5, (1, 2, 3), stride=2, groups=1), nn.BatchNorm3d(5)),
         (nn.ConvTranspose2d(6, 5, 3, stride=2, output_padding=1), nn.BatchNorm2d(5)),

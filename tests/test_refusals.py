@@ -472,14 +472,51 @@ def test_number_of_dimensions_that_nobody_knows() -> None:
     model = lively(Net(lambda m, x: m.bn(m.a(x)), a=nn.Linear(4, 6), bn=nn.BatchNorm1d(6)))
     alone = torch.randn(5, 4, dtype=torch.float64)
     assert layers(reparam.collapse(model, example_inputs=alone)) == ["Linear 4->6"]
-    result = reparam.collapse(model)
-    with torch.no_grad():
-        assert_same(result(alone), model(alone), exact=False)
+    result, report = reparam.collapse_with_report(model)
+    assert [r.reason for r in report.refusals] == [Reason.RANK_UNKNOWN]
+    square = torch.randn(3, 6, 4, dtype=torch.float64)  # six tokens: the norm is not about features here either
+    for x in (alone, square):
+        with torch.no_grad():
+            assert_same(result(x), model(x), exact=False)
     wide = lively(Net(lambda m, x: m.bn(m.a(x)), a=nn.Linear(4, 6), bn=nn.BatchNorm1d(3)))
-    x = torch.randn(2, 3, 4, dtype=torch.float64)  # three tokens: the norm is not about features
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
     result = reparam.collapse(wide)
     with torch.no_grad():
         assert_same(result(x), wide(x), exact=False)
+
+
+def test_number_of_dimensions_inside_code_that_cannot_be_traced() -> None:
+    """Example inputs show what every part is given, on a copy: the model does not run a second time."""
+    inner = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    runs: list[int] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        runs.append(1)
+        return m.inner(x) if float(x.sum()) < 1e9 else x
+
+    model = lively(Net(forward, inner=inner))
+    for shape, left in (((5, 4), ["Linear 4->6"]), ((5, 6, 4), ["Linear 4->6", "BatchNorm1d"])):
+        x = torch.randn(shape, dtype=torch.float64)
+        result = reparam.collapse(model, example_inputs=x)
+        assert [n for n in layers(result) if n != "Net"] == left
+        with torch.no_grad():
+            assert_same(result(x), model(x), exact=False)
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_a_batch_that_is_taken_apart(parts: int) -> None:
+    """What is moved from one sample to another is not a channel permutation, however small the batch is."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        b, c, h, w = y.shape
+        return m.bn(y.view(parts, b // parts, c, h, w).transpose(0, 1).reshape(b, c, h, w))
+
+    model = lively(Net(forward, a=conv(padding=1), bn=nn.BatchNorm2d(4)))
+    result = reparam.collapse(model)
+    x = torch.randn(parts * parts, 4, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert_same(result(x), model(x), exact=False)
 
 
 def test_reasons_have_distinct_texts() -> None:

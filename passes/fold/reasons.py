@@ -28,7 +28,8 @@ def worth_saying(flow: Flow, selection: Selection) -> list[Refusal]:
     for node in flow.nodes:
         if node not in dead and _is_norm(flow, node):
             name = flow.unit.name(node)
-            said.setdefault(name, _why_norm_stays(flow, node).at(name))
+            unknown = (r for r in selection.refusals if r.layer == name and r.reason is Reason.RANK_UNKNOWN)
+            said.setdefault(name, next(unknown, None) or _why_norm_stays(flow, node).at(name))
     return list(said.values())
 
 

@@ -37,7 +37,7 @@ class Flow:
         self.operations: dict[fx.Node, Operation] = {
             n: op for n in self.nodes if (op := operation_of(n, self.modules.get(n))) is not None
         }
-        self.memory = memory_of(self.nodes, self.operations, self.modules, unit.opaque)
+        self.memory = memory_of(self.nodes, self.operations, self.modules, self.held, unit.opaque)
         written = self._written()
         self.constant = find_constants(unit, self.operations, self.held, written)
         self.tensors = {n: holder_tensors(value) for n, value in [*self.modules.items(), *self.held.items()]}

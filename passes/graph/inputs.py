@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from passes.graph.copies import deep_copy
+
 __all__ = [
     "SMALL",
     "USUAL",
@@ -30,6 +32,7 @@ __all__ = [
     "input_count",
     "likely",
     "likely_shapes",
+    "observed_ranks",
     "tensors_in",
 ]
 
@@ -263,3 +266,27 @@ def _config(model: nn.Module) -> Mapping[str, Any]:
         if isinstance(config, Mapping):
             return config
     return {}
+
+
+def observed_ranks(model: nn.Module, paths: list[str], example: Example) -> dict[str, list[int | None]]:
+    """How many dimensions the arguments of the modules at ``paths`` have when a copy of ``model`` is run.
+
+    None where calls differ; empty if the model does not run on these inputs.
+    """
+    seen: dict[str, list[int | None]] = {}
+
+    def note(path: str, given: tuple[Any, ...]) -> None:
+        ranks = [x.dim() if isinstance(x, Tensor) else None for x in given]
+        before = seen.get(path, ranks)
+        seen[path] = [a if a == b else None for a, b in zip(before, ranks, strict=False)]
+
+    # The model is user code: it may fail in any way on these inputs, not be copied, or have no numbers at all.
+    try:
+        own = deep_copy(model)
+        for path in paths:
+            own.get_submodule(path).register_forward_pre_hook(lambda _, given, path=path: note(path, given))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            own(*copied(example.args), **copied(dict(example.kwargs)))
+    except Exception:
+        return {}
+    return seen

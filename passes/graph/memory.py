@@ -53,9 +53,10 @@ def memory_of(
     nodes: Iterable[fx.Node],
     operations: Mapping[fx.Node, Operation],
     modules: Mapping[fx.Node, nn.Module],
+    held: Mapping[fx.Node, Any],
     opaque: Mapping[str, Any],
 ) -> Memory:
-    """How the values of a graph lie in memory."""
+    """How the values of a graph lie in memory; ``held`` is what ``get_attr`` nodes read."""
     first: dict[fx.Node, fx.Node] = {}
     written: dict[fx.Node, list[fx.Node]] = {}
 
@@ -67,8 +68,11 @@ def memory_of(
 
     order: dict[fx.Node, int] = {}
     unknown: set[fx.Node] = set()
+    read: dict[int, fx.Node] = {}
     for node in nodes:
         first[node], order[node] = node, len(order)
+        if node in held:  # a tensor is read anew wherever it is used
+            first[node] = read.setdefault(id(held[node]), node)
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         operation = operations.get(node)

@@ -23,7 +23,8 @@ from passes.refusal import Reason, RefusalError
 __all__ = ["Dim", "Signal", "View", "crop", "merge", "move", "per_channel", "settle"]
 
 _SIZES = (13, 11, 7)
-_BATCH = (2, 3, 5, 7)
+_BATCH = (11, 3, 5, 7)
+"""Primes, so that nothing divides them by chance; code that splits batches does so into twos and fives."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,9 @@ def channel_axis_is(signal: Signal, wanted: int) -> bool:
     axis, _ = _channel_axis(signal)
     if axis >= 0:
         return axis == wanted
-    return signal.view.rank is None or signal.view.rank - 1 == wanted
+    if signal.view.rank is None:
+        raise RefusalError(Reason.RANK_UNKNOWN)
+    return signal.view.rank - 1 == wanted
 
 
 def _channel_axis(signal: Signal) -> tuple[int, list[int] | None]:
