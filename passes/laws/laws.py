@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes.graph.opset import OPERATIONS, Kind, Operation, is_shape_query, operation_of_function, operation_of_layer
+from passes.graph.opset import OPERATIONS, Operation
 from passes.laws.channelwise import add, addcmul, batch_norm, batch_norm_arguments, div, mul, neg, rsub, sub
 from passes.laws.conv import addmm, conv, conv_arguments, conv_transpose, conv_transpose_arguments, linear, matmul
 from passes.laws.movement import (
@@ -31,7 +31,7 @@ from passes.laws.movement import (
 )  # fmt: skip
 from passes.laws.pool import avg_pool, avg_pool_arguments, pad, pad_arguments
 
-__all__ = ["ARGUMENTS", "LAWS", "METHODS", "Weights", "function_law", "is_shape_query", "law_of", "module_law"]
+__all__ = ["ARGUMENTS", "LAWS", "Weights", "law_of"]
 
 Law = Callable[..., Any]
 Weights = Callable[[nn.Module, str], "Tensor | None"]
@@ -115,36 +115,3 @@ def law_of(operation: Operation | None, module: nn.Module | None, weights: Weigh
         return law
     arguments = ARGUMENTS[operation.id]
     return lambda x: law(x, *arguments(module, weights))
-
-
-# ------------------------------------------------------------------ under the names of before
-
-
-METHODS: dict[str, Law] = {
-    name: LAWS[op.id]
-    for op in OPERATIONS
-    if op.affine and op.kind is not Kind.CAST
-    for name in (*op.names, *op.in_place)
-    if isinstance(name, str) and "." not in name
-}
-
-
-def module_law(module: nn.Module) -> Law | None:
-    """The law of a layer as a function of the layer, of what reads its weights, and of the signal."""
-    operation = operation_of_layer(module)
-    if operation is None or not operation.affine:
-        return None
-    return lambda m, weights, x: LAWS[operation.id](x, *ARGUMENTS[operation.id](m, weights))
-
-
-def function_law(target: Any) -> Law | None:
-    """The law of a function."""
-    operation = operation_of_function(target)
-    return None if operation is None or not operation.affine else LAWS[operation.id]
-
-
-def is_affine(op: str, target: Any, module: nn.Module | None) -> bool:
-    """Whether any law exists for this operation."""
-    if op == "call_module":
-        return module is not None and module_law(module) is not None
-    return target in METHODS if op == "call_method" else op == "call_function" and function_law(target) is not None

@@ -24,7 +24,7 @@ from passes.algebra.conv_form import ConvForm, Form, Ints
 from passes.algebra.opaque import OpaqueForm
 from passes.graph.capture import Unit
 from passes.graph.copies import deep_copy
-from passes.laws.laws import module_law
+from passes.graph.opset import operation_of_layer
 from passes.laws.values import Signal, View, settle
 from passes.laws.watch import watched
 from passes.refusal import Reason, Refusal, RefusalError
@@ -102,7 +102,9 @@ def probe(module: nn.Module) -> Form:
 def _is_nonlinear(module: nn.Module) -> bool:
     """A layer of torch that no transfer function knows."""
     own = type(module).__module__.startswith("torch.nn.modules")
-    return own and next(module.children(), None) is None and module_law(module) is None and not _is_empty(module)
+    operation = operation_of_layer(module)
+    known = operation is not None and operation.affine
+    return own and next(module.children(), None) is None and not known and not _is_empty(module)
 
 
 def _is_empty(module: nn.Module) -> bool:

@@ -20,8 +20,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from passes.graph.capture import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
 from passes.graph.modes import kept_modes
+from passes.graph.opset import is_shape_query
 from passes.graph.variants import variants
-from passes.laws.laws import is_shape_query
 from passes.refusal import Reason, Refusal
 
 __all__ = ["Found", "Norm", "find_convs", "plain_norm"]
