@@ -107,9 +107,38 @@ def restore_blocks(
             _copy(conv.weight, folded.weight, exact, numbers.weight)
             behind_it = None if norm is None else result.get_submodule(norm.path)
             _put_bias(path, conv, folded.bias, behind_it, exact, numbers.bias)
+            check_pair(path, conv, behind_it, folded.weight, folded.bias)
             explanation.folds.append(Fold.of(reading.flow, candidate, form, path, error))
+        for key in rest:
+            check_copy(key, wanted[key], have[key])
     explanation.after = Counts.of(result)
     return result, explanation
+
+
+def check_pair(path: str, conv: Any, norm: Any, weight: Tensor, bias: Tensor | None) -> None:
+    """The convolution at ``path`` and the norm behind it, as they now are, compute what one with these numbers does.
+
+    Read from the tensors that are returned, not from what was meant to be put there. Raises :class:`ReparamError`.
+    """
+    check_copy(f"{path}.weight", conv.weight, weight)
+    factor, shift = torch.ones(()), torch.zeros(())
+    if norm is not None:
+        mean, var = norm.running_mean.double(), norm.running_var.double()
+        factor = (var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.double())
+        shift = (0 if norm.bias is None else norm.bias.double()) - mean * factor
+    allowed = 4 * torch.finfo(weight.dtype).eps
+    got = shift.to(weight) if conv.bias is None else shift + conv.bias.double() * factor.to(conv.bias.device)
+    want = torch.zeros_like(got) if bias is None else bias.double()
+    gap = (got.double() - want).abs()
+    if not bool(((factor - 1).abs() <= allowed).all()) or not bool((gap <= allowed * want.abs().max()).all()):
+        raise ReparamError(f"{path} and the norm behind it in like= do not compute what was folded")
+
+
+def check_copy(name: str, into: Tensor, value: Tensor) -> None:
+    """A tensor that was copied has the numbers that it should have."""
+    wanted = value.to(into)
+    if not bool(((into == wanted) | ((into != into) & (wanted != wanted))).all()):
+        raise ReparamError(f"{name} of like= does not hold the numbers that it should")
 
 
 def _unwrapped(model: nn.Module, like: nn.Module) -> nn.Module:
@@ -203,23 +232,25 @@ def restore(collapsed: nn.Module, like: nn.Module, exact: Exact) -> nn.Module:
     collapsed = _unwrapped(collapsed, like)
     result = _copy_with_room(like, collapsed)
     have = dict(collapsed.state_dict(keep_vars=True))
+    whole = dict(have)
     norms = _norm_behind(result)
-    missing = []
+    missing, folded = [], set[str]()
     with torch.no_grad():
-        for name, tensor in result.state_dict(keep_vars=True).items():
-            path, _, leaf = name.rpartition(".")
-            owner = result.get_submodule(path)
+        state = result.state_dict(keep_vars=True)
+        for name, tensor in state.items():
+            path = name.rpartition(".")[0]
             if name in have:
                 if have[name].shape != tensor.shape:
                     raise ReparamError(
                         f"{name} has shape {tuple(have[name].shape)}, but {tuple(tensor.shape)} in like="
                     )
                 _copy(tensor, have.pop(name), exact)
-            elif isinstance(owner, _NormBase) and path in norms.values():
-                if leaf == "weight":
-                    make_identity(owner, exact)
+            elif isinstance(result.get_submodule(path), _NormBase) and path in norms.values():
+                folded.add(path)
             else:
                 missing.append(name)
+        for path in folded:
+            make_identity(result.get_submodule(path), exact)
         for conv, norm in norms.items():
             bias = have.pop(join(conv, "bias"), None)
             if bias is not None:
@@ -227,6 +258,13 @@ def restore(collapsed: nn.Module, like: nn.Module, exact: Exact) -> nn.Module:
                 if not isinstance(module.bias, Tensor):
                     raise ReparamError(f"{conv} has a bias after folding, and {norm} has no shift to take it")
                 _copy(module.bias, bias, exact)
+        for conv, norm in norms.items():
+            if norm in folded and (weight := whole.get(join(conv, "weight"))) is not None:
+                pair = result.get_submodule(conv), result.get_submodule(norm)
+                check_pair(conv, *pair, weight, whole.get(join(conv, "bias")))
+        for name in state.keys() & whole.keys():
+            if name.rpartition(".")[0] not in folded:
+                check_copy(name, state[name], whole[name])
     if missing or have:
         gone = ", ".join(missing[:3]) or "nothing"
         extra = ", ".join(list(have)[:3]) or "nothing"

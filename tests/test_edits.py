@@ -698,3 +698,67 @@ def test_a_child_that_returns_a_structure_is_read_in_parts() -> None:
     folded, report = reparam.collapse_with_report(model)
     assert len(report.folds) == 2
     assert close(folded(features()), model(features()))
+
+
+# ------------------------------------------------------------------ like=
+
+
+def _eps_ignored(restore: Any) -> None:
+    original = restore.make_identity
+
+    def wrong(norm: Any, exact: Any) -> None:
+        original(norm, exact)
+        norm.running_var.fill_(1.5)
+
+    restore.make_identity = wrong
+
+
+def _mean_kept(restore: Any) -> None:
+    original = restore.make_identity
+
+    def wrong(norm: Any, exact: Any) -> None:
+        mean = norm.running_mean.clone() + 0.5
+        original(norm, exact)
+        norm.running_mean.copy_(mean)
+
+    restore.make_identity = wrong
+
+
+def _not_copied(restore: Any) -> None:
+    restore._copy = lambda into, value, exact, number=None: None
+
+
+def _bias_reversed(restore: Any) -> None:
+    original = restore._copy
+
+    def wrong(into: Tensor, value: Tensor, exact: Any, number: Any = None) -> None:
+        original(into, value.flip(0) if value.dim() == 1 and value.numel() == WIDTH else value, exact, number)
+
+    restore._copy = wrong
+
+
+@pytest.mark.parametrize("block", ["acb", None], ids=["block by block", "by names"])
+@pytest.mark.parametrize("plant", [_eps_ignored, _mean_kept, _not_copied, _bias_reversed])
+def test_numbers_for_like_are_read_back(plant: Any, block: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is put wrongly into the architecture is found without running the network."""
+    import passes.restore
+
+    plain = lively(nn.Sequential(ConvBN(), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 1)))
+    trained = reparam.expand(plain, block).eval() if block else plain
+    randomised = lively(trained, seed=2)
+    for name in ("make_identity", "_copy"):
+        monkeypatch.setattr(passes.restore, name, getattr(passes.restore, name))
+    if block is None:
+        monkeypatch.setattr(passes.restore, "restore_blocks", lambda *_, **__: None)
+    assert close(reparam.collapse(randomised, like=plain, verify=False)(features()), randomised(features()))
+    plant(passes.restore)
+    with pytest.raises(reparam.ReparamError, match="like="):
+        reparam.collapse(randomised, like=plain, verify=False)
+
+
+def test_a_norm_without_weights_becomes_the_identity_by_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import passes.restore
+
+    plain = lively(nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, bias=True), nn.BatchNorm2d(WIDTH, affine=False), nn.ReLU()))
+    monkeypatch.setattr(passes.restore, "restore_blocks", lambda *_, **__: None)
+    assert close(reparam.collapse(plain, like=plain)(features()), plain(features()))
