@@ -215,10 +215,12 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
         if tensor.is_quantized:
             raise ReparamError(f"{name} is quantised: rewrite the model first, quantise the result")
     for name, tensor, layer in _weights(model):
+        if not tensor.is_floating_point() or all_finite(tensor):  # on the meta device, everything is
+            continue
         # Code of one's own may hold infinities on purpose, such as a mask; a layer that does is broken.
-        own = not isinstance(layer, (_ConvNd, nn.Linear, _NormBase)) and not bool(torch.isnan(tensor).any())
-        if not own and tensor.is_floating_point() and not all_finite(tensor):
-            kind = "NaN" if bool(torch.isnan(tensor).any()) else "an infinite value"
+        broken = bool(torch.isnan(tensor).any())
+        if broken or isinstance(layer, (_ConvNd, nn.Linear, _NormBase)):
+            kind = "NaN" if broken else "an infinite value"
             raise ReparamError(f"{name} holds {kind}: the model is broken before any fold; restore an older checkpoint")
 
 
