@@ -1115,3 +1115,45 @@ def test_a_parameter_for_three_dimensions_is_proven_on_three() -> None:
     assert len(explanation.folds) == 1
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     assert torch.allclose(folded(x), model(x), rtol=0, atol=TOLERANCE)
+
+
+def test_an_activation_that_all_layers_share_does_not_keep_them_from_folding() -> None:
+    """One stateless module under many names, in code that is traced and in a part of what is not."""
+    act = nn.SiLU()
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.act = conv_bn(4, 4, 3, padding=1), conv_bn(4, 4, 1), act
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.a(x) + self.b(x))
+
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(Shared(), Shared())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) if float(x.sum()) < 1e9 else x
+
+    model = lively(nn.Sequential(Shared(), Untraceable(), Shared()))
+    result = reparam.collapse(model)
+    assert layers(result).count("Conv2d 4->4 3x3") == 4
+    assert not any("1x1" in layer or "Norm" in layer for layer in layers(result))
+    assert {id(m) for m in result.modules() if isinstance(m, nn.SiLU)} == {id(result[0].act)}
+    x = random_like(IMAGE, exact=False)
+    with torch.no_grad():
+        assert_same(result(x), model(x), exact=False)
+
+
+def test_planning_on_meta_asks_no_numbers_of_parameters_outside_of_layers() -> None:
+    model = lively(
+        Net(
+            lambda m, x: m.n(m.a(x)) * m.scale,
+            a=nn.Conv2d(4, 4, 3),
+            n=nn.BatchNorm2d(4),
+            scale=nn.Parameter(torch.ones(4, 1, 1)),
+        )
+    )
+    assert len(reparam.explain(model.to("meta")).folds) == 1

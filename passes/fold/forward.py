@@ -163,9 +163,14 @@ class _Local:
     def _relative(self, target: str) -> str:
         if not self.call.path:
             return target
-        if not target.startswith(self.call.path + "."):
+        if target.startswith(self.call.path + "."):
+            return target[len(self.call.path) + 1 :]
+        # A module that is shared (one activation for all layers) is traced by the first of its names.
+        shared = next((m for name, m in self.layout.flow.unit.root.named_modules() if name == target), None)
+        own = next((name for name, m in self.call.module._modules.items() if m is shared and m is not None), None)
+        if own is None:
             raise RefusalError(Reason.CODE, f"{self.call.path} uses {target}, which stands elsewhere in the model")
-        return target[len(self.call.path) + 1 :]
+        return own
 
     def _calls_with(self, dead: set[fx.Node]) -> set[Call]:
         return {c for n in dead for c in call_of(n).chain()}
