@@ -11,7 +11,7 @@ import io
 import types
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -697,6 +697,23 @@ def test_a_child_that_returns_a_structure_is_read_in_parts() -> None:
     model = lively(Takes())
     folded, report = reparam.collapse_with_report(model)
     assert len(report.folds) == 2
+    assert close(folded(features()), model(features()))
+
+
+class LooksUp(nn.Module):
+    """Fails on a proxy with an error whose message shows an attribute of it, as einops' layers do."""
+
+    table: ClassVar = {3: 2, 4: 3}
+
+    def forward(self, x: Tensor) -> Any:
+        return x.flatten(self.table[x.ndim])
+
+
+def test_a_layer_that_looks_something_up_is_no_error() -> None:
+    model = lively(nn.Sequential(ConvBN(), LooksUp(), nn.Linear(12, 3)))
+    folded, report = reparam.collapse_with_report(model)
+    assert len(report.folds) == 1
+    assert len(reparam.explain(model).folds) == 1
     assert close(folded(features()), model(features()))
 
 

@@ -245,11 +245,12 @@ class _Tracer(fx.Tracer):
             return out
         # Any exception at all may come out of user code that runs on proxies; the module becomes a leaf.
         except Exception as error:
+            why = _why(error)  # a message that shows a proxy makes a node of it, to be rolled back too
             self._roll_back(last)
             del self.calls[count:]
             for inside in [p for p in self.opaque if p.startswith(path + ".")]:
                 del self.opaque[inside]
-            self.opaque[path] = Refusal(Reason.UNTRACEABLE, _why(error))
+            self.opaque[path] = Refusal(Reason.UNTRACEABLE, why)
         finally:
             assert call.parent is not None
             self.current = call.parent
