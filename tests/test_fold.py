@@ -361,8 +361,8 @@ def old_weight_norm(layer: nn.Module) -> nn.Module:
     Case("do-conv", lambda: DOConv(4, 6, padding=1), IMAGE, "Conv2d 4->6 3x3"),
     Case("do-conv-grouped", lambda: DOConv(4, 6, groups=2, stride=2), IMAGE, "Conv2d 4->6 3x3 s2 g2"),
     Case("orepa", lambda: OREPA(4), IMAGE, "Conv2d 4->4 3x3", norm=True),
-    Case("identity-plus-weight", lambda: IdentityBased1x1(4), IMAGE, "Conv2d 4->4 1x1"),
-    Case("identity-plus-weight-grouped", lambda: IdentityBased1x1(4, groups=2), IMAGE, "Conv2d 4->4 1x1 g2"),
+    Case("identity-plus-weight", lambda: IdentityBased1x1(4), IMAGE, "IdentityBased1x1 4->4 1x1"),
+    Case("identity-plus-weight-grouped", lambda: IdentityBased1x1(4, groups=2), IMAGE, "IdentityBased1x1 4->4 1x1 g2"),
     Case(
         "standardised",
         lambda: nn.Sequential(WSConv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)),

@@ -22,6 +22,10 @@ import reparam
 from passes.algebra.conv_form import ConvForm
 from passes.algebra.geometry import Geometry
 from passes.algebra.opaque import OpaqueForm
+from passes.edits.apply import apply
+from passes.edits.edit import Fill
+from passes.edits.errors import EditError
+from passes.edits.text import from_text, to_text
 from passes.fold.aliasing import Memory
 from passes.fold.candidates import Candidate
 from passes.fold.placement import Layout, Placement, place
@@ -407,6 +411,46 @@ def test_a_convolution_that_holds_its_pad_becomes_stock_layers(pads: tuple[int, 
     assert close(plain(images()), model(images()))
     assert all(type(m).__module__.startswith("torch.nn.modules") for m in plain.modules())
     assert report.before.convs == report.after.convs == 1
+
+
+class NormConv(nn.Conv2d):
+    """As detectron2's: a convolution with its norm and its activation."""
+
+    def __init__(self, *args: int, act: nn.Module | None = None) -> None:
+        super().__init__(*args, padding=1, bias=False)
+        self.norm, self.act = nn.BatchNorm2d(self.out_channels), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups))
+        return F.relu(y) if self.act is None else self.act(y)
+
+
+@pytest.mark.parametrize("act", [None, nn.SiLU()], ids=["function", "module"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+def test_a_convolution_that_normalises_keeps_its_weight_where_it_was(act: nn.Module | None, inplace: bool) -> None:
+    model = ready(nn.Sequential(NormConv(3, WIDTH, 3, act=act), NormConv(WIDTH, 4, 3)))
+    wanted = model(images())
+    plain, report = collapse_with_report(model, inplace=inplace)
+    assert list(plain.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert report.before.convs == report.after.convs == 2
+    assert report.after.norms == 0
+    assert [fold.where for fold in report.folds] == ["0", "1"]
+    assert isinstance(plain[0], NormConv)
+    assert "BatchNorm" not in repr(plain)
+    assert close(plain(images()), wanted)
+    assert close(copy.deepcopy(plain)(images()), wanted)
+    assert collapse_with_report(plain)[1].folds == []
+
+
+def test_filling_a_convolution_is_written_and_read_again() -> None:
+    model = ready(nn.Sequential(NormConv(3, WIDTH, 3)))
+    plain, report = collapse_with_report(model)
+    again = copy.deepcopy(model)
+    apply(again, from_text(to_text(report.edits)))
+    again.load_state_dict(plain.state_dict(), assign=True)
+    assert close(again(images()), model(images()))
+    with pytest.raises(EditError, match="no such convolution"):
+        apply(nn.Sequential(nn.Linear(2, 2)), [edit for edit in report.edits if isinstance(edit, Fill)])
 
 
 # ------------------------------------------------------------------ what a layer does, not what it said once

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from passes.edits.edit import Add, Block, Clear, Delete, Edit, Remove, Replace, Rewrite
+from passes.algebra.geometry import CONVS
+from passes.edits.edit import Add, Block, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite
 from passes.edits.errors import EditError
 from passes.edits.holders import Holder, holders, substituted
+from passes.edits.layer import GEOMETRY
 from passes.edits.rewritten import Remainder, rewrite
 from passes.graph.attributes import carry_attributes
 
@@ -96,6 +98,8 @@ class _Editor:
                     raise EditError(f"{edit}: the name is taken")
                 self.undo.touch(owner)
                 owner._modules[name] = self._layer(edit)
+            case Fill():
+                self._fill(edit)
             case Delete():
                 owner, name = self._owner(edit.path)
                 self._module(edit.path)
@@ -109,7 +113,7 @@ class _Editor:
                 self.undo.touch(module)
                 rewrite(module, edit.program, edit.method, edit.folded)
 
-    def _layer(self, edit: Replace | Add | Block) -> nn.Module:
+    def _layer(self, edit: Replace | Add | Fill | Block) -> nn.Module:
         given = self.layers.get(edit.path)
         if given is not None:
             return given
@@ -130,6 +134,14 @@ class _Editor:
             value = vars(holder.owner)[holder.name]
             vars(holder.owner)[holder.name] = substituted(value, old, new)
             self.holders.setdefault(id(new), []).append(holder)
+
+    def _fill(self, edit: Fill) -> None:
+        module, layer = self._module(edit.path), self._layer(edit)
+        if type(layer) not in CONVS or not isinstance(module, type(layer)):
+            raise EditError(f"{edit}: it is no such convolution")
+        self.undo.touch(module)
+        vars(module).update({name: value for name, value in vars(layer).items() if name in GEOMETRY})
+        module._parameters.update(layer._parameters)
 
     def _clear(self, edit: Clear) -> None:
         owner, name = self._owner(edit.path)

@@ -15,7 +15,7 @@ from torch import nn
 from passes.edits.layer import Layer
 from passes.edits.program import Program, check_name
 
-__all__ = ["Add", "Block", "Clear", "Delete", "Edit", "Remove", "Replace", "Rewrite", "made_by", "remember"]
+__all__ = ["Add", "Block", "Clear", "Delete", "Edit", "Fill", "Remove", "Replace", "Rewrite", "made_by", "remember"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,17 @@ class Add:
 
     def __str__(self) -> str:
         return f"add {self.path}: {self.layer}"
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Give a convolution of a class of its own the numbers and the geometry of a stock one, for a new forward."""
+
+    path: str
+    layer: Layer
+
+    def __str__(self) -> str:
+        return f"fill {self.path} with {self.layer}"
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ class Block:
         return f"replace {self.path} by the block {self.block}" + (f"({options})" if options else "")
 
 
-Edit = Replace | Remove | Add | Delete | Clear | Rewrite | Block
+Edit = Replace | Remove | Add | Fill | Delete | Clear | Rewrite | Block
 
 
 def made_by(model: nn.Module) -> tuple[Edit, ...] | None:

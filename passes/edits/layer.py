@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from passes.algebra.geometry import CONVS, PADS
 from passes.edits.errors import EditError
 
-__all__ = ["Layer", "describe"]
+__all__ = ["GEOMETRY", "Layer", "describe"]
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _TRANSPOSED = (*_CONV[:5], "output_padding", *_CONV[5:])
@@ -32,6 +32,8 @@ _KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _OPTIONS}
 _WEIGHTED = tuple(kind for kind in _OPTIONS if issubclass(kind, (nn.Linear, _ConvNd)))
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _LARGEST = 2**31
+GEOMETRY = frozenset({*_CONV, "_reversed_padding_repeated_twice"})
+"""Attributes of a convolution that say where its windows lie."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.edits.edit import Add, Clear, Delete, Edit, Remove, Replace, Rewrite
+from passes.algebra.geometry import CONVS
+from passes.edits.edit import Add, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite
 from passes.edits.layer import Layer, describe
 from passes.edits.program import Program, Value
 from passes.fold.candidates import Candidate
@@ -107,26 +109,43 @@ class _Writer:
         uses = list(_uses(self.layout, call, dead))
         kept, notes = self._kept(call, dead, "forward" if method is None else method.name)
         names: dict[Candidate, str] = {}
+        filled: Any = None  # the layer whose numbers the module itself takes
         for change, region in changes:
             if change.layer:
                 # A child that is written out stays as a holder only while something in it is still in use.
                 alive = any(_below(used, change.call.path) and n not in dead for used, n in uses)
                 holder = change.call if alive else call
+                if filled is None and holder is call and self._fits(call, region, dead, uses, kept):
+                    filled, names[region] = self.layers[region], call.path
+                    continue
                 local = _layer_name(self.layout, holder, region, dead, {*names.values(), *kept}, uses)
                 names[region] = join(holder.path, local)
-        program = new_forward(self.layout, call, changes, names, dead, method)
+        program = new_forward(self.layout, call, changes, names, dead, method, filled)
         for region, name in names.items():
             full = join(self.unit.path, name)
-            kind = Replace if name in self.paths else Add
+            own = filled is self.layers[region]
+            kind = Fill if own else Replace if name in self.paths else Add
             self._place(full, region, kind(full, self._description(region)))
         path = join(self.unit.path, call.path)
         if isinstance(call.module, (_BatchNorm, _ConvNd)) and not names:
             self.done.edits.append(_remainder(path, program))
             return
-        self._clean(call, dead, uses, {*names.values(), *kept})
+        taken = {join(call.path, name) for name in ("weight", "bias")} if filled is not None else set()
+        self._clean(call, dead, uses, {*names.values(), *kept, *taken} - {call.path})
         folded = tuple(sorted({name for n in dead if (name := _child_of(n, call))}))
         self.done.edits.append(Rewrite(path, program, "forward" if method is None else method.name, folded))
         self.done.notes.extend(notes)
+
+    def _fits(self, call: Call, region: Candidate, dead: set[fx.Node], uses: Uses, kept: set[str]) -> bool:
+        """Whether a convolution of a class of its own can hold the folded numbers itself, where its own were."""
+        module, layer = call.module, self.layers[region]
+        if type(layer) not in CONVS or not isinstance(module, type(layer)) or layer.padding_mode != "zeros":
+            return False
+        own = {join(call.path, name) for name in ("weight", "bias")}
+        plain = isinstance(module._parameters.get("weight"), Tensor) and "bias" in module._parameters
+        alone = not own & kept and all(n in dead for used, n in uses if used in own)
+        asked = self.layout.reads_numbers(call.path) or self.layout.misled(module, region.form)
+        return plain and alone and not asked
 
     def _kept(self, call: Call, dead: set[fx.Node], rewritten: str) -> tuple[set[str], list[str]]:
         """Paths of children and tensors that other methods than the rewritten one use, and notes that say so."""

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from passes.edits.program import Argument, Program
 from passes.fold.candidates import Candidate
@@ -27,14 +29,16 @@ def new_forward(
     names: dict[Candidate, str],
     dead: set[fx.Node],
     method: MethodCall | None = None,
+    filled: _ConvNd | None = None,
 ) -> Program:
     """The forward of ``call``'s module after ``changes``, its paths relative to that module, or another of its methods.
 
-    ``names`` are the paths of the folded layers, ``dead`` the traced nodes that vanish. Refuses with ``CODE`` if the
-    forward uses a module or weight that stands elsewhere.
+    ``names`` are the paths of the folded layers, ``dead`` the traced nodes that vanish, ``filled`` is the folded layer
+    whose numbers the module itself takes: that fold has the module's own path. Refuses with ``CODE`` if the forward
+    uses a module or weight that stands elsewhere.
     """
     try:
-        return _Local(layout, call, changes, names, dead, method).build()
+        return _Local(layout, call, changes, names, dead, method, filled).build()
     except KeyError as missing:
         where = call.path or type(call.module).__name__
         raise RefusalError(Reason.CODE, f"{missing} is not at hand in the forward of {where}") from missing
@@ -51,7 +55,9 @@ class _Local:
         names: dict[Candidate, str],
         dead: set[fx.Node],
         method: MethodCall | None,
+        filled: _ConvNd | None,
     ) -> None:
+        self.filled = filled
         self.layout, self.call, self.names, self.dead = layout, call, names, dead
         self.body: Call | MethodCall = call if method is None else method
         self.function = getattr(call.module, "forward" if method is None else method.name)
@@ -120,9 +126,20 @@ class _Local:
         self.env[node] = new
 
     def _fold(self, source: fx.Node, region: Candidate) -> None:
-        new = self.graph.call_module(self._relative(self.names[region]), (self._value(source),))
+        if self.filled is not None and self.names[region] == self.call.path:
+            new = self._convolve(self.filled, self._value(source))
+        else:
+            new = self.graph.call_module(self._relative(self.names[region]), (self._value(source),))
         for node in region.dying:  # whoever still asks for their shape asks the result
             self.env[node] = new
+
+    def _convolve(self, layer: _ConvNd, x: fx.Node) -> fx.Node:
+        """The module's own weight and bias, used as the folded layer would use them."""
+        weight = self.graph.get_attr("weight")
+        bias = None if layer.bias is None else self.graph.get_attr("bias")
+        function = (F.conv1d, F.conv2d, F.conv3d)[len(layer.kernel_size) - 1]
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return self.graph.call_function(function, (x, weight, bias, *geometry))
 
     def _call(self, call: Call) -> None:
         target = self._relative(call.path)
