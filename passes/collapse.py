@@ -191,7 +191,7 @@ def explain_model(model: nn.Module, example: Example | None = None) -> Explanati
     with kept_modes(model, training=None):
         if model.training:
             evaluate(model)
-        units = _traced(model, explanation)
+        units = _traced(model, explanation, example)
         ranks = _ranks(model, units, example)
         for unit in units:
             _compile_unit(model, unit, ranks.get(unit, []), explanation, None, Ledger(prove=False))
@@ -251,7 +251,7 @@ def _compile(
     while True:
         before, shared = len(explanation.folds), False
         explanation.refusals.clear()
-        units = _traced(model, explanation)
+        units = _traced(model, explanation, example)
         ranks = _ranks(model, units, example)
         for unit in units:
             if all(unit.root is not m for m in model.modules()):
@@ -394,9 +394,9 @@ def _edited(layout: Layout, folds: list[Fold]) -> tuple[Edited, dict[Candidate, 
         return Edited(), {fold.candidate: error.refusal for fold in rewriting}
 
 
-def _traced(model: nn.Module, explanation: Explanation) -> list[Unit]:
+def _traced(model: nn.Module, explanation: Explanation, example: Example | None) -> list[Unit]:
     with _clock(explanation, "trace"):
-        units, explanation.untraced = trace_units(model)
+        units, explanation.untraced = trace_units(model, None if example is None else example.args)
     return units
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-__all__ = ["Reason", "Refusal", "RefusalError", "ReparamError"]
+__all__ = ["PROBED", "UNREAD", "Reason", "Refusal", "RefusalError", "ReparamError"]
 
 
 class ReparamError(ValueError):
@@ -42,6 +42,12 @@ class Reason(Enum):
     CODE = "the surrounding code cannot be rewritten"
     NOT_A_CONVOLUTION = "probed: does not act as a convolution"
     UNTRACEABLE = "cannot be traced"
+    QUESTION = "asks a value for what a trace cannot know"
+    INPUT_TYPE = "asks for the type of its input, which may be anything"
+    STATE = "keeps something between calls"
+    RANDOM = "draws from a random generator that is not torch's"
+    EFFECT = "its forward does more than compute its result"
+    CONTEXT = "its forward enters a context"
     NO_CONVOLUTION = "no convolution or linear layer directly before it"
     BLOCK = "the block does not apply to this convolution"
     NOT_SELECTED = "not selected"
@@ -55,6 +61,13 @@ class Reason(Enum):
     DIFFERS = "with its block the network computes something else"
     NOT_FINITE = "the result is not finite"
     TAKEN_BACK = "taken back: it does not hold"
+
+
+UNREAD = frozenset((Reason.UNTRACEABLE, Reason.QUESTION, Reason.INPUT_TYPE, Reason.STATE, Reason.RANDOM, Reason.EFFECT))
+"""Why a module's forward was not read; what is inside it is compiled on its own."""
+
+PROBED = UNREAD - {Reason.STATE, Reason.RANDOM}
+"""Of these, what may act as a convolution all the same: the same call gives the same result."""
 
 
 @dataclass(frozen=True)

@@ -448,10 +448,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str, Reason, str]] = {
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose2d(8, 8, 3)), "0", Reason.BLOCK, "transposed convolution",
     ),
-    "untraceable caller": (lambda: Calls(depends, conv=conv3()), "conv", Reason.UNTRACEABLE, "inside the model"),
+    "untraceable caller": (lambda: Calls(depends, conv=conv3()), "conv", Reason.QUESTION, "inside the model"),
     "untraceable caller inside": (
         lambda: Calls(lambda m, x: m.head(x), head=Calls(depends, conv=conv3())),
-        "head.conv", Reason.UNTRACEABLE, "inside head, cannot be traced: TypeError",
+        "head.conv", Reason.QUESTION, "inside head, asks for the number of a value",
     ),
     "nothing calls it": (
         lambda: Calls(lambda m, x: m.used(x), used=conv3(), idle=conv3()), "idle", Reason.NEVER_CALLED, "nothing calls",

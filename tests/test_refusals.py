@@ -350,7 +350,7 @@ class Branching(nn.Module):
 
 def test_untraceable_module_is_left_alone() -> None:
     model = nn.Sequential(conv_bn(4, 4, 3, padding=1), nn.Sigmoid(), Branching())
-    report = assert_refused(model, Reason.UNTRACEABLE)
+    report = assert_refused(model, Reason.QUESTION)
     assert [r.layer for r in report.untraced] == ["2"]
     assert len(report.folds) == 1
 

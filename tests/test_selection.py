@@ -131,7 +131,7 @@ def test_nothing_is_traced_again_for_a_fold_that_fails(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         passes.collapse,
         "trace_units",
-        lambda model: traced.append(model) or trace_units(model),  # type: ignore[func-returns-value]
+        lambda model, inputs: traced.append(model) or trace_units(model, inputs),  # type: ignore[func-returns-value]
     )
     emit, planted = passes.fold.folds.emit, []
 

@@ -55,9 +55,12 @@ class Memory:
                 values = memory.members[base]
                 if any(value.op in ("placeholder", "get_attr") for value in values):
                     return self._say(change, "changes a tensor that its caller holds")
-                for value in values:
+                new = {result}  # what is made from the result is made from the fold's new tensor
+                for value in sorted(values):
+                    if order[value] > order[result] and new.intersection(value.all_input_nodes):
+                        new.add(value)
                     seen = any(u not in dying and order[u] > order[change] for u in self.readers[value])
-                    if seen and value is not result:
+                    if seen and value not in new:
                         return self._say(change, "changes a tensor that is read again later")
         # Rule 3: the fold's result is a new tensor, so a later change no longer reaches the old one.
         older = [v for v in memory.sharing(result) if v not in dying and order[v] < order[result]]

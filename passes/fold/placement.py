@@ -114,7 +114,8 @@ def _substitute(layout: Layout, region: Candidate, call: Call, step: Step, place
         placement.slots.update(trial.slots)
         placement.rewrites += trial.rewrites
         return
-    if _is_whole(layout, region, call, step.old) and call.args == (step.source,) and not call.kwargs:
+    fixed = call in layout.flow.unit.fixed
+    if not fixed and _is_whole(layout, region, call, step.old) and call.args == (step.source,) and not call.kwargs:
         outer = call.parent is None and layout.flow.unit.path != "" and layout.registered[id(call.module)] == 1
         inner = call.parent is not None and layout.replaceable(call.module, call.path, call.parent)
         told = step.layer and layout.misled(call.module, region.form)
@@ -142,8 +143,7 @@ def _with_tail(layout: Layout, region: Candidate, call: Call, step: Step, trial:
 
 def _check_rewritable(layout: Layout, call: Call) -> None:
     where = call.path or type(call.module).__name__
-    fixed = getattr(layout.flow.unit, "fixed", {}).get(call)
-    if fixed is not None:
+    if (fixed := layout.flow.unit.fixed.get(call)) is not None:
         raise RefusalError(fixed.reason, f"{fixed.message}, so the forward of {where} stays as it is")
     if not layout.rewritable(call):
         raise RefusalError(Reason.CODE, f"{where} is called more than once, so its forward cannot be rewritten")

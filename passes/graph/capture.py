@@ -1,52 +1,48 @@
-"""Hierarchical tracing: any model becomes a list of units, each a maximal part that torch.fx can read.
+"""Hierarchical capture: any model becomes a list of units, each a maximal part whose forward can be read.
 
 A unit is one flat graph whose nodes remember the module call they were made in, so that regions may cross module
-boundaries and surgery can still edit the smallest module. When a module's forward cannot be traced, that module
-becomes an opaque leaf, tracing goes on around it, and its children become units of their own. Modules that eval never
-runs (auxiliary heads) are units too, so that no block is left behind.
+boundaries and edits can still change the smallest module. A module whose forward cannot be read
+(:mod:`passes.graph.tracer`) becomes an opaque leaf, tracing goes on around it, and its children become units of their
+own. Modules that eval never runs (auxiliary heads) are units too, so that no block is left behind.
 
-Tracing leaves no mark: attributes that a forward sets (cached attention biases) and the random state are restored.
+A forward that does something beside its graph is traced twice, the second time from the state that the first has left:
+if the graphs differ, it keeps something between calls, and no single graph says what it does.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.proxy import ParameterProxy
+from torch import fx, nn
 
-from passes.graph.methods import MethodCall, noting_methods
-from passes.refusal import Reason, Refusal
+from passes.graph.marks import Snapshot, no_mark
+from passes.graph.tracer import (
+    Call,
+    NotCapturedError,
+    Tracer,
+    draws,
+    has_hooks,
+    inherits_forward,
+    is_based_on_layer,
+    refusal_of,
+)  # fmt: skip
+from passes.refusal import UNREAD, Reason, Refusal
 
-__all__ = ["Call", "Unit", "call_of", "has_hooks", "inherits_forward", "join", "retrace", "trace_units"]
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a module that was traced through: who was called, with what, and what came back."""
-
-    path: str
-    module: nn.Module
-    parent: Call | None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
-    methods: list[MethodCall] = field(default_factory=list)
-
-    def chain(self) -> Iterator[Call]:
-        """This call and those around it, innermost first."""
-        call: Call | None = self
-        while call is not None:
-            yield call
-            call = call.parent
+__all__ = [
+    "Call",
+    "Unit",
+    "call_of",
+    "has_hooks",
+    "inherits_forward",
+    "join",
+    "trace_units",
+    "trace_variant",
+]
 
 
 @dataclass(eq=False)
@@ -63,6 +59,10 @@ class Unit:
     """ids of modules that opaque code reaches as well: they must stay as they are."""
     read: set[str]
     """Tensors that the traced code reads itself, used or not; the modules that hold them must stay as they are."""
+    fixed: dict[Call, Refusal] = field(default_factory=dict)
+    """Calls whose forward must keep its code, since it does more than its graph says."""
+    conditions: tuple[str, ...] = ()
+    """Answers that the traced code was given, which hold for the sizes that were tried."""
 
     def attribute(self, target: str) -> Any:
         """What a ``get_attr`` node reads."""
@@ -99,23 +99,23 @@ def join(*parts: str) -> str:
     return ".".join(p for p in parts if p)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether user code runs around this module's forward or backward; torch's own weight_norm is none."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for name in names for hook in getattr(module, name, {}).values()]
-    return not all(hasattr(hook, "compute_weight") for hook in hooks)
-
-
-def trace_units(model: nn.Module) -> tuple[list[Unit], list[Refusal]]:
+def trace_units(
+    model: nn.Module, inputs: tuple[Any, ...] | None = None, *, numbers: bool = True
+) -> tuple[list[Unit], list[Refusal]]:
     """All units of ``model``, outermost first, and what could not be traced.
 
-    The model must be in eval mode. Nothing about it is changed.
+    The model must be in the mode that is wanted. Nothing about it is changed.
+
+    Args:
+        model: any module.
+        inputs: example inputs of the whole model, which help to answer questions about shapes.
+        numbers: whether the numbers of parameters may decide which way the code goes; not while training.
     """
     units: list[Unit] = []
     untraced: list[Refusal] = []
     seen: set[int] = set()
     queue: list[tuple[str, nn.Module]] = [("", model)]
-    with _no_mark(model):
+    with no_mark(model) as snapshot:
         while queue:
             path, module = queue.pop(0)
             if id(module) in seen or not _worth_tracing(module):
@@ -125,182 +125,126 @@ def trace_units(model: nn.Module) -> tuple[list[Unit], list[Refusal]]:
                 queue += _children(path, module)
                 continue
             try:
-                unit = _trace_unit(path, module)
+                unit = _trace_unit(path, module, snapshot, None if path else inputs, numbers)
             # Any exception at all may come out of user code that runs on proxies; it becomes a refusal.
             except Exception as error:
-                untraced.append(Refusal(Reason.UNTRACEABLE, _why(error), path))
+                untraced.append(replace(refusal_of(error), layer=path))
                 queue += _children(path, module)
                 continue
+            finally:
+                snapshot.restore()
             units.append(unit)
             untraced += [refusal.at(join(path, at)) for at, refusal in unit.opaque.items()]
             queue += _remaining(unit)
     return units, untraced
 
 
-def retrace(unit: Unit) -> Unit:
-    """A fresh graph of the same unit."""
-    with _no_mark(unit.root):
-        return _trace_unit(unit.path, unit.root)
+def trace_variant(unit: Unit, given: Mapping[str, Any]) -> Unit:
+    """The same unit called with other values for its optional arguments; ``...`` stands for one that a caller makes.
+
+    Raises whatever the forward raises on proxies.
+    """
+    with no_mark(unit.root) as snapshot:
+        return _trace_unit(unit.path, unit.root, snapshot, None, True, dict(given))
 
 
-def _trace_unit(path: str, root: nn.Module) -> Unit:
-    tracer = _Tracer(root, set())
-    graph = tracer.trace(root)
-    counts = Counter(id(call.module) for call in tracer.calls)
-    shared = {
-        id(c.module) for c in tracer.calls if counts[id(c.module)] > 1 and next(c.module.parameters(), None) is not None
-    }
-    if shared:
+def _trace_unit(
+    path: str,
+    root: nn.Module,
+    snapshot: Snapshot,
+    inputs: tuple[Any, ...] | None,
+    numbers: bool,
+    given: dict[str, Any] | None = None,
+) -> Unit:
+    leaves: dict[int, Refusal] = {}
+    careful = False
+    while True:
+        before = torch.get_rng_state(), draws()
+        tracer = Tracer(root, leaves, inputs=inputs, given=given, numbers=numbers, careful=careful)
+        graph = tracer.trace()
+        drawn = not torch.equal(before[0], torch.get_rng_state()) or draws() != before[1]
+        if drawn and not careful:  # who draws is found by looking after each call
+            careful = True
+            snapshot.restore()
+            continue
+        found = _called_twice(tracer)
+        if not found and (tracer.fixed or next(snapshot.filled(), None) is not None):
+            found = _states(root, tracer, graph, snapshot, leaves, inputs, numbers, given)
+        if not found:
+            break
         # A container with weights that is called twice is compiled once, as a unit of its own.
-        tracer = _Tracer(root, shared)
-        graph = tracer.trace(root)
-    own = set(tracer.names.values())
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    constants = {target: _resolve(root, target) for target in read - own}
-    leaves = [root.get_submodule(at) for at in tracer.opaque]
-    pinned = {id(inner) for leaf in leaves for inner in leaf.modules() if inner is not leaf}
-    return Unit(path, root, graph, tracer.calls, constants, tracer.opaque, pinned, tracer.read)
+        leaves |= found
+        snapshot.restore()
+    targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    constants = {t: tracer._attribute(t) for t in targets - set(tracer.names.values())}
+    reached = [root.get_submodule(at) for at in tracer.opaque]
+    pinned = {id(inner) for leaf in reached for inner in leaf.modules() if inner is not leaf} | tracer.pinned
+    stateful = {id(m) for m in root.modules() if next(iter(m.state_dict()), None) is not None}
+    return Unit(
+        path, root, graph, tracer.calls, constants, tracer.opaque, pinned & stateful, tracer.read_names,
+        tracer.fixed, tuple(tracer.conditions),
+    )  # fmt: skip
 
 
-class _Tracer(fx.Tracer):
-    """Records module calls, survives failing modules, and reads parameters in constant time."""
+def _called_twice(tracer: Tracer) -> dict[int, Refusal]:
+    counts = Counter(id(call.module) for call in tracer.calls)
+    told = Refusal(Reason.SHARED, "compiled on its own: it is called more than once")
+    return {
+        id(c.module): told
+        for c in tracer.calls
+        if counts[id(c.module)] > 1 and next(c.module.parameters(), None) is not None
+    }
 
-    proxy_buffer_attributes = True
 
-    def __init__(self, root: nn.Module, leaves: set[int]) -> None:
-        functions = _library_leaves("get_notrace_functions")
-        super().__init__(autowrap_functions=tuple(f for f in functions if callable(f)), param_shapes_constant=True)
-        self.leaves = leaves
-        self.leaf_types = tuple(t for t in _library_leaves("get_notrace_modules") if isinstance(t, type))
-        self.names = {id(t): name for name, t in [*root.named_buffers(), *root.named_parameters()]}
-        self.current = Call("", root, None)
-        self.calls: list[Call] = [self.current]
-        self.opaque: dict[str, Refusal] = {}
-        self.read: set[str] = set()
+def _states(
+    root: nn.Module,
+    first: Tracer,
+    graph: fx.Graph,
+    snapshot: Snapshot,
+    leaves: dict[int, Refusal],
+    inputs: tuple[Any, ...] | None,
+    numbers: bool,
+    given: dict[str, Any] | None,
+) -> dict[int, Refusal]:
+    """Modules that another call finds in another state, by a second trace from what the first has left behind."""
+    filled = {id(module): name for module, name in snapshot.filled()}
+    for call in first.calls:
+        if id(call.module) in filled:
+            told = Refusal(Reason.EFFECT, f"its forward fills {filled[id(call.module)]}")
+            first.fixed.setdefault(call, told)
+    second = Tracer(root, leaves, inputs=inputs, given=given, numbers=numbers)
+    other = second.trace()
+    found = {id(root.get_submodule(at)): why for at, why in second.opaque.items() if at not in first.opaque}
+    if not found and (node := _first_difference(graph, other)) is not None:
+        call = next((c for c in call_of(node).chain() if c in first.fixed), call_of(node))
+        found[id(call.module)] = Refusal(Reason.STATE, "a second call does something else than the first")
+    if id(root) in found:
+        raise NotCapturedError(found[id(root)].reason, found[id(root)].message)
+    return found
 
-    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with noting_methods(root, self.current.methods, lambda: self.graph):
-            graph = super().trace(root, concrete_args)
-        for node in reversed(graph.nodes):
-            if node.op == "get_attr" and not node.users:  # read only to ask whether it is there
-                graph.erase_node(node)
-        outer = self.calls[0]
-        outer.output = next(iter(reversed(graph.nodes))).args[0]
-        return graph
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Placeholders for the arguments a caller must give; the others keep their defaults."""
-        if "forward" in self.root.__dict__:  # replaced on the instance
-            forward = self.root.forward
-            root_fn = lambda _, *args: forward(*args)  # noqa: E731
-            parameters = list(inspect.signature(forward).parameters.values())
+def _first_difference(graph: fx.Graph, other: fx.Graph) -> fx.Node | None:
+    """The first node of ``graph`` that computes something else in ``other``."""
+    for (node, a), (_, b) in zip_longest(_steps(graph), _steps(other), fillvalue=(None, "")):
+        if a != b:
+            return node or next(iter(reversed(graph.nodes)))
+    return None
+
+
+def _steps(graph: fx.Graph) -> list[tuple[fx.Node | None, str]]:
+    """What each node that depends on an input computes, in order; constants may be computed anywhere."""
+    names: dict[fx.Node, str] = {}
+    constant: set[fx.Node] = set()
+    steps: list[tuple[fx.Node | None, str]] = []
+    for node in graph.nodes:
+        does = f"{node.op} {node.target} {fx.map_arg((node.args, node.kwargs), names.__getitem__)}"
+        if node.op == "get_attr" or (node.all_input_nodes and constant.issuperset(node.all_input_nodes)):
+            constant.add(node)
+            names[node] = f"constant {hash(does)}"
         else:
-            parameters = list(inspect.signature(root_fn).parameters.values())[1:]
-        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        wanted = [p for p in positional if p.default is p.empty] or positional[:1]
-        proxies = [self.create_proxy("placeholder", p.name, (), {}) for p in wanted]
-        self.current.args = tuple(p.node for p in proxies)
-        return root_fn, [self.root, *proxies]
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        node.meta["call"] = self.current
-        return node
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if isinstance(attr_val, Tensor) and id(attr_val) in self.names:
-            self.read.add(self.names[id(attr_val)])
-            node = self.create_node("get_attr", self.names[id(attr_val)], (), {})
-            if isinstance(attr_val, nn.Parameter):
-                return ParameterProxy(self, node, self.names[id(attr_val)], attr_val)
-            return self.proxy(node)
-        return attr_val
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if id(m) in self.leaves or has_hooks(m) or isinstance(m, torch.jit.ScriptModule):
-            return True
-        if isinstance(m, self.leaf_types) and not isinstance(m, _BASES):
-            return True  # a norm that activates or a conv that standardises its weight is read through
-        return super().is_leaf_module(m, module_qualified_name) or inherits_forward(m)
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        path = self.path_of_module(m)
-        if self.is_leaf_module(m, path):
-            plain = super().is_leaf_module(m, path) or inherits_forward(m)
-            if not plain or has_hooks(m):
-                reason = Reason.HOOK if has_hooks(m) else Reason.SHARED if id(m) in self.leaves else Reason.UNTRACEABLE
-                message = reason.value if plain else "compiled on its own: " + _LEAF[reason]
-                self.opaque[path] = Refusal(reason, message)
-            return self.create_proxy("call_module", path, args, kwargs)
-        last = next(iter(reversed(self.graph.nodes)), None)
-        count = len(self.calls)
-        given: Any = self.create_arg(args), self.create_arg(kwargs)
-        call = Call(path, m, self.current, *given)
-        self.calls.append(call)
-        self.current = call
-        try:
-            with noting_methods(m, call.methods, lambda: self.graph):
-                out = m.forward(*args, **kwargs)
-            call.output = self.create_arg(out)
-            return out
-        # Any exception at all may come out of user code that runs on proxies; the module becomes a leaf.
-        except Exception as error:
-            why = _why(error)  # a message that shows a proxy makes a node of it, to be rolled back too
-            self._roll_back(last)
-            del self.calls[count:]
-            for inside in [p for p in self.opaque if p.startswith(path + ".")]:
-                del self.opaque[inside]
-            self.opaque[path] = Refusal(Reason.UNTRACEABLE, why)
-        finally:
-            assert call.parent is not None
-            self.current = call.parent
-        return self.create_proxy("call_module", path, args, kwargs)
-
-    def _roll_back(self, last: fx.Node | None) -> None:
-        while (node := next(iter(reversed(self.graph.nodes)), None)) is not last:
-            assert node is not None
-            self.graph.erase_node(node)
-
-
-_LEAF = {
-    Reason.HOOK: "it has a hook",
-    Reason.SHARED: "it is called more than once",
-    Reason.UNTRACEABLE: "its library says that it cannot be traced",
-}
-
-_BASES = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-)
-
-
-def inherits_forward(module: nn.Module) -> bool:
-    """Whether a subclass of a torch layer computes just what that layer computes."""
-    for base in _BASES:
-        if isinstance(module, base) and "forward" not in module.__dict__:
-            same = type(module).forward is base.forward
-            return same and getattr(type(module), "_conv_forward", None) is getattr(base, "_conv_forward", None)
-    return False
-
-
-def _library_leaves(which: str) -> list[Any]:
-    """Timm's own list of what FX must not enter, when timm is loaded; a timm model implies that it is."""
-    fx_module = sys.modules.get("timm.layers._fx")
-    return list(getattr(fx_module, which)()) if fx_module is not None else []
-
-
-def _why(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{Reason.UNTRACEABLE.value}: {type(error).__name__}: {text[0] if text else ''}"[:200]
+            names[node] = f"step {len(steps)}"
+            steps.append((node, does))
+    return steps
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -327,7 +271,7 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
     leaves = {str(n.target) for n in unit.graph.nodes if n.op == "call_module"}
     for at, refusal in unit.opaque.items():
         leaf = root.get_submodule(at)
-        failed = refusal.reason is Reason.UNTRACEABLE and not refusal.message.startswith("compiled")
+        failed = refusal.reason in UNREAD and not refusal.message.startswith("compiled")
         todo += _children(join(unit.path, at), leaf) if failed else [(join(unit.path, at), leaf)]
     entered = {id(call.module) for call in unit.calls} | {id(root.get_submodule(at)) for at in leaves}
     above = {p.rsplit(".", i)[0] for p in called | leaves for i in range(1, p.count(".") + 1)}
@@ -335,9 +279,9 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
     def visit(path: str, module: nn.Module) -> None:
         for name, child in module.named_children():
             at = join(path, name)
-            if at in leaves and (at in unit.opaque or isinstance(child, _BASES)):
+            if at in leaves and (at in unit.opaque or is_based_on_layer(child)):
                 continue
-            if at in leaves:  # a container of torch, such as DataParallel
+            if at in leaves:  # a container of torch
                 todo.extend(_children(join(unit.path, at), child))
             elif at in called or at in above:
                 visit(at, child)
@@ -347,41 +291,3 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
 
     visit("", root)
     return todo
-
-
-def _resolve(root: nn.Module, target: str) -> Any:
-    value: Any = root
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value
-
-
-@contextmanager
-def _no_mark(model: nn.Module) -> Iterator[None]:
-    """Restore every module's attributes and the random state; containers that a forward may fill included."""
-    saved: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]]]] = []
-    for module in model.modules():
-        attributes = dict(module.__dict__)
-        tables = [v for v in attributes.values() if isinstance(v, (dict, list, set))]
-        # Most are empty tables of hooks; copying thousands of those costs more than the trace.
-        saved.append((module, attributes, [(t, copy.copy(t) if t else None) for t in tables]))
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module, attributes, containers in saved:
-            now = module.__dict__
-            if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
-                now.clear()
-                now.update(attributes)
-            for container, content in containers:
-                if container or content:
-                    _refill(container, content or ())
-
-
-def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, list):
-        container[:] = content
-    else:
-        container.clear()
-        container.update(content)

@@ -13,7 +13,7 @@ from passes.graph.constants import Constants, find_constants, holder_tensors
 from passes.graph.memory import memory_of
 from passes.graph.opset import Kind, Operation, argument, is_shape_query, operation_of
 from passes.graph.shapes import cast_to, shapes_of
-from passes.refusal import Reason, Refusal
+from passes.refusal import PROBED, Reason, Refusal
 
 __all__ = ["Constants", "Flow", "holder_tensors"]
 
@@ -69,7 +69,7 @@ class Flow:
     def _may_be_probed(self, node: fx.Node) -> bool:
         refusal = self.unit.opaque.get(str(node.target)) if node.op == "call_module" else None
         alone = len(node.args) == 1 and not node.kwargs
-        return refusal is not None and refusal.reason is Reason.UNTRACEABLE and alone
+        return refusal is not None and refusal.reason in PROBED and alone
 
     def _written(self) -> set[fx.Node]:
         """Values made of weights that the forward changes, and those read under an older name after a change."""

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from passes.graph.opset import Kind, Operation, is_shape_query, is_torch
 
-__all__ = ["Memory", "memory_of"]
+__all__ = ["Memory", "memory_of", "shared_by", "written_by"]
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,16 @@ def memory_of(
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         operation = operations.get(node)
+        if isinstance(node.target, type) and all(user.op == "output" for user in node.users):
+            continue  # what holds the results on their way out
         hidden = operation is None and not is_torch(node)
         hidden = hidden or (node.op == "call_module" and str(node.target) in opaque)
         if hidden:
             unknown.add(node)
-        changed = node.all_input_nodes if hidden else _written(node, operation, modules.get(node))
+        changed = node.all_input_nodes if hidden else written_by(node, operation, modules.get(node))
         if changed:
             written[node] = list(changed)
-        for other in [*changed, *(node.all_input_nodes if hidden else _shared(node, operation))]:
+        for other in [*changed, *(node.all_input_nodes if hidden else shared_by(node, operation))]:
             a, b = root(node), root(other)
             if a is not b:
                 first[max(a, b, key=order.__getitem__)] = min(a, b, key=order.__getitem__)
@@ -102,7 +104,7 @@ def memory_of(
 # ------------------------------------------------------------------ who writes
 
 
-def _written(node: fx.Node, operation: Operation | None, module: nn.Module | None) -> list[fx.Node]:
+def written_by(node: fx.Node, operation: Operation | None, module: nn.Module | None) -> list[fx.Node]:
     """The arguments that a known operation writes into."""
     out = _nodes(node.kwargs.get("out"))
     if node.op == "call_module":
@@ -149,7 +151,7 @@ def _signature(target: Any) -> inspect.Signature | None:
 # ------------------------------------------------------------------ who shares
 
 
-def _shared(node: fx.Node, operation: Operation | None) -> list[fx.Node]:
+def shared_by(node: fx.Node, operation: Operation | None) -> list[fx.Node]:
     """The arguments whose memory the result of a known operation may be."""
     if operation is not None:
         question = operation.kind is Kind.SHAPE or is_shape_query(node.op, node.target, node.args)

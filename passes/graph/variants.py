@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import types
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from types import CodeType
 from typing import Any
 
 from torch import fx, nn
 
-from passes.graph.capture import Unit, retrace
+from passes.graph.capture import Unit, trace_variant
 from passes.graph.opset import is_shape_query
 from passes.refusal import Reason, Refusal
 
@@ -237,33 +236,3 @@ def _flat(node: fx.Node) -> list[Any]:
     visit(node.args)
     visit(node.kwargs)
     return found
-
-
-def trace_variant(unit: Unit, given: dict[str, Any]) -> Unit:
-    """The same unit called with other values for its optional arguments; ``...`` stands for one that a caller makes.
-
-    Raises whatever the forward raises on proxies.
-    """
-    root = unit.root
-    bound = object.__new__(type(root))
-    bound.__dict__.update(root.__dict__)
-    own = root.forward
-    made: Any = own
-    run = types.MethodType(made.__func__, bound) if getattr(own, "__self__", None) is root else own
-    parameters = list(inspect.signature(own).parameters.values())
-    required = [
-        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-    ]
-    required = required or [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][:1]
-    names = [p.name for p in required] + [name for name, value in given.items() if value is ...]
-    fixed = {name: value for name, value in given.items() if value is not ...}
-
-    def forward(*args: Any) -> Any:
-        positional, rest = args[: len(required)], dict(zip(names[len(required) :], args[len(required) :], strict=True))
-        return run(*positional, **rest, **fixed)
-
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
-    )
-    bound.__dict__["forward"] = forward
-    return retrace(replace(unit, root=bound))

@@ -18,7 +18,7 @@ from passes.laws.laws import law_of
 from passes.laws.probe import ProbedForms
 from passes.laws.regions import Contraction, Region
 from passes.laws.values import Dim, Signal, View
-from passes.refusal import Reason, Refusal, RefusalError
+from passes.refusal import PROBED, Reason, Refusal, RefusalError
 
 __all__ = ["Interpreter", "form_of"]
 
@@ -134,7 +134,7 @@ class Interpreter:
         return law_of(self.flow.operations.get(node), self.flow.modules.get(node), self.constants.read)
 
     def _probed(self, node: fx.Node, refusal: Refusal) -> Callable[..., Any]:
-        if refusal.reason is not Reason.UNTRACEABLE:
+        if refusal.reason not in PROBED:
             raise RefusalError(refusal.reason, refusal.message)
         return lambda x: ProbedForms.of(self.flow.unit).apply(self.flow.modules[node], x)
 

@@ -11,7 +11,7 @@ from passes.graph.opset import Kind, Operation, argument, base_operation
 from passes.laws.probe import ProbedForms
 from passes.laws.regions import Contraction
 from passes.laws.values import View
-from passes.refusal import Reason, RefusalError
+from passes.refusal import PROBED, RefusalError
 
 __all__ = ["is_conv", "views"]
 
@@ -76,7 +76,7 @@ def _demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[View, in
     module, operation = flow.modules.get(node), flow.operations.get(node)
     if module is not None and operation is None:
         refusal = flow.unit.opaque.get(str(node.target))
-        if refusal is None or refusal.reason is not Reason.UNTRACEABLE:  # one with a hook must not be run
+        if refusal is None or refusal.reason not in PROBED:  # one with a hook must not be run
             return None
         operation = base_operation(module)  # what it computes is tried, how it reads its input is told by its base
         if operation is None or operation.kind not in (Kind.CONV, Kind.CONV_TRANSPOSE):

@@ -22,7 +22,7 @@ from passes.graph.capture import Call, Unit, call_of, has_hooks, inherits_forwar
 from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
 from passes.graph.variants import variants
-from passes.refusal import Reason, Refusal
+from passes.refusal import UNREAD, Reason, Refusal
 
 __all__ = ["Found", "Norm", "find_convs", "plain_norm"]
 
@@ -57,7 +57,7 @@ def find_convs(model: nn.Module) -> list[Found]:
     other: list[_Uses] = []
     for training in (False, True):
         with kept_modes(model, training=training):
-            units, untraced = trace_units(model)
+            units, untraced = trace_units(model, numbers=not training)
             seen.append(_Uses(units, untraced, "in training" if training else "in evaluation"))
             other += [uses for unit in units for uses in _other_calls(unit)]
     places = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
@@ -231,7 +231,7 @@ class _Uses:
     def untraced_around(self, path: str) -> Refusal | None:
         """The nearest code around a layer that cannot be traced, unless something nearer to the layer can."""
         # The last word about a module that is first set apart and then cannot be traced either is the reason.
-        around = [r for r in reversed(self.untraced) if r.reason is Reason.UNTRACEABLE and _within(path, r.layer)]
+        around = [r for r in reversed(self.untraced) if r.reason in UNREAD and _within(path, r.layer)]
         nearest = max(around, key=lambda r: len(r.layer), default=None)
         if nearest is None or any(_within(path, u.path) and _within(u.path, nearest.layer) for u in self.units):
             return None

@@ -1,0 +1,80 @@
+"""What running a forward leaves behind on modules, noted and taken away again."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Snapshot", "no_mark"]
+
+
+class Snapshot:
+    """Every module's attributes as they are now, containers that a forward may fill included."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.saved: list[tuple[nn.Module, dict[str, Any], list[tuple[str, Any, Any]]]] = []
+        for module in model.modules():
+            attributes = dict(module.__dict__)
+            tables = [(name, v) for name, v in attributes.items() if isinstance(v, (dict, list, set))]
+            # Most are empty tables of hooks; copying thousands of those costs more than the trace.
+            self.saved.append((module, attributes, [(name, t, copy.copy(t) if t else None) for name, t in tables]))
+
+    def filled(self) -> Iterator[tuple[nn.Module, str]]:
+        """Containers whose content is no longer what it was, by the module and attribute that hold them."""
+        for module, _, containers in self.saved:
+            for name, container, content in containers:
+                if (container or content) and not _same(container, content or type(container)()):
+                    yield module, name
+
+    def restore(self) -> None:
+        """Give every module its attributes and contents back."""
+        for module, attributes, containers in self.saved:
+            now = module.__dict__
+            if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
+                now.clear()
+                now.update(attributes)
+            for _, container, content in containers:
+                if container or content:
+                    _refill(container, content or ())
+
+
+@contextmanager
+def no_mark(model: nn.Module) -> Iterator[Snapshot]:
+    """Restore every module's attributes and the states of all random generators afterwards."""
+    snapshot = Snapshot(model)
+    numpy = sys.modules.get("numpy")
+    python, theirs = random.getstate(), numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield snapshot
+    finally:
+        snapshot.restore()
+        random.setstate(python)
+        if numpy is not None and theirs is not None:
+            numpy.random.set_state(theirs)
+
+
+def _same(now: Any, before: Any) -> bool:
+    """Whether a container holds the very same things; their == may be anything."""
+    if len(now) != len(before):
+        return False
+    if isinstance(now, dict):
+        return now.keys() == before.keys() and all(now[k] is before[k] for k in before)
+    if isinstance(now, set):
+        return bool(now == before)
+    return all(a is b for a, b in zip(now, before, strict=True))
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
