@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from passes.collapse import check_model, collapse_model, explain_model
 from passes.graph.inputs import Example, as_example, likely
 from passes.proof.compare import Equivalence
-from passes.proof.run import run, runner_of
+from passes.proof.run import default_device, run, runner_of
 from passes.proof.verify import compare
 from passes.refusal import ReparamError
 from passes.report import Explanation
@@ -89,9 +89,16 @@ def collapse_with_report(
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Parameters made in the caller's inference mode could never be trained."""
-    grad = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+    """What the caller has set as default does not reach the compiler's own tensors.
+
+    Parameters made in inference mode could never be trained, and examples made on another device could not be read.
+    """
+    device, grad = torch.get_default_device(), torch.is_grad_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        if device.type != "cpu":
+            stack.enter_context(default_device(device))
         yield
 
 
@@ -102,21 +109,29 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     :func:`collapse` does for bad input.
     """
     check_model(model, numbers=False)
-    return explain_model(model, as_example(example_inputs, model))
+    with ordinary_tensors():
+        return explain_model(model, as_example(example_inputs, model))
 
 
 def verify(reference: nn.Module, candidate: nn.Module, example_inputs: Any = None) -> Equivalence:
     """Compare two networks in float64 on ``example_inputs`` (made up from the reference's first layer if absent).
 
-    Both are run on copies in eval mode. The tolerance is 1e-10 for float64 networks; for others ten times the noise
-    floor, the distance of the reference in its own dtype from itself in float64. ``first_difference`` names the module
-    where the difference starts. Raises :class:`ReparamError` if either network rejects the inputs.
+    Both are run on copies in eval mode, and all that they return counts: nested, complex, in dataclasses. The tolerance
+    is 1e-10 for float64 networks; for others ten times the noise floor, the distance of the reference in its own dtype
+    from itself in float64, but a hundredth at most. ``first_difference`` names the module where the difference starts.
+
+    The verdict is inconclusive where rounding alone may make the difference: a network that amplifies it beyond the
+    ceiling, or a selection (top-k, non-maximum suppression) that decides otherwise by numbers that agree.
+
+    Raises:
+        ReparamError: either network rejects the inputs, or there is nothing to compare.
     """
     check_model(reference)
     check_model_shape(candidate)
     example = as_example(example_inputs, reference) or Example(guess_inputs(reference), made_up=True)
     try:
-        return compare(reference, candidate, example)
+        with ordinary_tensors():
+            return compare(reference, candidate, example)
     except ReparamError:
         raise
     # Both models are user code: whatever they raise means that they do not take these inputs.
@@ -140,16 +155,11 @@ def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
     tried = []
     for example in likely(model):
         try:
-            run(runner_of(model, double=False), example, double=False)
+            with ordinary_tensors():
+                run(runner_of(model, double=False), example, double=False)
         # Any exception means that the model does not take this shape.
         except Exception as error:
             tried.append(f"{example}: {error}".splitlines()[0])
             continue
         return example.args
     raise ReparamError("no input shape could be guessed; pass example_inputs. Tried " + "; ".join(tried))
-
-
-def as_tuple(inputs: Any) -> tuple[Any, ...] | None:
-    if inputs is None:
-        return None
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)

@@ -3,7 +3,8 @@
 Commands of other packages are found through the entry point group ``reparam.commands``; the value is a function
 that typer can register, or a ``typer.Typer``. They are loaded when they are asked for.
 
-Exit status: 0 good, 1 different or failed, 2 wrong usage. An error is one line; ``--debug`` shows the traceback.
+Exit status: 0 good, 1 different or failed, 2 wrong usage, 3 a comparison that rounding leaves open. An error is one
+line; ``--debug`` shows the traceback.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import reparam
-from reparam import Counts, ReparamError, files, tables
+from reparam import Counts, ReparamError, Verdict, files, tables
 from reparam.networks import Network, UsageError, load
 from reparam.recipe import Recipe, parse_blocks, parse_where
 
@@ -28,12 +28,16 @@ __all__ = ["COMMANDS", "console", "errors"]
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
+INCONCLUSIVE = 3
+"""Exit status of a comparison without a verdict."""
 EXPANSION = "How it is expanded"
 Target = Annotated[str, typer.Argument(metavar="SPEC_OR_FILE", help="source:name, or a file written by reparam.")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the source's trained weights (downloads).")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="State dict, or a training script's checkpoint.")]
 Key = Annotated[str | None, typer.Option("--key", help="Where in that checkpoint it is: state_dict, model_ema, ...")]
-Prove = Annotated[bool, typer.Option("--verify/--no-verify", help="Prove each step.")]
+Prove = Annotated[bool, typer.Option("--verify/--no-verify", help="Prove each step, and run the result.")]
+FoldsOnly = Annotated[bool, typer.Option("--folds-only", help="Prove each fold, but do not run the result.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail where a fold does not hold, instead of taking it back.")]
 Everything = Annotated[bool, typer.Option("--all", help="List everything.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the random weights.")]
 Blocks = Annotated[
@@ -162,6 +166,8 @@ def collapse(
     depthwise: Depthwise = None,
     online: Online = None,
     verify: Prove = True,
+    folds_only: FoldsOnly = False,
+    strict: Strict = False,
 ) -> None:
     """Fold a network into plain convolutions and show what became of it.
 
@@ -178,10 +184,15 @@ def collapse(
     torch.set_num_threads(1)
     started = time.perf_counter()
     like = None if network.recipe is None else network.stock()
-    folded, explanation = reparam.collapse_with_report(network.model, like=like, verify=verify)
+    how: bool | str = "folds" if verify and folds_only else verify
+    folded, explanation = reparam.collapse_with_report(network.model, like=like, verify=how, strict=strict)
     seconds = time.perf_counter() - started
+    for refusal in explanation.taken_back:
+        console.print(f"[red]taken back[/red]: {escape(str(refusal))}", soft_wrap=True)
     _print_counts(target, explanation)
     console.print(_proofs(explanation))
+    if explanation.checked is not None:
+        console.print(f"checked: {escape(str(explanation.checked))}", soft_wrap=True)
     parts = ", ".join(f"{name} {value:.2f}" for name, value in explanation.seconds.items())
     console.print(f"seconds: {seconds:.2f}" + (f" ({parts})" if parts else ""))
     if output is not None:
@@ -209,10 +220,12 @@ def verify(
     candidate: Annotated[str, typer.Argument(help="SPEC or file.")],
     pretrained: Pretrained = False,
 ) -> None:
-    """Compare two networks on the same random inputs; exit status 1 if they differ."""
+    """Compare two networks on the same random inputs; exit status 1 if they differ, 3 if rounding leaves it open."""
     models = [_load(target, pretrained=pretrained).model for target in (reference, candidate)]
-    if not _print_difference("equal", reparam.verify(*models)):
-        raise typer.Exit(1)
+    result = reparam.verify(*models)
+    _print_difference("equal", result)
+    if not result.ok:
+        raise typer.Exit(1 if result.verdict is Verdict.DIFFERENT else INCONCLUSIVE)
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (plan, expand, blocks, collapse, explain, verify)
@@ -279,19 +292,24 @@ def _check_start(model: nn.Module, expanded: nn.Module) -> None:
     inputs = _inputs(model)
     if inputs is None:
         console.print("not compared with the network that it was made of: no input could be guessed", soft_wrap=True)
-    elif not _print_difference("same function", reparam.verify(model, expanded, inputs)):
-        raise typer.Exit(1)
+    else:
+        result = reparam.verify(model, expanded, inputs)
+        _print_difference("same function", result)
+        result.raise_if_different()
 
 
-def _print_difference(equal: str, result: Equivalence) -> bool:
-    """Print the outcome of a comparison; whether it is good."""
+def _print_difference(equal: str, result: Equivalence) -> None:
+    """Print the outcome of a comparison."""
     numbers = f"max difference {result.max_abs:.2e}, relative {result.max_rel:.2e}, tolerance {result.tolerance:.2e}"
     if result.ok:
         console.print(f"[green]{equal}[/green]: {numbers}", soft_wrap=True)
-        return True
+        return
+    why = f"; {escape(result.reason)}" if result.reason else ""
+    if result.verdict is Verdict.INCONCLUSIVE:
+        console.print(f"[yellow]inconclusive[/yellow]: {numbers}{why}", soft_wrap=True)
+        return
     first = result.first_difference or "the output"
-    console.print(f"[red]different[/red]: {numbers}; first difference at {escape(str(first))}", soft_wrap=True)
-    return False
+    console.print(f"[red]different[/red]: {numbers}; first difference at {escape(str(first))}{why}", soft_wrap=True)
 
 
 def _proofs(explanation: Explanation) -> str:

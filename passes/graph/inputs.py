@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,20 +102,24 @@ def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
     return (inputs,), {}
 
 
-def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
-    """A copy of what a network is given that shares no tensor with it; what cannot be copied is given as it is."""
+def copied(value: Any, cast: Callable[[Tensor], Tensor] | None = None, memo: dict[int, Any] | None = None) -> Any:
+    """A copy of what a network is given that shares no tensor with it; what cannot be copied is given as it is.
+
+    Each tensor is ``cast`` once: what is one tensor in two places stays one.
+    """
     memo = {} if memo is None else memo
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, Tensor):
-        new: Any = value.detach().clone().requires_grad_(value.requires_grad)
+        clone = value.detach().clone()
+        new: Any = (clone if cast is None else cast(clone)).requires_grad_(value.requires_grad)
     elif type(value) in (list, tuple):
-        new = type(value)(copied(part, memo) for part in value)
+        new = type(value)(copied(part, cast, memo) for part in value)
     elif type(value) is dict:
-        new = {key: copied(part, memo) for key, part in value.items()}
+        new = {key: copied(part, cast, memo) for key, part in value.items()}
     else:
         for tensor in list(tensors_in(value)):
-            copied(tensor, memo)
+            copied(tensor, cast, memo)
         try:
             new = copy.deepcopy(value, memo)
         # deepcopy runs user code, which may fail in any way.
@@ -152,7 +156,7 @@ def _parts(value: Any) -> list[Any]:
 def _signature(model: nn.Module) -> inspect.Signature | None:
     try:
         return inspect.signature(model.forward)
-    except (TypeError, ValueError):  # code that shows none: a compiled extension
+    except (AttributeError, TypeError, ValueError):  # code that shows none: a compiled extension
         return None
 
 

@@ -39,6 +39,8 @@ __all__ = ["Checked", "NoInputError", "Observed", "check", "explained", "observe
 
 ROUNDING = 1e-6
 """The most that rounding in float64 may explain in a network that amplifies it."""
+CONSTANTS = 0.1
+"""Which part of a coarser dtype's rounding may come from constants that a network has computed in it."""
 CALLS = 3
 """How often a network is called that leaves something behind."""
 
@@ -306,7 +308,7 @@ def explained(found: Checked, observed: Observed, original: nn.Module, candidate
         return None
     dtype = coarsest_dtype(original)
     error = max([found.error, *(d.error for d in found.differences)])  # also of what is left behind
-    for precision, times, most in ((torch.float64, 10, ROUNDING), (dtype, 1, math.inf)):
+    for precision, times, most in ((torch.float64, 10, ROUNDING), (dtype, CONSTANTS, math.inf)):
         noise = rounding(original, example, value, training, precision=precision)
         if error <= times * noise <= most:
             what = f"{found.compared}, no more than rounding in {_dtype(precision)} makes of it ({noise:.1g})"

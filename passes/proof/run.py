@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,18 @@ from passes.graph.copies import deep_copy
 from passes.graph.inputs import Example, copied
 from passes.proof.state import Marks, changes
 
-__all__ = ["Double", "Run", "hooked", "in_dtype", "nudged", "outputs", "run", "runner_of", "surroundings"]
+__all__ = [
+    "Double",
+    "Run",
+    "default_device",
+    "hooked",
+    "in_dtype",
+    "nudged",
+    "outputs",
+    "run",
+    "runner_of",
+    "surroundings",
+]
 
 
 @dataclass(frozen=True)
@@ -130,9 +142,7 @@ def run(runner: nn.Module, example: Example, *, double: bool = True, within: Any
         double: in float64 throughout.
         within: a context to call it in, which may watch the operations.
     """
-    args, kwargs = copied((example.args, dict(example.kwargs)))
-    if double:
-        args, kwargs = tree_map(_double, (args, kwargs))
+    args, kwargs = copied((example.args, dict(example.kwargs)), _double if double else None)
     seen = _Seen(runner)
     mode = Double() if double else _Watch()
     before = Marks(runner)
@@ -155,14 +165,28 @@ def outputs(model: nn.Module, example: Example, dtype: torch.dtype | None = torc
 def in_dtype(example: Example, dtype: torch.dtype) -> Example:
     """The same call with its numbers in ``dtype``."""
 
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    args, kwargs = tree_map(cast, copied((example.args, dict(example.kwargs))))
+    args, kwargs = copied((example.args, dict(example.kwargs)), cast)
     return Example(args, kwargs, example.made_up)
 
 
 # ------------------------------------------------------------------ surroundings
+
+
+_AMBIENT: ContextVar[torch.device | None] = ContextVar("ambient", default=None)
+
+
+@contextmanager
+def default_device(ambient: torch.device) -> Iterator[None]:
+    """Make new tensors on the CPU, except in networks that are run: there ``ambient``, the caller's, is the default."""
+    token = _AMBIENT.set(ambient)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        _AMBIENT.reset(token)
 
 
 @contextmanager
@@ -179,8 +203,9 @@ def surroundings(model: nn.Module) -> Iterator[list[str]]:
         stack.enter_context(torch.no_grad())
         for kind in sorted(kinds):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type == "meta":
-            stack.enter_context(min(devices, key=str))
+        ambient = _AMBIENT.get()
+        if ambient is not None:  # the caller's own default; where that has no numbers, the model's
+            stack.enter_context(min(devices, key=str) if ambient.type == "meta" else ambient)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # the user's own code warns when the user runs it
         stack.enter_context(_generators(devices, ends))

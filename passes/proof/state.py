@@ -28,7 +28,11 @@ class Marks:
 
     def __init__(self, model: nn.Module) -> None:
         self._kept: list[Any] = []
-        self.of = {(path, name): self.mark(value) for path, name, value in _values(model)}
+        self.of = self.all(model)
+
+    def all(self, model: nn.Module) -> dict[tuple[str, str], Any]:
+        """The marks of all attributes and tensors, by path and name."""
+        return {(path, name): (self.mark(value), _digest(value)) for path, name, value in _values(model)}
 
     def mark(self, value: Any, depth: int = _DEPTH) -> Any:
         """Equal for equal content: identity and version of tensors, the numbers themselves, parts of containers."""
@@ -52,13 +56,13 @@ class Marks:
 
 def changes(model: nn.Module, before: Marks) -> dict[tuple[str, str], Any]:
     """What differs from ``before``, copied as it is now; :data:`GONE` for what was deleted."""
-    found: dict[tuple[str, str], Any] = {}
-    now = set()
-    for path, name, value in _values(model):
-        now.add((path, name))
-        if (path, name) not in before.of or before.of[path, name] != before.mark(value):
-            found[path, name] = copied(value)
-    return {**found, **dict.fromkeys(before.of.keys() - now, GONE)}
+    now = before.all(model)
+    found = {
+        (path, name): copied(value)
+        for path, name, value in _values(model)
+        if (path, name) not in before.of or before.of[path, name] != now[path, name]
+    }
+    return {**found, **dict.fromkeys(before.of.keys() - now.keys(), GONE)}
 
 
 GONE = "(deleted)"
@@ -73,6 +77,14 @@ def _values(model: nn.Module) -> Any:
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 yield path, name, tensor
+
+
+def _digest(value: Any) -> float | None:
+    """The sum of a buffer: kernels write running statistics past the counter of changes."""
+    if type(value) is not Tensor or not value.numel() or value.is_meta or not _dense(value):
+        return None
+    total = float(value.detach().sum(dtype=torch.float64).real) if not value.is_complex() else None
+    return total if total == total else None
 
 
 def _computed(module: nn.Module) -> set[str]:
