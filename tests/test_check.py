@@ -447,6 +447,7 @@ def test_like_that_is_filled_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
         exact.put(norm.running_var, torch.ones_like(norm.running_var, dtype=torch.float64))
 
     monkeypatch.setattr(passes.restore, "make_identity", sloppy)
+    monkeypatch.setattr(passes.restore, "check_pair", lambda *_: None)  # which reads the pair back, and sees it too
     plain = ready(Net())
     with pytest.raises(EquivalenceError, match="other numbers"):
         reparam.collapse(ready(reparam.expand(plain, "acb")), like=plain)

@@ -91,7 +91,7 @@ class Conversion(Work):
         roundtrip = self.roundtrip(model, view, reference) if there_and_back else None
         gc.collect()  # traced graphs are cycles, and hold weights
         with self.clock("collapse"):
-            folded, explanation = reparam.collapse_with_report(model)
+            folded, explanation = reparam.collapse_with_report(model, verify="folds")
         if not explanation.folds:
             raise _nothing_folds(explanation, made.stock)
         latency, work = self.latency(model, folded, view)
@@ -203,7 +203,7 @@ class Conversion(Work):
         with self.clock("roundtrip"):
             fresh = _hollow(sources.create(self.job.spec).eval())
             # Each fold is proven again only where whole outputs cannot be compared.
-            restored = reparam.collapse(model, like=fresh, verify=reference is None)
+            restored = reparam.collapse(model, like=fresh, verify="folds" if reference is None else False)
             fresh.load_state_dict(restored.state_dict(), strict=True, assign=True)
             del restored
             if view is not None and reference is not None:

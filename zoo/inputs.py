@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["View", "find_view", "native_view"]
+from passes.graph.inputs import USUAL, declared_shape, input_count, likely_shapes
 
-SMALL = {1: (256,), 2: (96, 96), 3: (8, 64, 64)}
-"""Enough for networks that take any size: their proof costs a fifth of that at the usual size."""
-USUAL = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
+__all__ = ["View", "find_view", "native_view"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ def find_view(model: nn.Module) -> tuple[View | None, str]:
 
 def native_view(model: nn.Module, view: View) -> View:
     """The view at the size that the network is made for, for its latency; ``view`` itself where that is not known."""
-    shape = _declared(model)
+    shape = declared_shape(model)
     if shape is None and len(view.shape) > 1:
         shape = (view.shape[0], *USUAL[len(view.shape) - 1])
     return view if shape is None else replace(view, shape=shape)
@@ -76,47 +71,8 @@ def _views(model: nn.Module) -> Iterator[View]:
     # A segmentation network has a backbone too; only a detector has the transform that puts images into a batch.
     detector = isinstance(getattr(model, "backbone", None), nn.Module) and hasattr(model, "transform")
     for outputs in ("features", "whole") if detector else ("whole",):
-        for shape in dict.fromkeys(_shapes(model)):
-            yield View(shape, outputs, _count(model))
-
-
-def _count(model: nn.Module) -> int:
-    """How many tensors the network asks for: the positional parameters of its forward that have no default."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(model.forward).parameters.values()
-    return max(sum(p.kind in positional and p.default is p.empty for p in parameters), 1)  # *inputs asks for none
-
-
-def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    declared = _declared(model)
-    first = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
-    if declared is not None:
-        small = (declared[0], *SMALL.get(len(declared) - 1, ()))
-        if not _config(model).get("fixed_input_size") and math.prod(small) < math.prod(declared):
-            yield small
-        yield declared
-    elif first is not None:
-        n = len(first.kernel_size)
-        for size in (SMALL[n], USUAL[n], *([(32, 32)] if n == 2 else [])):
-            yield (first.in_channels, *size)
-    else:
-        linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
-        yield from [(linear.in_features,), (4, linear.in_features)] if linear is not None else []
-        yield (3, 224, 224)
-
-
-def _config(model: nn.Module) -> Mapping[str, Any]:
-    """What timm says of a network."""
-    for name in ("pretrained_cfg", "default_cfg"):
-        config = getattr(model, name, None)
-        if isinstance(config, Mapping):
-            return config
-    return {}
-
-
-def _declared(model: nn.Module) -> tuple[int, ...] | None:
-    size = _config(model).get("input_size")
-    return tuple(size) if size else None
+        for shape in dict.fromkeys([*likely_shapes(model), (3, 224, 224)]):
+            yield View(shape, outputs, input_count(model))
 
 
 def _features(model: Any, x: Tensor) -> Any:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from passes.proof.compare import coarsest_dtype, distance, tolerance
+from passes.proof.run import Double
 from zoo.inputs import View
 
 __all__ = ["Reference", "in_double", "reference_of", "weakness"]
@@ -38,46 +34,16 @@ def reference_of(model: nn.Module, view: View) -> Reference | None:
     _forget(model)
     if not math.isfinite(noise):
         return None
-    return Reference(wanted, noise, other, tolerance(noise, coarsest_dtype(model)))
+    return Reference(wanted, noise, other, max(tolerance(noise, coarsest_dtype(model)), 10 * noise))
 
 
 def in_double(model: nn.Module, view: View) -> list[Tensor]:
-    """Outputs in float64; the model stays as it is. See :class:`_Double`."""
-    inputs = tuple(x.double() for x in view.inputs(1))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    """Outputs in float64; the model stays as it is: a copy of it in float64 would be twice its size."""
     try:
-        with _Double():
-            return view.run(model, inputs)
+        with Double():
+            return view.run(model, tuple(x.double() for x in view.inputs(1)))
     finally:
-        torch.set_default_dtype(before)
         _forget(model)
-
-
-class _Double(TorchFunctionMode):
-    """Inside, each function works in float64, also where a network asks for float32.
-
-    A cast copy of the network would be twice its size; here a weight is cast where it is used, and its copy is gone
-    with the function's call.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CASTS:
-            return args[0].double()
-        # What is changed in place must be the tensor itself.
-        kept = args[:1] if _IN_PLACE.fullmatch(getattr(func, "__name__", "")) else ()
-        return func(*kept, *tree_map(_double, args[len(kept) :]), **tree_map(_double, kwargs or {}))
-
-
-_COARSE = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
-_IN_PLACE = re.compile(r"(?!__).*(?<!_)_|__(setitem|i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor))__")
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.dtype in _COARSE else value
-    return torch.float64 if value in _COARSE else value
 
 
 def _forget(model: nn.Module) -> None:
