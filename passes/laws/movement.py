@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from passes.laws.arguments import plain, signal
-from passes.laws.values import Signal, channel_axis_is, crop, merge, move, settle
+from passes.laws.values import Signal, channel_axis_is, crop, merge, move, pick, settle
 from passes.refusal import Reason, RefusalError
 
 __all__ = [
@@ -30,7 +30,7 @@ Law = Callable[..., Any]
 
 def cat(tensors: Any, dim: int = 0) -> Signal:
     """``torch.cat``."""
-    return merge(_signals(tensors), lambda ids: torch.cat(ids, dim))
+    return merge(_signals(tensors), lambda ids: torch.cat(ids, dim), along=dim)
 
 
 def stack(tensors: Any, dim: int = 0) -> Signal:
@@ -67,9 +67,9 @@ def along(operation: Law) -> Law:
         dim = kwargs.get("dim", args[first] if len(args) > first else 0)
         value = settle(signal(x))
         last = -1 if value.view.last else -1 - value.view.n
-        if not (channel_axis_is(value, dim) or dim == last):
+        if not (dim == last or channel_axis_is(value, dim)):
             raise RefusalError(Reason.LAYOUT, "split along batch or space")
-        return move(value, lambda ids: operation(ids, *plain(args), **plain(kwargs)))
+        return pick(value, lambda ids: operation(ids, *plain(args), **plain(kwargs)))
 
     return law
 

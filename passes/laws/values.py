@@ -20,7 +20,7 @@ from torch import Tensor
 from passes.algebra.conv_form import ConvForm, Form, Ints
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["Dim", "Signal", "View", "crop", "merge", "move", "per_channel", "settle"]
+__all__ = ["Dim", "Signal", "View", "crop", "merge", "move", "per_channel", "pick", "settle"]
 
 _SIZES = (13, 11, 7)
 _BATCH = (11, 3, 5, 7)
@@ -116,14 +116,14 @@ def settle(signal: Signal) -> Signal:
     if signal.ids is None:
         return signal
     shape = _example_shape(signal)
-    whole = torch.arange(math.prod(shape)).reshape(shape)
+    whole = _numbered(shape)
     axis = signal.view.channel_axis
     got = signal.ids
     if got.dim() != whole.dim():
         raise RefusalError(Reason.LAYOUT)
-    at_zero = got.movedim(axis, -1).flatten(0, -2)[0] if got.dim() > 1 else got
+    at_zero = _line(got, axis)
     rows = (_channel_of(signal, at_zero)).tolist()
-    wanted = whole.index_select(axis, torch.tensor(rows, dtype=torch.long))
+    wanted = whole.index_select(axis, torch.tensor(rows, dtype=torch.long, device="cpu"))
     if wanted.shape != got.shape or not torch.equal(wanted, got):
         raise RefusalError(Reason.LAYOUT)
     return replace(signal, form=signal.form.rows(rows), ids=None, untouched=False)
@@ -135,6 +135,24 @@ def move(signal: Signal, operation: Callable[[Tensor], Any]) -> Any:
     if isinstance(moved, (tuple, list)):
         return tuple(_moved(signal, part) for part in moved)
     return _moved(signal, moved)
+
+
+def pick(signal: Signal, operation: Callable[[Tensor], Any]) -> Any:
+    """As :func:`move`, along the channels: of a signal in canonical layout, only their order is looked at."""
+    rank = signal.view.rank if signal.view.last else signal.view.n + 2
+    if signal.ids is not None or rank is None:
+        return move(signal, operation)
+    shape = [1] * rank
+    shape[signal.view.channel_axis] = -1
+    picked = operation(torch.arange(signal.form.out_channels, device="cpu").reshape(shape))
+    parts = picked if isinstance(picked, (tuple, list)) else (picked,)
+    if any(part.dim() != rank for part in parts):
+        return move(signal, operation)
+    signals = tuple(
+        replace(signal, form=signal.form.rows(part.flatten().tolist()), work=0, conv=False, bias=0, untouched=False)
+        for part in parts
+    )
+    return signals if isinstance(picked, (tuple, list)) else signals[0]
 
 
 def crop(signal: Signal, index: Sequence[Any]) -> Signal:
@@ -157,12 +175,14 @@ def crop(signal: Signal, index: Sequence[Any]) -> Signal:
     return moved
 
 
-def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor]) -> Signal:
-    """Concatenate or stack: channels of several signals become channels of one."""
+def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor], along: int | None = None) -> Signal:
+    """Concatenate (``along`` a dimension) or stack: channels of several signals become channels of one."""
     if len({part.view for part in parts}) != 1:
         raise RefusalError(Reason.LAYOUT)
     form = ConvForm.concat([part.form for part in parts])
     joined = replace(parts[0], form=form, ids=None, work=0, conv=False, bias=0, untouched=False)
+    if along in (1, -1 - joined.view.n) and not joined.view.last and all(part.ids is None for part in parts):
+        return joined
     whole = _canonical_ids(joined)
     axis, start, ids = joined.view.channel_axis, 0, []
     for part in parts:
@@ -206,11 +226,11 @@ def _channel_axis(signal: Signal) -> tuple[int, list[int] | None]:
     for axis in range(channel.dim()):
         if channel.shape[axis] != signal.form.out_channels:
             continue
-        line = channel.movedim(axis, -1)
-        if bool((line == line.flatten(0, -2)[0]).all()) and line.flatten(0, -2)[0].sort().values.tolist() == list(
-            range(signal.form.out_channels)
+        line = _line(channel, axis)
+        if line.sort().values.tolist() == list(range(signal.form.out_channels)) and bool(
+            (channel.movedim(axis, -1) == line).all()
         ):
-            return axis, torch.argsort(line.flatten(0, -2)[0]).tolist()
+            return axis, torch.argsort(line).tolist()
     raise RefusalError(Reason.LAYOUT)
 
 
@@ -225,6 +245,8 @@ def _only_channels(signal: Signal, ids: Tensor, axis: int) -> bool:
     """Whether moving along ``axis`` changes the channel and nothing else."""
     if ids.shape[axis] == 1:
         return True
+    if signal.ids is None:
+        return axis == signal.view.channel_axis % ids.dim()
     step = 1 if signal.view.last else math.prod(_example_shape(signal)[2:])
     channel = _channel_of(signal, ids)
     rest = ids - channel * step
@@ -263,8 +285,17 @@ def _example_shape(signal: Signal) -> Ints:
 
 
 def _canonical_ids(signal: Signal) -> Tensor:
-    shape = _example_shape(signal)
-    return torch.arange(math.prod(shape)).reshape(shape)
+    return _numbered(_example_shape(signal))
+
+
+def _numbered(shape: Ints) -> Tensor:
+    """A tensor that holds the number of each of its elements."""
+    return torch.arange(math.prod(shape), device="cpu").reshape(shape)
+
+
+def _line(ids: Tensor, axis: int) -> Tensor:
+    """The first elements along an axis."""
+    return ids.movedim(axis, -1)[(0,) * (ids.dim() - 1)]
 
 
 def _ids(signal: Signal) -> Tensor:
