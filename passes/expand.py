@@ -243,7 +243,16 @@ def _tried(plan: Plan, decide: _Decision, example: Any, strict: bool) -> Plan:
         return moved
 
     rows = {row.layer: row for row in plan.rows}
-    outcome = try_blocks(plan._model, plan.expanded, put, decide.without_norm, example, lambda row: row.found.always)
+    blocks = [row.block for row in plan.expanded]
+    outcome = try_blocks(
+        plan._model,
+        plan.expanded,
+        put,
+        decide.without_norm,
+        example,
+        lambda row: row.found.always,
+        exact_in_training=all(block is None or block.info.exact_in_training for block in blocks),
+    )
     if strict and (outcome.taken_back or outcome.changed):
         refusal = next(iter([*outcome.taken_back.values(), *outcome.changed.values()]))
         raise EquivalenceError(str(refusal), layer=refusal.layer)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import reparam
-from passes.proof.run import distance
+from passes.proof.compare import distance
 from reparam import files, sources
 from reparam.cli import app
 from zoo import convert as converting

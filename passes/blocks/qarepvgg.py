@@ -14,7 +14,7 @@ from passes.blocks.kit.registry import block
 __all__ = ["qarepvgg"]
 
 
-@block("qarepvgg")
+@block("qarepvgg", exact_in_training=False)  # a norm behind a norm: up to eps, and other statistics
 def qarepvgg(conv: Site) -> Iterator[tuple[str, nn.Module]]:
     """QARepVGG, made for int8: BN(kxk-BN + 1x1 with bias + identity); the network's own batch norm is the outer one.
 

@@ -29,6 +29,7 @@ class BlockInfo:
         summary: first line of the declaration's docstring.
         options: options and their defaults.
         online: whether it is meant to be trained with one convolution per layer.
+        exact_in_training: whether it starts as the same function in training too, statistics included.
     """
 
     name: str
@@ -36,6 +37,7 @@ class BlockInfo:
     summary: str
     options: Mapping[str, Any]
     online: bool = False
+    exact_in_training: bool = True
 
     def __str__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
@@ -45,7 +47,7 @@ class BlockInfo:
 _BLOCKS: dict[str, BlockInfo] = {}
 
 
-def block(name: str, *, online: bool = False) -> Callable[[Declaration], Declaration]:
+def block(name: str, *, online: bool = False, exact_in_training: bool = True) -> Callable[[Declaration], Declaration]:
     """Register a block under ``name``.
 
     The decorated generator is given a :class:`Site`, which makes its layers, and yields ``(branch name, module)``, the
@@ -55,6 +57,7 @@ def block(name: str, *, online: bool = False) -> Callable[[Declaration], Declara
     Args:
         name: a new name; one that is taken raises :class:`ReparamError`.
         online: train with one convolution per layer unless :func:`reparam.expand` is told otherwise.
+        exact_in_training: whether it starts as the same function in training too; if not, it is tried in evaluation.
     """
     if not isinstance(name, str) or not name:
         raise ReparamError(f'a block is registered with @block("name"), got {name!r}')
@@ -69,7 +72,7 @@ def block(name: str, *, online: bool = False) -> Callable[[Declaration], Declara
                 raise ReparamError(f"block {name!r}: option {parameter.name!r} must be keyword-only, with a default")
             options[parameter.name] = parameter.default
         summary = (inspect.getdoc(declare) or "").partition("\n")[0]
-        _BLOCKS[name] = BlockInfo(name, declare, summary, options, online)
+        _BLOCKS[name] = BlockInfo(name, declare, summary, options, online, exact_in_training)
         return declare
 
     return register
