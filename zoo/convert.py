@@ -179,7 +179,8 @@ class Conversion(Work):
         block = parse_block(self.job.settings.block or "")
         with self.clock("expand"):
             wanted = view.run(model, view.inputs(1)) if view is not None else []
-            plan = reparam.plan(model, block, inplace=True)
+            # The whole network is compared below, without the copies that the compiler's own trial makes.
+            plan = reparam.plan(model, block, inplace=True, verify=True if view is None else "folds")
             if not plan.expanded:
                 raise _nothing_expands(plan, stock)
             plan.apply()
