@@ -42,12 +42,12 @@ def collapse_like(
     model: nn.Module, like: nn.Module, example: Example | None, *, verify: bool | str
 ) -> tuple[nn.Module, Explanation]:
     """A copy of ``like`` that computes what ``model`` computes, compared with it; see :func:`reparam.collapse`."""
-    given, exact = model, Exact()
+    given, exact = model, Exact(keep=verify is True)
     if model.training and has_own_modes(model):  # what its own eval() computes, it computes on a copy
         model = deep_copy(model).eval()
     outcome = restore_blocks(model, like, exact, prove_folds=bool(verify))
     if outcome is None:
-        exact = Exact()
+        exact = Exact(keep=verify is True)
         folded, explanation = collapse_model(model, example=None, verify="folds" if verify else False, exact=exact)
         outcome = restore(folded, like, exact), explanation
     result, explanation = outcome

@@ -30,9 +30,14 @@ FoldKey = tuple[str, ...]
 
 
 class Exact(Mapping[int, Tensor]):
-    """Float64 numbers of emitted layers, by the id of the tensor that is their rounding."""
+    """Float64 numbers of emitted layers, by the id of the tensor that is their rounding.
 
-    def __init__(self) -> None:
+    Args:
+        keep: whether anything is remembered; where nothing is compared, that would only take memory.
+    """
+
+    def __init__(self, *, keep: bool = True) -> None:
+        self._keep = keep
         self._numbers: dict[int, Tensor] = {}
         self._kept: list[Tensor] = []  # so that no id is given to another tensor
         self.twice = False
@@ -47,7 +52,7 @@ class Exact(Mapping[int, Tensor]):
 
     def put(self, shipped: Tensor, number: Tensor) -> None:
         """Remember the number that ``shipped`` is the rounding of."""
-        if shipped.dtype != torch.float64:
+        if self._keep and shipped.dtype != torch.float64:
             self._numbers[id(shipped)] = number.detach()
             self._kept.append(shipped)
 
