@@ -112,6 +112,7 @@ CHANGES = (
     ),
     *("hidden({v})", "self.same({v}).add_(1)", "self.drop({v}).mul_(2)", "self.scale.mul_(0.5)", "{v}.add_({w})"),
     *("torch._foreach_mul_([{v}, {w}], 2)", "{v}.transpose(2, 3).to({v}.dtype).mul_(2)", "{n} = {v}[:, :]"),
+    *("{v} += 1", "{v} *= self.scale", "{n}d = {v}.view(-1); {n}d *= 2", "{v}[:, :1] = 0", "{v} -= self.scale"),
 )
 
 
@@ -159,11 +160,13 @@ def test_random_changes(data: Any) -> None:
         ("t = self.scale.clone()", "t.mul_(2)", "return self.na(self.a(x) * t), x"),
         ("t = self.scale * 2", "s = t + 0", "t.view(-1).mul_(2)", "return self.na(self.a(x) * (t * s)), x"),
         ("t = self.scale.clone()", "s = t + 1", "r = t.mul_(2)", "return self.na(self.a(x) * r * s), x"),
+        ("y = self.a(x)", "x += 1", "return self.na(y + self.pa(x)), x"),
+        ("y = self.a(x)", "x[:, :1] = 0", "return self.na(y + self.pa(x)), x"),
         ("e = torch.relu(x)", "b = e.mul_(2)", "return self.na(self.pa(b) + self.a(e)), x"),
     ],
     ids=[
         *("opaque", "function", "view-from-opaque", "out", "views", "list", "older-view-of-a-result", "older-constant"),
-        *("view-of-a-constant", "constant-read-before", "entry"),
+        *("view-of-a-constant", "constant-read-before", "augmented", "item", "entry"),
     ],
 )
 def test_change_that_only_its_memory_tells(body: tuple[str, ...]) -> None:
