@@ -739,3 +739,66 @@ def test_a_mask_of_infinities_is_no_broken_weight() -> None:
     expanded = reparam.expand(model, "acb")
     assert blocks(expanded) == ["conv"]
     computes(model, expanded, double())
+
+
+# ------------------------------------------------------------------ geometry that was changed after construction
+
+
+def _dilated(**options: Any) -> Any:
+    """What segmentation encoders do to a finished layer."""
+    conv = nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, bias=False, **options)
+    conv.stride, conv.dilation, conv.padding = (1, 1), (2, 2), (2, 2)
+    return exact(nn.Sequential(conv, nn.BatchNorm2d(WIDTH), nn.ReLU()))
+
+
+@pytest.mark.parametrize("init", ["preserve", "paper"])
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_geometry_is_what_the_forward_uses(block: str, mode: str, init: str) -> None:
+    """Zeros are padded by the present numbers, other modes by those at construction: the block does as the layer."""
+    model = _dilated(padding_mode=mode)
+    expanded = reparam.expand(model, block, init=init, strict=True)
+    assert blocks(expanded) == ["0"]
+    assert expanded(double()).shape == model(double()).shape
+    if init == "preserve":
+        computes(model, expanded, double())
+    reparam.verify(expanded.eval(), reparam.collapse(expanded), double()).raise_if_different()
+
+
+# ------------------------------------------------------------------ wrappers and hooks
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, torch.optim.swa_utils.AveragedModel])
+@pytest.mark.parametrize("inner", [ConvBN, Flag])
+def test_wrappers_that_pass_everything_on(inner: type[nn.Module], wrap: Any) -> None:
+    model = wrap(exact(inner()))
+    model.eval()
+    expanded = reparam.expand(model, "acb")
+    assert len(blocks(expanded)) == 1
+    computes(model, expanded, double())
+    if inner is Flag:
+        computes(model, expanded, double(), True)
+
+
+def test_hooks_stay_and_are_not_run() -> None:
+    """A hooked convolution is left alone; a hook of any other module stays, and no trial runs it."""
+    model = exact(nn.Sequential(ConvBN(), ConvBN()))
+    calls: list[str] = []
+    model[0].conv.register_forward_hook(lambda *_: calls.append("conv"))
+    model[1].register_forward_hook(lambda *_: calls.append("module"))
+    plan = reparam.plan(model, "acb")
+    assert [(r.layer, r.refusal.reason) for r in plan.refused] == [("0.conv", Reason.HOOK)]
+    expanded = plan.apply()
+    assert blocks(expanded) == ["1.conv"]
+    assert calls == []
+    expanded(double())
+    assert calls == ["conv", "module"]

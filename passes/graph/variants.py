@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from passes.graph.capture import Unit, trace_variant
+from passes.graph.capture import Call, Unit, join, trace_variant
 from passes.graph.opset import is_shape_query
 from passes.refusal import Reason, Refusal
 
-__all__ = ["OtherCalls", "Variant", "variants"]
+__all__ = ["OtherCalls", "Variant", "own_calls", "variants"]
 
 MAX_GUESSES = 8
 """Most values that are tried for one argument whose value decides."""
@@ -29,15 +29,36 @@ MAX_GUESSES = 8
 
 @dataclass(frozen=True)
 class Variant:
-    """A unit as it is when called with ``given``; ``unit`` is None where it cannot be traced so, ``why`` says why."""
+    """A unit as it is when called with ``given``; ``unit`` is None where it cannot be traced so, ``why`` says why.
+
+    ``at`` is the path in the unit of the module that is called, where a wrapper passes its arguments on to it.
+    """
 
     given: str
     unit: Unit | None
     why: str = ""
+    at: str = ""
+
+
+def own_calls(unit: Unit) -> list[Call]:
+    """Calls whose arguments are the caller's: of the unit, and of what it wraps in ``forward(*args, **kwargs)``."""
+    found = [call for call in unit.calls if call.parent is None]
+    for call in unit.calls:
+        if call.parent in found and _passes_on(call.parent.module):
+            found.append(call)
+    return found
 
 
 def variants(unit: Unit) -> list[Variant]:
     """Every optional argument of the unit's forward with another value: one at a time, then all at once."""
+    found: list[Variant] = []
+    for call in own_calls(unit):
+        inner = replace(unit, path=join(unit.path, call.path), root=call.module) if call.path else unit
+        found += [replace(variant, at=call.path) for variant in _variants(inner)]
+    return found
+
+
+def _variants(unit: Unit) -> list[Variant]:
     found: list[Variant] = []
     together: dict[str, Any] = {}
     for parameter in _optional(unit.root):
@@ -87,6 +108,14 @@ def _optional(root: nn.Module) -> list[inspect.Parameter]:
     return [p for i, p in enumerate(named) if p.default is not p.empty and (required or i > 0)]
 
 
+def _passes_on(module: nn.Module) -> bool:
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
 def _guesses(unit: Unit, default: Any) -> Iterator[Any]:
     """Values that an argument might take, judged by its default and by what the code compares with."""
     if isinstance(default, Enum):
@@ -134,7 +163,8 @@ class OtherCalls:
 
     def __init__(self, unit: Unit) -> None:
         self._unit = unit
-        self._graphs: list[tuple[str, fx.Graph | None, str]] | None = None
+        self._variants: list[Variant] | None = None
+        self._own: set[Call] = set()
 
     def refusal(self, nodes: list[fx.Node], result: fx.Node) -> Refusal | None:
         """Why ``nodes`` cannot become one layer in place of their modules: some call uses them in another way.
@@ -143,30 +173,30 @@ class OtherCalls:
             nodes: what becomes one layer, ``result`` included.
             result: the last of them, whose value stays.
         """
-        if self._graphs is None:
-            found = variants(self._unit) if _optional(self._unit.root) else []
-            self._graphs = [(v.given, None if v.unit is None else v.unit.graph, v.why) for v in found]
-        for given, graph, why in self._graphs:
-            if graph is None:
-                if any(_calls_itself(node) for node in nodes):
-                    return Refusal(Reason.ARGUMENT, f"cannot be traced with {given}, which may use it otherwise: {why}")
-            elif not _together(nodes, result, graph):
-                return Refusal(Reason.ARGUMENT, f"with {given} it is used in another way")
+        if self._variants is None:
+            self._variants, self._own = variants(self._unit), set(own_calls(self._unit))
+        for variant in self._variants:
+            if variant.unit is None:
+                # The code of modules inside is not touched by arguments that they are not given.
+                if any(node.meta["call"] in self._own for node in nodes):
+                    why = f"cannot be traced with {variant.given}, which may use it otherwise: {variant.why}"
+                    return Refusal(Reason.ARGUMENT, why)
+            elif not _together(nodes, result, variant):
+                return Refusal(Reason.ARGUMENT, f"with {variant.given} it is used in another way")
         return None
 
 
-def _calls_itself(node: fx.Node) -> bool:
-    """Whether it is the unit's own code that calls a layer, not that of a module inside."""
-    return node.meta["call"].parent is None
-
-
-def _together(nodes: list[fx.Node], result: fx.Node, graph: fx.Graph) -> bool:
-    """Whether ``graph`` has these nodes with the very same connections, or calls none of their modules."""
+def _together(nodes: list[fx.Node], result: fx.Node, variant: Variant) -> bool:
+    """Whether a variant has these nodes with the very same connections, or calls none of their modules."""
+    assert variant.unit is not None
+    at = variant.at
+    if at:  # what lies around the wrapped module is as before
+        nodes = [n for n in nodes if any(call.path == at for call in n.meta["call"].chain())]
     anchors = [n for n in nodes if n.op in ("call_module", "get_attr")]
     calls: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
+    for node in variant.unit.graph.nodes:
         if node.op in ("call_module", "get_attr"):
-            calls.setdefault(str(node.target), []).append(node)
+            calls.setdefault(str(_target(node, at)), []).append(node)
     used = [calls.get(str(n.target), []) for n in anchors]
     if not any(used):
         return True
@@ -175,25 +205,35 @@ def _together(nodes: list[fx.Node], result: fx.Node, graph: fx.Graph) -> bool:
     for anchor, found in zip(anchors, used, strict=True):
         if anchor.op == "get_attr" and len(found) > 1:
             continue  # each use of a weight is found from the operation that uses it
-        if len(found) != 1 or not _match(anchor, found[0], inside, same):
+        if len(found) != 1 or not _match(anchor, found[0], at, inside, same):
             return False
     for node in nodes:
         if node not in same:
             sources = [same[s] for s in node.all_input_nodes if s in same]
             candidates = list(dict.fromkeys(u for s in sources for u in s.users))
-            if not any(_match(node, candidate, inside, same) for candidate in candidates):
+            if not any(_match(node, candidate, at, inside, same) for candidate in candidates):
                 return False
     mine = {same[node] for node in nodes}
-    inner = [n for n in mine if n is not same[result] and n.op != "get_attr"]
-    return all(u in mine or is_shape_query(u.op, u.target, u.args) for n in inner for u in n.users)
+    inner = [n for n in mine if n is not same.get(result) and n.op != "get_attr"]
+    leaves = result not in same  # the part goes on behind the wrapped module
+
+    def among(user: fx.Node) -> bool:
+        return user in mine or (leaves and user.op == "output") or is_shape_query(user.op, user.target, user.args)
+
+    return all(among(user) for node in inner for user in node.users)
 
 
-def _match(node: fx.Node, other: fx.Node, inside: set[fx.Node], same: dict[fx.Node, fx.Node]) -> bool:
+def _target(node: fx.Node, at: str) -> Any:
+    """What a node of a variant calls or reads, as the unit names it."""
+    return join(at, str(node.target)) if node.op in ("call_module", "get_attr") else node.target
+
+
+def _match(node: fx.Node, other: fx.Node, at: str, inside: set[fx.Node], same: dict[fx.Node, fx.Node]) -> bool:
     """Whether two nodes do the same to the same values; ``same`` then holds what corresponds, sources included."""
     if node in same:
         return same[node] is other
     weight = node.op == "get_attr"
-    if (node in inside or weight) and (node.op != other.op or node.target != other.target):
+    if (node in inside or weight) and (node.op != other.op or node.target != _target(other, at)):
         return False
     if node not in inside:  # what the part reads may be computed in any way, as long as it is one value
         same[node] = other
@@ -206,7 +246,7 @@ def _match(node: fx.Node, other: fx.Node, inside: set[fx.Node], same: dict[fx.No
         if isinstance(a, fx.Node) != isinstance(b, fx.Node):
             return False
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):
-            if not _match(a, b, inside, trial):
+            if not _match(a, b, at, inside, trial):
                 return False
         elif a is not b and a != b:
             return False

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from passes.graph.capture import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
 from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
-from passes.graph.variants import variants
+from passes.graph.variants import own_calls, variants
 from passes.refusal import UNREAD, Reason, Refusal
 
 __all__ = ["Found", "Norm", "find_convs", "plain_norm"]
@@ -87,10 +87,15 @@ def _other_calls(unit: Unit) -> list[_Uses]:
     found = []
     for variant in variants(unit):
         if variant.unit is None:
-            untraced = [Refusal(Reason.UNTRACEABLE, f"{Reason.UNTRACEABLE.value}: {variant.why}", unit.path)]
+            why, at = f"{Reason.UNTRACEABLE.value}: {variant.why}", join(unit.path, variant.at)
+            untraced = [Refusal(Reason.UNTRACEABLE, why, at)]
             found.append(_Uses([], untraced, f"with {variant.given}", unit))
             continue
-        hidden = [r.at(join(unit.path, at)) for at, r in variant.unit.opaque.items() if at not in unit.opaque]
+        hidden = [
+            refusal.at(join(unit.path, variant.at, at))
+            for at, refusal in variant.unit.opaque.items()
+            if join(variant.at, at) not in unit.opaque
+        ]
         found.append(_Uses([variant.unit], hidden, f"with {variant.given}", unit))
     return found
 
@@ -200,6 +205,7 @@ class _Uses:
         for unit in self.units:
             leaves = Counter(str(n.target) for n in unit.graph.nodes if n.op == "call_module")
             entered = Counter(id(call.module) for call in unit.calls)
+            own = own_calls(unit)
             norms = [call.path for call in unit.calls if isinstance(call.module, _BatchNorm)]
             self.norm_calls.update(join(unit.path, path) for path in norms)
             for at, refusal in unit.opaque.items():
@@ -216,7 +222,7 @@ class _Uses:
                     self.readers[id(conv)] = frozenset(_where_read(unit, reader) for reader in _readers(node))
                     if node.kwargs:
                         self.named.add(id(conv))
-                    if any(_meeting(node, reader).parent is None for reader in _readers(node)):
+                    if any(_meeting(node, reader) in own for reader in _readers(node)):
                         self.own_code.add(id(conv))
 
     def norm(self, conv: _ConvNd) -> Norm | None:
