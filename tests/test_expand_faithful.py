@@ -117,8 +117,11 @@ def test_default_device(block: str) -> None:
     model = exact(nn.Sequential(ConvBN(), nn.ReLU()))
     with default_device("meta"):
         expanded = reparam.expand(model, block)
+        back = reparam.collapse(expanded, like=model)
+        collapsed = reparam.collapse(model)
     assert blocks(expanded) == ["0.conv"]
-    computes(model, expanded, double(), modes=(False,))
+    for made in (expanded, back, collapsed):
+        computes(model, made, double(), modes=(False,))
 
 
 # ------------------------------------------------------------------ float networks that are made ready to be quantised
@@ -785,8 +788,12 @@ def test_wrappers_that_pass_everything_on(inner: type[nn.Module], wrap: Any) -> 
     expanded = reparam.expand(model, "acb")
     assert len(blocks(expanded)) == 1
     computes(model, expanded, double())
+    collapsed = reparam.collapse(model)
+    computes(model, collapsed, double(), modes=(False,))
+    assert any(isinstance(m, nn.BatchNorm2d) for m in collapsed.modules()) == (inner is Flag)
     if inner is Flag:
         computes(model, expanded, double(), True)
+        computes(model, collapsed, double(), True, modes=(False,))
 
 
 def test_hooks_stay_and_are_not_run() -> None:

@@ -39,7 +39,8 @@ def prove(flow: Flow, region: Region, form: Form, layer: nn.Module, name: str) -
     device = form.weight.device
     generator = torch.Generator().manual_seed(0)
     inputs = [
-        torch.randn(shape, dtype=torch.float64, generator=generator).to(device) for shape in _shapes(flow, region, form)
+        torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu").to(device)
+        for shape in _shapes(flow, region, form)
     ]
     worst = 0.0
     with torch.no_grad():
