@@ -809,3 +809,22 @@ def test_hooks_stay_and_are_not_run() -> None:
     assert calls == []
     expanded(double())
     assert calls == ["conv", "module"]
+
+
+def test_a_forward_that_marks_itself_for_the_profiler() -> None:
+    """DataParallel's does: an operation is given an object that cannot even be compared."""
+
+    class Marked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = ConvBN()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autograd.profiler.record_function("marked"):
+                return self.body(x)
+
+    model = exact(Marked())
+    plan = reparam.plan(model, "acb")
+    assert [r.layer for r in plan.expanded] == ["body.conv"]
+    assert [text[:13] for text in plan.compared] == ["whole network"] * 2
+    computes(model, plan.apply(), double())

@@ -305,7 +305,7 @@ def _double(value: Any) -> Any:
         if value.dtype in _COARSE:
             return value.double()
         return value.to(torch.complex128) if value.dtype == torch.complex64 else value
-    return torch.float64 if value in _COARSE else value
+    return torch.float64 if isinstance(value, torch.dtype) and value in _COARSE else value
 
 
 # ------------------------------------------------------------------ who took part
