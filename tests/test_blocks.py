@@ -937,10 +937,16 @@ def test_a_start_that_is_off_is_found_and_the_model_is_as_it_was(inplace: bool) 
 
     model = nn.Sequential(conv_bn(2, 4, 4, 3, padding=1), conv_bn(2, 4, 4, 3, padding=1)).eval()
     before, printed = copy.deepcopy(model.state_dict()), str(model)
+    blocks = {"0.0": "acb", "1.0": "off"}
+    with pytest.raises(ReparamError, match=r"^1\.0: with its block the network computes something else"):
+        reparam.expand(model, blocks, inplace=inplace, strict=True)
     with pytest.raises(ReparamError, match=r"^1\.0: off does not start as the function that it replaces"):
-        reparam.expand(model, {"0.0": "acb", "1.0": "off"}, inplace=inplace)
+        reparam.expand(model, blocks, inplace=inplace, verify="folds")
     assert str(model) == printed
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    plan = reparam.plan(model, blocks)  # taken back alone, the other stands
+    assert [row.layer for row in plan.expanded] == ["0.0"]
+    assert [row.layer for row in plan.refused] == ["1.0"]
 
 
 @pytest.mark.usefixtures("registry")

@@ -739,6 +739,7 @@ def test_failure_in_place_gives_the_model_back() -> None:
     with pytest.raises(ReparamError, match=r"whole\.square\.conv: breaks_later cannot be built, .*out of ideas"):
         reparam.expand(model, "breaks_later", init="paper", inplace=True)
     assert unchanged(model, before)
+    unregister("breaks_later")
 
 
 # ------------------------------------------------------------------ where
