@@ -180,7 +180,8 @@ def test_a_model_that_kills_its_workers_is_a_failure_and_no_other_is_blamed(clus
     assert [name for name in names if not found[name].ok] == ["deadly"]
     deadly = found["deadly"]
     assert isinstance(deadly, Failed)
-    assert (deadly.stage, "its worker died" in deadly.error) == ("build", True)
+    assert "its worker died" in deadly.error
+    assert deadly.stage in ("start", "build")  # the last stage heard of: a worker may die before it has told the next
     assert not list(Folder(tmp_path).running.iterdir())
 
 
