@@ -28,6 +28,7 @@ from passes.edits.edit import Block as BlockEdit
 from passes.edits.edit import Edit, Remove, remember
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy
+from passes.graph.generators import kept_generators
 from passes.graph.inputs import as_example
 from passes.proof.compare import EquivalenceError
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
@@ -216,8 +217,7 @@ def make_plan(
 ) -> Plan:
     """Decide for every convolution of ``model``; see :func:`reparam.plan`. The model is not changed."""
     _check(model, init, online, verify, inplace)
-    devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
+    with kept_generators(p.device for p in model.parameters()):
         positions = None
         convs = find_convs(model)
         if example_inputs is not None:

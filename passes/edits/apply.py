@@ -228,6 +228,6 @@ def _check_targets(module: nn.Module, edit: Rewrite | Remove) -> None:
 
 
 def _has(owner: nn.Module, name: str, child: bool) -> bool:
-    if child:
+    if child or owner._modules.get(name) is not None:  # a layer may also be read, to be given to a function
         return owner._modules.get(name) is not None
     return any(isinstance(table.get(name), Tensor) for table in (owner._parameters, owner._buffers, vars(owner)))

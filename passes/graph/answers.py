@@ -2,7 +2,8 @@
 
 A question about a value that depends on parameters only is answered by the value. One that depends on an input is put
 to fake tensors (shapes, dtypes, devices, no numbers) of several sizes and batches, and the answer is taken only if it
-is always the same; it is then a condition of the capture. Nothing is computed before something is asked.
+is always the same. If sizes enter the question it is put once more with symbols for all sizes, and has to be answered
+without a condition on them. Nothing is computed before something is asked.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves, tree_map
 
 from passes.graph.inputs import likely_shapes
+from passes.graph.nodes import may_draw
+from passes.graph.opset import operation_of
 from passes.graph.patches import suspended
 
 __all__ = ["Answers", "UnknownError"]
@@ -48,6 +53,7 @@ class Answers:
         """Placeholders of which nothing is known, not even that a tensor is given."""
         self._constants: dict[fx.Node, Any] = {}
         self._bases: list[list[_Run]] | None = None
+        self._symbolic: _Run | None = None
 
     def ask(self, node: fx.Node, question: Callable[[Any], Answer]) -> Answer:
         """What ``question`` gives for the value of ``node``. Raises :class:`UnknownError`."""
@@ -61,7 +67,10 @@ class Answers:
 
     def _is_constant(self, needed: Sequence[fx.Node]) -> bool:
         reads_numbers = self.numbers or all(n.op != "get_attr" for n in needed)
-        return reads_numbers and all(n.op != "placeholder" and (n.op == "get_attr" or n.args) for n in needed)
+        return reads_numbers and all(
+            n.op != "placeholder" and (n.op == "get_attr" or (n.args and not may_draw(n, operation_of(n))))
+            for n in needed
+        )
 
     def _agreed(self, needed: Sequence[fx.Node], question: Callable[[Any], Answer]) -> Answer:
         why = "no input can be made up"
@@ -77,9 +86,33 @@ class Answers:
                         break  # not the size that the network is made for
             if len(answers) > 1:
                 if any(type(a) is not type(answers[0]) or a != answers[0] for a in answers):
-                    raise UnknownError("the answer depends on the size of the input")
+                    raise UnknownError(_DEPENDS)
+                if any(map(_tells_sizes, needed)):
+                    self._surely(runs[0].example, needed, question)
                 return answers[0]  # type: ignore[no-any-return]
         raise UnknownError(why)
+
+    def _surely(self, example: Example, needed: Sequence[fx.Node], question: Callable[[Any], Answer]) -> None:
+        """Raise :class:`UnknownError` if the answer is not the same for every size that the operations take."""
+        if self._symbolic is None or self._symbolic.example is not example:
+            # Without the usual exceptions: a size of 0 or 1 is a size, and sizes that are equal here need not be.
+            self._sizes = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+            mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._sizes)
+            self._symbolic = _Run(self, mode, example)
+        asked = 0
+        try:
+            for node in needed:
+                known = len(self._sizes.guards)
+                value = self._symbolic.value([node])
+                if not any(isinstance(v, Tensor) for v in tree_leaves(self._symbolic.read_by(node))):
+                    asked += len(self._sizes.guards) - known  # what operations on tensors ask is what they take
+            known = len(self._sizes.guards)
+            question(value)
+        # An operation may refuse symbols, in any way.
+        except Exception as error:
+            raise UnknownError(f"{_DEPENDS}, as far as can be seen ({type(error).__name__})") from error
+        if asked or len(self._sizes.guards) > known:
+            raise UnknownError(_DEPENDS)
 
     def _made_up(self) -> list[list[_Run]]:
         """For each base size its runs: the base itself, another batch, other sizes."""
@@ -106,15 +139,19 @@ class _Run:
         self.values: dict[fx.Node, Any] = {}
 
     def value(self, needed: Sequence[fx.Node]) -> Any:
+        if not self.values:
+            made = tree_map(lambda v: v.make(self.mode) if isinstance(v, _Shape) else v, self.example)
+            self.values.update(zip(self.answers.placeholders, made, strict=True))
         with self.mode:
-            if not self.values:
-                made = tree_map(lambda v: v.make() if isinstance(v, _Shape) else v, self.example)
-                self.values.update(zip(self.answers.placeholders, made, strict=True))
             return _evaluate(self.values, needed, self._read, self.answers.root)
+
+    def read_by(self, node: fx.Node) -> list[Any]:
+        """The values that a node is computed from."""
+        return [self.values[source] for source in node.all_input_nodes]
 
     def _read(self, target: str) -> Any:
         value = self.answers.attribute(target)
-        return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+        return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
 
 
 class _Shape:
@@ -127,14 +164,29 @@ class _Shape:
     def of(tensor: Tensor) -> _Shape:
         return _Shape(tensor.shape, tensor.dtype, tensor.device)
 
-    def make(self) -> Tensor:
-        return torch.empty(self.sizes, dtype=self.dtype, device=self.device)
+    def make(self, mode: FakeTensorMode) -> Tensor:
+        made = torch.empty(self.sizes, dtype=self.dtype, device=self.device)
+        if mode.shape_env is None:
+            return mode.from_tensor(made)
+        every = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * made.dim())
+        return mode.from_tensor(made, symbolic_context=every)
 
     def batch(self, more: int) -> _Shape:
         return _Shape((self.sizes[0] + more, *self.sizes[1:]), self.dtype, self.device) if self.sizes else self
 
     def space(self, change: Callable[[int], int]) -> _Shape:
         return _Shape((*self.sizes[:2], *map(change, self.sizes[2:])), self.dtype, self.device)
+
+
+_DEPENDS = "the answer depends on the size of the input"
+
+
+def _tells_sizes(node: fx.Node) -> bool:
+    """Whether a value may be a size, or say something of one."""
+    operation = operation_of(node)
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] not in ("dtype", "device", "ndim", "requires_grad", "is_cuda", "grad_fn")
+    return operation is None or operation.id in ("size", "facts", "sym_size")
 
 
 def _varied(base: Example) -> list[Example]:
@@ -171,7 +223,11 @@ def _evaluate(
             continue
         args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
         if node.op == "call_module":
-            values[node] = root.get_submodule(str(node.target))(*args, **kwargs)
+            # On tensors of its own: a norm in training would count this call.
+            module = root.get_submodule(str(node.target))
+            state = {name: attribute(f"{node.target}.{name}") for name in module.state_dict(keep_vars=True)}
+            own = {name: t.clone() if isinstance(t, Tensor) else t for name, t in state.items()}
+            values[node] = functional_call(module, own, args, kwargs)
         elif node.op == "call_method":
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from passes.graph.generators import states
 from passes.graph.marks import Snapshot, no_mark
 from passes.graph.tracer import (
     Call,
     NotCapturedError,
     Tracer,
-    draws,
     has_hooks,
     inherits_forward,
     is_based_on_layer,
@@ -159,10 +159,10 @@ def _trace_unit(
     leaves: dict[int, Refusal] = {}
     careful = False
     while True:
-        before = torch.get_rng_state(), draws()
+        before = torch.get_rng_state(), states()
         tracer = Tracer(root, leaves, inputs=inputs, given=given, numbers=numbers, careful=careful)
         graph = tracer.trace()
-        drawn = not torch.equal(before[0], torch.get_rng_state()) or draws() != before[1]
+        drawn = not torch.equal(before[0], torch.get_rng_state()) or states() != before[1]
         if drawn and not careful:  # who draws is found by looking after each call
             careful = True
             snapshot.restore()

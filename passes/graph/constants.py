@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from passes.graph.capture import Unit
 from passes.graph.copies import deep_copy
-from passes.graph.opset import Kind, Operation, argument, is_torch
+from passes.graph.nodes import may_draw
+from passes.graph.opset import Operation
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Constants", "find_constants", "holder_tensors"]
@@ -29,7 +30,7 @@ def find_constants(
     constant: set[fx.Node] = set()
     for node in unit.graph.nodes:
         operation = operations.get(node)
-        if node in written or node.op in ("placeholder", "output") or _draws(node, operation):
+        if node in written or node.op in ("placeholder", "output") or may_draw(node, operation):
             continue
         if node.op == "get_attr":
             if isinstance(held[node], Tensor):
@@ -39,15 +40,6 @@ def find_constants(
             if not opaque and (node.all_input_nodes or node.op == "call_module"):
                 constant.add(node)
     return constant
-
-
-def _draws(node: fx.Node, operation: Operation | None) -> bool:
-    """Whether the value may be another one in the next call."""
-    if operation is None:
-        return not is_torch(node)
-    if operation.kind is Kind.DROPOUT and node.op == "call_function":
-        return argument(node, 2, "training", True) is not False
-    return operation.random and operation.kind is not Kind.DROPOUT
 
 
 class Constants:

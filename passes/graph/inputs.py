@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from passes.graph.copies import deep_copy
+from passes.graph.generators import kept_generators
 
 __all__ = [
     "SMALL",
@@ -289,7 +290,7 @@ def observed_ranks(model: nn.Module, paths: list[str], example: Example) -> dict
         own = deep_copy(model)
         for path in paths:
             own.get_submodule(path).register_forward_pre_hook(lambda _, given, path=path: note(path, given))
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), kept_generators():
             own(*copied(example.args), **copied(dict(example.kwargs)))
     except Exception:
         return {}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from passes.graph.generators import kept_generators
 
 __all__ = ["Snapshot", "no_mark"]
 
@@ -49,16 +49,11 @@ class Snapshot:
 def no_mark(model: nn.Module) -> Iterator[Snapshot]:
     """Restore every module's attributes and the states of all random generators afterwards."""
     snapshot = Snapshot(model)
-    numpy = sys.modules.get("numpy")
-    python, theirs = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), kept_generators():
+        try:
             yield snapshot
-    finally:
-        snapshot.restore()
-        random.setstate(python)
-        if numpy is not None and theirs is not None:
-            numpy.random.set_state(theirs)
+        finally:
+            snapshot.restore()
 
 
 def _same(now: Any, before: Any) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
-from passes.graph.opset import Kind, operation_of
+from passes.graph.opset import Kind, Operation, argument, is_torch, operation_of
 
-__all__ = ["LAYERS", "is_constant", "is_query", "surely_tensor"]
+__all__ = ["LAYERS", "is_constant", "is_query", "may_draw", "surely_tensor"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Module, nn.DataParallel)
 
@@ -57,6 +57,15 @@ def is_constant(node: fx.Node) -> bool:
         seen |= sources
         todo += sources
     return True
+
+
+def may_draw(node: fx.Node, operation: Operation | None) -> bool:
+    """Whether the value may be another one in the next call."""
+    if operation is None:
+        return not is_torch(node)
+    if operation.kind is Kind.DROPOUT and node.op == "call_function":
+        return argument(node, 2, "training", True) is not False
+    return operation.random and operation.kind is not Kind.DROPOUT
 
 
 def is_query(node: fx.Node) -> bool:

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import inspect
 import math
-import random
 import sys
 import traceback
 import weakref
@@ -30,6 +29,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from passes.graph.answers import Answers, UnknownError
+from passes.graph.generators import states
 from passes.graph.memory import shared_by, written_by
 from passes.graph.methods import MethodCall, noting_methods
 from passes.graph.nodes import LAYERS, is_constant, is_query, surely_tensor
@@ -42,7 +42,6 @@ __all__ = [
     "Call",
     "NotCapturedError",
     "Tracer",
-    "draws",
     "has_hooks",
     "inherits_forward",
     "is_based_on_layer",
@@ -183,13 +182,13 @@ class Tracer(TracerBase):
         return args, kwargs
 
     def _run(self, call: Call, args: Any, kwargs: Any) -> Any:
-        drawn = draws() if self.careful else None
+        drawn = states() if self.careful else None
         self._search(getattr(call.module.forward, "__globals__", None))
         with noting_methods(call.module, call.methods, lambda: self.graph):
             out = call.module.forward(*args, **kwargs)
         if self._pending is not None:  # what a forward catches itself has sent it another way
             raise self._pending
-        if drawn is not None and draws() != drawn:
+        if drawn is not None and states() != drawn:
             raise NotCapturedError(Reason.RANDOM, Reason.RANDOM.value)
         self._check_context()
         call.output = self._plain(out)
@@ -660,13 +659,6 @@ def _context() -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
     )
-
-
-def draws() -> tuple[Any, ...]:
-    """The states of the generators that are not torch's."""
-    numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else ()
-    return (random.getstate(), *(part.tobytes() if hasattr(part, "tobytes") else part for part in state))
 
 
 def _library_leaves(which: str) -> list[Any]:

@@ -24,6 +24,7 @@ from passes.algebra.conv_form import ConvForm, Form, Ints
 from passes.algebra.opaque import OpaqueForm
 from passes.graph.capture import Unit
 from passes.graph.copies import deep_copy
+from passes.graph.generators import kept_generators
 from passes.graph.opset import operation_of_layer
 from passes.laws.values import Signal, View, settle
 from passes.laws.watch import watched
@@ -85,7 +86,7 @@ def probe(module: nn.Module) -> Form:
     bent = next((m for m in module.modules() if _is_nonlinear(m)), None)
     if bent is not None:  # it may act as a convolution for now, with a gamma of zero, but it is not one
         raise RefusalError(Reason.NOT_A_CONVOLUTION, f"not probed: it holds {type(bent).__name__}")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), kept_generators():
         torch.manual_seed(0)
         runner = _Runner(module)
         if isinstance(module, _ConvNd) and next(module.children(), None) is None:

@@ -35,7 +35,7 @@ from passes.proof.locate import Choices, choose_alike
 from passes.proof.run import Run, hooked, nudged, run, runner_of
 from passes.refusal import ReparamError
 
-__all__ = ["Checked", "NoInputError", "Observed", "check", "explained", "observe"]
+__all__ = ["Checked", "NoInputError", "Observed", "check", "explained", "first_line", "observe"]
 
 ROUNDING = 1e-6
 """The most that rounding in float64 may explain in a network that amplifies it."""

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from passes.graph.copies import deep_copy
+from passes.graph.generators import kept_generators, states
 from passes.graph.inputs import Example, copied
 from passes.proof.state import Marks, changes
 
@@ -217,32 +218,21 @@ def _generators(devices: set[torch.device], ends: list[str]) -> Iterator[None]:
     """Seed all generators that a forward may draw from: torch's, Python's and NumPy's; restore them after."""
     numpy: Any = sys.modules.get("numpy")
     cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
-    python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
-    main = torch.default_generator.get_state()
-    others = [torch.cuda.get_rng_state(i) for i in cuda]
-    try:
+    with kept_generators(devices):
         torch.default_generator.manual_seed(0)
         random.seed(0)
         if numpy is not None:
             numpy.random.seed(0)
         for i in cuda:
             torch.cuda.default_generators[i].manual_seed(0)
-        yield
-    finally:
-        end = hashlib.sha256(torch.default_generator.get_state().numpy().tobytes())
-        end.update(repr(random.getstate()).encode())
-        if numpy is not None:
-            end.update(repr(numpy.random.get_state()[1:]).encode())
-            end.update(numpy.random.get_state()[1].tobytes())
-        for i in cuda:
-            end.update(torch.cuda.get_rng_state(i).numpy().tobytes())
-        ends.append(end.hexdigest())
-        torch.default_generator.set_state(main)
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(arrays)
-        for i, state in zip(cuda, others, strict=True):
-            torch.cuda.set_rng_state(state, i)
+        try:
+            yield
+        finally:
+            end = hashlib.sha256(torch.default_generator.get_state().numpy().tobytes())
+            end.update(repr(states()).encode())
+            for i in cuda:
+                end.update(torch.cuda.get_rng_state(i).numpy().tobytes())
+            ends.append(end.hexdigest())
 
 
 # ------------------------------------------------------------------ float64

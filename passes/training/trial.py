@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from passes.graph.copies import deep_copy, shadow
 from passes.graph.inputs import likely
 from passes.graph.modes import has_own_modes
-from passes.proof.check import Checked, NoInputError, Observed, check, observe
+from passes.proof.check import Checked, NoInputError, Observed, check, first_line, observe
+from passes.proof.compare import Difference, Verdict
 from passes.refusal import Reason, Refusal, ReparamError
 
 __all__ = ["Outcome", "try_blocks"]
@@ -199,7 +200,14 @@ class _Trial(Generic[Row]):
         moved = self.put(trial, rows)
         everywhere = {old: new for paths in moved.values() for old, new in paths.items()}
         checks = [check(seen, trial, training=seen.training, moved=everywhere) for seen in self.seen]
-        return checks, self.unlike(trial, moved) if self.modes else {}
+        if not self.modes:
+            return checks, {}
+        try:
+            return checks, self.unlike(trial, moved)
+        # The model's own train() may use a layer as what it was, and fail in any way.
+        except Exception as error:
+            failed = Difference(f"its own train() raises {type(error).__name__}: {first_line(error)}")
+            return [*checks, Checked(Verdict.DIFFERENT, "its own train() and eval()", (failed,))], {}
 
     def equal(self, rows: Sequence[Row]) -> bool:
         return all(c.ok for c in self.run(rows)[0])
