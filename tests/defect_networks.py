@@ -6,6 +6,7 @@ Sizes are odd and even on purpose: a size that a stride divides hides an output 
 
 from __future__ import annotations
 
+import random
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -212,6 +213,75 @@ simple("norms_in_a_row", FLAT, lambda: seq(conv(), norm(), norm(), nn.Dropout(0.
 simple("identity_norm", FLAT, lambda: add(norm(), conv(4, 4, 1, bias=False)))
 simple("no_statistics", FLAT, lambda: seq(conv(), norm(track_running_stats=False), nn.ReLU(), conv(), norm()))
 
+simple(
+    "zeros_behind_circular_lines",
+    FLAT,
+    lambda: Net(
+        lambda m, x: F.pad(m.a(x) * m.g, (0, 0, 1, 0)),
+        a=conv(4, 4, (1, 3), padding=(0, 1), padding_mode="circular", bias=False),
+        g=nn.Parameter(torch.randn(4, 1, 1)),
+    ),
+)
+simple(
+    "reflect_behind_square",
+    FLAT,
+    lambda: Net(
+        lambda m, x: F.pad(m.a(x) * m.g, (1, 1, 1, 1), mode="reflect"),
+        a=conv(padding=0, bias=False),
+        g=nn.Parameter(torch.randn(4, 1, 1)),
+    ),
+)
+simple("broadcast_sum", ((2, 4, 3, 3),), lambda: Net(lambda m, x: m.a(x) + m.b(x), a=conv(padding=0), b=conv(4, 4, 1)))
+simple("even_lines", FLAT, lambda: add(conv(4, 4, (1, 2), padding="same"), conv(4, 4, (2, 1), padding="same")))
+simple("transposed_then_square", FLAT, lambda: seq(nn.ConvTranspose2d(4, 8, 2, 2, bias=False), conv(8, 2)))
+simple(
+    "padded_stride",
+    FLAT,
+    lambda: Net(lambda m, x: m.n(m.a(F.pad(x, (0, 1, 0, 1)))), a=conv(4, 4, 2, stride=2), n=norm()),
+)
+simple("pad_in_code", FLAT, lambda: Net(lambda m, x: m.n(m.a(F.pad(x, (1, 0, 2, 1)))), a=conv(padding=0), n=norm()))
+simple(
+    "reflect_in_code",
+    FLAT,
+    lambda: Net(lambda m, x: m.n(m.a(F.pad(x, (1, 0, 2, 1), mode="reflect"))), a=conv(padding=0), n=norm()),
+)
+simple(
+    "pad_constant_unbiased",
+    FLAT,
+    lambda: seq(conv(4, 8, 1, bias=False), nn.ConstantPad2d(1, 0.5), conv(8, 4, 3, padding=0)),
+)
+simple("pools_ceil", FLAT, lambda: add(*(seq(nn.AvgPool2d(2, ceil_mode=True), conv(4, 4, 1)) for _ in range(4))))
+simple("pool_uncounted_branch", FLAT, lambda: add(conv(stride=2), nn.AvgPool2d(3, 2, 1, count_include_pad=False)))
+simple("pool_called", FLAT, lambda: Net(lambda m, x: m.a(x) + F.avg_pool2d(x, 2), a=conv(4, 4, 2, stride=2)))
+simple("fixed_slice", FLAT, lambda: Net(lambda m, x: m.n(m.a(x)[:, :, :7, :7]), a=conv(), n=norm()))
+simple("dropout_always", FLAT, lambda: Net(lambda m, x: m.n(F.dropout(m.a(x))), a=conv(), n=norm()))
+simple("reversed_difference", FLAT, lambda: Net(lambda m, x: torch.rsub(m.a(x), m.b(x)), a=conv(), b=conv(4, 4, 1)))
+simple(
+    "transposed_sum",
+    ((2, 4, 9, 9), (1, 4, 12, 12)),
+    lambda: Net(lambda m, x: m.b(x) + m.a(x).transpose(2, 3), a=conv(4, 4, 1), b=conv()),
+)
+simple(
+    "width_scale",
+    ((2, 4, 5, 4), (1, 4, 7, 4)),
+    lambda: Net(lambda m, x: m.n(m.c(x) * m.mask), c=conv(), n=norm(), mask=nn.Parameter(torch.randn(1, 1, 1, 4))),
+)
+simple(
+    "same_in_code",
+    FLAT,
+    lambda: Net(lambda m, x: m.n(F.conv2d(x, m.w, padding="same")), w=nn.Parameter(torch.randn(4, 4, 2, 2)), n=norm()),
+)
+simple("matrix", ROWS, lambda: Net(lambda m, x: m.l(x @ m.w), w=nn.Parameter(torch.randn(6, 6)), l=nn.Linear(6, 4)))
+simple(
+    "stacked_blocks",
+    FLAT,
+    lambda: Net(
+        lambda m, x: torch.cat([m.a(x[:, :2]), m.b(x)], 1),
+        a=seq(conv(2, 8, 1), conv(8, 2, 1)),
+        b=seq(conv(4, 8, 1), conv(8, 2, 1)),
+    ),
+)
+
 # ------------------------------------------------------------------ channels that move
 
 simple(
@@ -292,6 +362,54 @@ simple(
         lambda m, x: m.n(m.c(x)) if m.gate.numel() else x, c=conv(), n=norm(), gate=nn.Parameter(torch.randn(1))
     ),
 )
+
+
+@torch.fx.wrap
+def fluctuating(weight: Tensor) -> Tensor:
+    """Code that a graph holds as one call, and that draws numbers."""
+    return weight * random.random()
+
+
+class Fluctuating(nn.Module):
+    """A layer that cannot be traced, and draws numbers."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return fluctuating(weight) if float(weight.detach().sum()) < 1e9 else weight
+
+
+simple(
+    "random_like_a_weight",
+    FLAT,
+    lambda: Net(
+        lambda m, x: m.n(m.c(x) + torch.rand_like(m.g)), c=conv(), n=norm(), g=nn.Parameter(torch.ones(4, 1, 1))
+    ),
+)
+simple(
+    "dropout_of_a_weight",
+    FLAT,
+    lambda: Net(lambda m, x: m.n(m.c(x) * F.dropout(m.g)), c=conv(), n=norm(), g=nn.Parameter(torch.ones(4, 1, 1))),
+)
+simple(
+    "wrapped_weight",
+    FLAT,
+    lambda: Net(lambda m, x: m.n(F.conv2d(x, fluctuating(m.w))), n=norm(), w=nn.Parameter(torch.randn(4, 4, 3, 3))),
+)
+simple(
+    "untraceable_weight",
+    FLAT,
+    lambda: Net(
+        lambda m, x: m.n(F.conv2d(x, m.f(m.w))), n=norm(), f=Fluctuating(), w=nn.Parameter(torch.randn(4, 4, 3, 3))
+    ),
+)
+
+
+@network(FLAT)
+def counted() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        m.k.add_(1)
+        return m.n(m.c(x)) * m.k
+
+    return Net(run, c=conv(), n=norm(), k=torch.tensor(3.0))
 
 
 def tied() -> nn.Module:
@@ -383,6 +501,98 @@ def item_assigned() -> nn.Module:
         return m.n(y)
 
     return Net(run, a=conv(), n=norm())
+
+
+@network(FLAT)
+def in_place_layer_between() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        y = torch.tanh(x)
+        z = m.b(y)
+        m.act(y)
+        return z + m.c(y)
+
+    return Net(run, act=nn.ReLU(inplace=True), b=conv(), c=conv(4, 4, 1))
+
+
+@network(FLAT)
+def view_changed_between() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        y = torch.tanh(x)
+        z = m.b(y)
+        y[:, :2].mul_(2)
+        return z + m.c(y)
+
+    return Net(run, b=conv(), c=conv(4, 4, 1))
+
+
+@network(FLAT)
+def changed_before_the_sum() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        y = torch.tanh(x)
+        p, q = m.b(y), m.c(y)
+        y.mul_(2)
+        return torch.relu(p + q) + y
+
+    return Net(run, b=conv(), c=conv(4, 4, 1))
+
+
+@network(FLAT)
+def older_name_read() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        z = y.mul_(2)
+        return m.b(y) + z
+
+    return Net(run, a=conv(), b=conv(4, 4, 1))
+
+
+@network(FLAT)
+def input_changed() -> nn.Module:
+    return Net(lambda m, x: m.n(m.a(x.mul_(2))), a=conv(), n=norm())
+
+
+@network(FLAT)
+def alias_kept() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.b(x)
+        z = y.add_(m.a(x))
+        z.relu_()
+        return z + y
+
+    return Net(run, a=conv(), b=conv(4, 4, 1))
+
+
+class ByParity(nn.Module):
+    """One convolution on maps of even width and another on odd ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight)
+        return y if len(range(int(x.shape[-1]))) % 2 else 2 * y
+
+
+class ByValue(ByParity):
+    """A convolution of all but very large numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight)
+        return y if float(x.detach().abs().max()) < 1e9 else 2 * y
+
+
+class OwnConv(nn.Conv2d):
+    """Pads by a rule of its own, and not linear in its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 1, 0, 0)) if len(range(int(x.shape[-1]))) % 2 else x
+        return F.conv2d(x, self.weight / self.weight.norm(), self.bias)
+
+
+simple("by_parity", FLAT, lambda: seq(ByParity(), norm(), nn.ReLU()))
+simple("by_value", FLAT, lambda: seq(ByValue(), norm(), nn.ReLU()))
+simple("own_convolution", FLAT, lambda: seq(OwnConv(4, 4, 3), norm(), nn.ReLU()))
 
 
 @network(FLAT)
