@@ -29,6 +29,9 @@ class Defect:
     new: str
     note: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.part}: {self.name}"
+
 
 def place_of(defect: Defect, root: Path) -> Path:
     """The one file of the compiler below ``root`` that holds the fragment, once; raises LookupError otherwise."""
@@ -39,7 +42,7 @@ def place_of(defect: Defect, root: Path) -> Path:
                 found[path] = count
     if list(found.values()) != [1]:
         places = ", ".join(f"{path.relative_to(root)} ({count})" for path, count in found.items()) or "nowhere"
-        raise LookupError(f"{defect.part}: {defect.name}: its fragment must stand once, and stands {places}")
+        raise LookupError(f"{defect}: its fragment must stand once, and stands {places}")
     return next(iter(found))
 
 

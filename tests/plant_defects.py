@@ -452,7 +452,7 @@ def table(results: Sequence[Result], networks: int) -> str:
         said += [f"`{result.red}`"] if result.red else []
         if not said:
             said = [f"{NOTED}: {defect.note}" if defect.note else SURVIVED]
-        lines.append(_row(f"{defect.part}: {result.defect}", ", ".join(said).replace("|", " "), result.tried))
+        lines.append(_row(defect, ", ".join(said).replace("|", " "), result.tried))
     return "\n".join(lines) + "\n"
 
 
@@ -472,7 +472,7 @@ def main() -> int:
     parser.add_argument("--coverage", type=Path, default=Path("defects.coverage"), help="which tests run which line")
     parser.add_argument("--journal", type=Path, help="results so far; a run that was cut off goes on from there")
     options = parser.parse_args()
-    chosen = [d for d in DEFECTS if re.search(options.only, f"{d.part}: {d.name}")]
+    chosen = [d for d in DEFECTS if re.search(options.only, str(d))]
     for defect in chosen:  # all fragments must be there before anything runs
         place_of(defect, ROOT)
     start = time.time()
@@ -498,9 +498,7 @@ def main() -> int:
         some = next((f"{name}: {end}" for name, end in result.ends.items() if end.startswith(result.verdict)), "")
         which = column(result, defect)
         others = f"other folds {len(result.other)}" if result.other else ""
-        print(
-            f"{defect.part}: {defect.name}: {which} {len(result.ends)} {result.red} {some[:130]} {others}", flush=True
-        )
+        print(f"{defect}: {which} {len(result.ends)} {result.red} {some[:130]} {others}", flush=True)
         return result
 
     with ThreadPoolExecutor(options.jobs) as pool:
