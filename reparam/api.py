@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from passes.collapse import check_model, collapse_model, explain_model
 from passes.graph.inputs import Example, as_example, likely
+from passes.graph.outside import kept_outside
 from passes.proof.compare import Equivalence
 from passes.proof.run import default_device, run, runner_of
 from passes.proof.verify import compare
@@ -81,17 +82,18 @@ def collapse_with_report(
         raise ReparamError("like= returns a copy of that architecture, so inplace=True has nothing to edit; drop one")
     check_model(model, numbers=bool(verify))
     example = as_example(example_inputs, model)
-    with ordinary_tensors():
+    with undisturbed(model):
         if like is not None:
             return collapse_like(model, like, example, verify=verify)
         return collapse_model(model, example=example, verify=verify, strict=strict, inplace=inplace)
 
 
 @contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """What the caller has set as default does not reach the compiler's own tensors.
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """What the caller has set as default does not reach the compiler, and no run of its reaches what the caller holds.
 
-    Parameters made in inference mode could never be trained, and examples made on another device could not be read.
+    Parameters made in inference mode could never be trained, and examples made on another device could not be read. A
+    forward may fill containers outside of the model, which are restored.
     """
     device, grad = torch.get_default_device(), torch.is_grad_enabled()
     with ExitStack() as stack:
@@ -99,6 +101,7 @@ def ordinary_tensors() -> Iterator[None]:
         stack.enter_context(torch.set_grad_enabled(grad))
         if device.type != "cpu":
             stack.enter_context(default_device(device))
+        stack.enter_context(kept_outside(model))
         yield
 
 
@@ -109,7 +112,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     :func:`collapse` does for bad input.
     """
     check_model(model, numbers=False)
-    with ordinary_tensors():
+    with undisturbed(model):
         return explain_model(model, as_example(example_inputs, model))
 
 
@@ -130,7 +133,7 @@ def verify(reference: nn.Module, candidate: nn.Module, example_inputs: Any = Non
     check_model_shape(candidate)
     example = as_example(example_inputs, reference) or Example(guess_inputs(reference), made_up=True)
     try:
-        with ordinary_tensors():
+        with undisturbed(reference):
             return compare(reference, candidate, example)
     except ReparamError:
         raise
@@ -155,7 +158,7 @@ def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
     tried = []
     for example in likely(model):
         try:
-            with ordinary_tensors():
+            with undisturbed(model):
                 run(runner_of(model, double=False), example, double=False)
         # Any exception means that the model does not take this shape.
         except Exception as error:

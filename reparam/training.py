@@ -12,7 +12,7 @@ from passes.expand import Plan, make_plan
 from passes.refusal import RefusalError, ReparamError
 from passes.training.equivalent import Reading
 from passes.training.filters import Blocks, Where
-from reparam.api import ordinary_tensors
+from reparam.api import undisturbed
 
 __all__ = ["equivalent_conv", "expand", "param_groups", "plan"]
 
@@ -68,7 +68,7 @@ def expand(
         model, block, where=where, init=init, online=online, example_inputs=example_inputs, verify=verify,
         strict=strict, inplace=inplace,
     )  # fmt: skip
-    with ordinary_tensors():
+    with undisturbed(model):
         return planned.apply()
 
 
@@ -92,7 +92,7 @@ def plan(
     for another model, and raises if the model's layers have been replaced in the meantime. Raises as :func:`expand`
     does.
     """
-    with ordinary_tensors():
+    with undisturbed(model):
         return make_plan(
             model,
             block,

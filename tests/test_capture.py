@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -55,7 +56,13 @@ class Throws(Two):
         return y + self.b(x) if random.random() < 0.5 else y
 
 
-@pytest.mark.parametrize("kind", [Asks, Noisy, Remembers, Stores, Throws])
+class Draws(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n(self.a(x))
+        return y + self.b(x) if torch.rand(1) < 0.5 else y
+
+
+@pytest.mark.parametrize("kind", [Asks, Noisy, Remembers, Stores, Throws, Draws])
 def test_three_calls_compute_what_the_module_computes(kind: type[Two]) -> None:
     model = lively(kind()).double().eval()
     result = reparam.collapse(model)
@@ -81,6 +88,100 @@ def test_what_no_graph_can_say_is_left_alone(kind: type[Two], reason: Reason) ->
 
 def test_questions_do_not_stop_a_fold() -> None:
     assert reparam.explain(lively(Asks()).eval()).folds
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda x: x.shape[-1] > 500,
+        lambda x: x.shape[-2:] == torch.Size([9, 11]),
+        lambda x: x.size(0) == 1,
+        lambda x: min(x.shape[2], x.shape[3], 10) > 8,
+        lambda x: x.numel() > 10**6,
+        lambda x: len(x) == 7,
+        lambda x: x.flatten(1).shape[1] == 400,
+        lambda x: f"{x.shape[2]}" == "9",
+    ],
+    ids=["large", "exactly", "batch of one", "smallest", "elements", "length", "of another value", "as text"],
+)
+def test_an_answer_holds_for_every_size_or_is_none(question: Callable[[Tensor], bool]) -> None:
+    class Sized(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.n(self.a(x))
+            return y if question(x) else y + self.b(x)
+
+    model = lively(Sized()).double().eval()
+    result, report = reparam.collapse_with_report(model)
+    assert Reason.QUESTION in {refusal.reason for refusal in [*report.untraced, *report.refusals]}
+    for shape in [(2, 4, 8, 8), (2, 4, 9, 11), (1, 4, 8, 8), (2, 4, 9, 512), (7, 4, 10, 10), (2, 4, 300, 600)]:
+        x = torch.randn(shape, dtype=torch.float64)
+        assert float((model(x) - result(x)).detach().abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda x, y: y.shape[1] == 4,
+        lambda x, y: y.dim() == 4 and x.ndim == 4,
+        lambda x, y: y.shape[2:] == x.shape[2:],
+        lambda x, y: len(y.shape) > 3,
+        lambda x, y: y.dtype.is_floating_point,
+        lambda x, y: y.size(2) * y.size(3) == y[0, 0].numel(),
+    ],
+    ids=["channels", "rank", "the same size", "number of sizes", "dtype", "arithmetic"],
+)
+def test_what_is_so_for_every_size_is_answered(question: Callable[[Tensor, Tensor], bool]) -> None:
+    class Sized(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.n(self.a(x))
+            return y + self.b(x) if question(x, y) else y
+
+    assert len(reparam.explain(lively(Sized()).eval()).folds) == 1
+
+
+def test_a_question_in_training_counts_no_batch() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.block(x)
+            return y * y.numel()  # type: ignore[no-any-return]
+
+    model = lively(Sized()).train()
+    before = int(model.block[1].num_batches_tracked)
+    reparam.expand(model, "acb")
+    assert int(model.block[1].num_batches_tracked) == before
+
+
+def test_generators_are_where_they_were_after_a_run_on_examples() -> None:
+    model = lively(Throws()).eval()
+    before = random.getstate(), torch.get_rng_state()
+    reparam.collapse(model, example_inputs=torch.zeros(1, 4, 8, 8))
+    assert (random.getstate(), torch.equal(torch.get_rng_state(), before[1])) == (before[0], True)
+
+
+def pad_and_call(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    pad = int(x.shape[-1]) % 2  # int() of a size: the function is one call
+    return conv(nn.functional.pad(x, (pad, pad, pad, pad)))[:, :, : x.shape[2], : x.shape[3]]  # type: ignore[no-any-return]
+
+
+def test_a_layer_given_to_a_function_stays_where_a_forward_is_rewritten() -> None:
+    class Gives(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.given = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = pad_and_call(x, self.given)
+            return self.a(x) + self.b(x)
+
+    model = lively(Gives()).double().eval()
+    result, report = reparam.collapse_with_report(model)
+    assert len(report.folds) == 1
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    assert float((model(x) - result(x)).detach().abs().max()) < 1e-10
 
 
 def test_another_thread_runs_its_modules_while_one_traces() -> None:

@@ -168,7 +168,9 @@ class _Shape:
         made = torch.empty(self.sizes, dtype=self.dtype, device=self.device)
         if mode.shape_env is None:
             return mode.from_tensor(made)
-        every = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * made.dim())
+        every: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+            dynamic_sizes=[DimDynamic.DYNAMIC] * made.dim()
+        )
         return mode.from_tensor(made, symbolic_context=every)
 
     def batch(self, more: int) -> _Shape:

@@ -160,7 +160,9 @@ def _trace_unit(
     careful = False
     while True:
         before = torch.get_rng_state(), states()
-        tracer = Tracer(root, leaves, inputs=inputs, given=given, numbers=numbers, careful=careful)
+        tracer = Tracer(
+            root, leaves, inputs=inputs, given=given, numbers=numbers, careful=careful, outside=snapshot.outside
+        )
         graph = tracer.trace()
         drawn = not torch.equal(before[0], torch.get_rng_state()) or states() != before[1]
         if drawn and not careful:  # who draws is found by looking after each call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,26 +10,28 @@ import torch
 from torch import nn
 
 from passes.graph.generators import kept_generators
+from passes.graph.outside import Outside, copied, refill, same_items
 
 __all__ = ["Snapshot", "no_mark"]
 
 
 class Snapshot:
-    """Every module's attributes as they are now, containers that a forward may fill included."""
+    """Every module's attributes as they are now, and what its forward can reach elsewhere (:attr:`outside`)."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.outside = Outside(model)
         self.saved: list[tuple[nn.Module, dict[str, Any], list[tuple[str, Any, Any]]]] = []
         for module in model.modules():
             attributes = dict(module.__dict__)
             tables = [(name, v) for name, v in attributes.items() if isinstance(v, (dict, list, set))]
             # Most are empty tables of hooks; copying thousands of those costs more than the trace.
-            self.saved.append((module, attributes, [(name, t, copy.copy(t) if t else None) for name, t in tables]))
+            self.saved.append((module, attributes, [(name, t, copied(t) if t else None) for name, t in tables]))
 
     def filled(self) -> Iterator[tuple[nn.Module, str]]:
         """Containers whose content is no longer what it was, by the module and attribute that hold them."""
         for module, _, containers in self.saved:
             for name, container, content in containers:
-                if (container or content) and not _same(container, content or type(container)()):
+                if (container or content) and not same_items(container, content or ()):
                     yield module, name
 
     def restore(self) -> None:
@@ -42,7 +43,8 @@ class Snapshot:
                 now.update(attributes)
             for _, container, content in containers:
                 if container or content:
-                    _refill(container, content or ())
+                    refill(container, content or ())
+        self.outside.restore()
 
 
 @contextmanager
@@ -54,22 +56,3 @@ def no_mark(model: nn.Module) -> Iterator[Snapshot]:
             yield snapshot
         finally:
             snapshot.restore()
-
-
-def _same(now: Any, before: Any) -> bool:
-    """Whether a container holds the very same things; their == may be anything."""
-    if len(now) != len(before):
-        return False
-    if isinstance(now, dict):
-        return now.keys() == before.keys() and all(now[k] is before[k] for k in before)
-    if isinstance(now, set):
-        return bool(now == before)
-    return all(a is b for a, b in zip(now, before, strict=True))
-
-
-def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, list):
-        container[:] = content
-    else:
-        container.clear()
-        container.update(content)

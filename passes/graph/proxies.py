@@ -65,6 +65,12 @@ class Value(fx.Proxy):
     def __repr__(self) -> str:  # never makes a node: an error's text is read after its nodes are gone
         return "a value of the forward"
 
+    def __str__(self) -> str:
+        return str(self.tracer.text(self, str))
+
+    def __format__(self, spec: str) -> str:
+        return str(self.tracer.text(self, lambda v: format(v, spec)))
+
     def __hash__(self) -> int:
         return int(self.tracer.hash_of(self))
 

@@ -34,6 +34,7 @@ from passes.graph.memory import shared_by, written_by
 from passes.graph.methods import MethodCall, noting_methods
 from passes.graph.nodes import LAYERS, is_constant, is_query, surely_tensor
 from passes.graph.opset import Kind, base_operation, operation_of, operation_of_layer
+from passes.graph.outside import Outside
 from passes.graph.patches import active, intercept_function, intercepting
 from passes.graph.proxies import Attribute, Held, Value, is_value
 from passes.refusal import Reason, Refusal
@@ -88,6 +89,7 @@ class Tracer(TracerBase):
         given: values of arguments by name, instead of placeholders and defaults; ``...`` asks for a placeholder.
         numbers: whether the numbers of parameters may decide which way the code goes.
         careful: whether to look after each call for numbers drawn from Python's and NumPy's generators.
+        outside: what the forwards can change outside of the root.
     """
 
     def __init__(
@@ -99,8 +101,10 @@ class Tracer(TracerBase):
         given: dict[str, Any] | None = None,
         numbers: bool = True,
         careful: bool = False,
+        outside: Outside | None = None,
     ) -> None:
         super().__init__()
+        self.outside = outside
         self.root, self.leaves, self.given, self.careful = root, leaves, given or {}, careful
         self.inputs = inputs
         self.leaf_types = tuple(t for t in _library_leaves("get_notrace_modules") if isinstance(t, type))
@@ -183,6 +187,7 @@ class Tracer(TracerBase):
 
     def _run(self, call: Call, args: Any, kwargs: Any) -> Any:
         drawn = states() if self.careful else None
+        self._look_outside(call.parent)
         self._search(getattr(call.module.forward, "__globals__", None))
         with noting_methods(call.module, call.methods, lambda: self.graph):
             out = call.module.forward(*args, **kwargs)
@@ -191,6 +196,7 @@ class Tracer(TracerBase):
         if drawn is not None and states() != drawn:
             raise NotCapturedError(Reason.RANDOM, Reason.RANDOM.value)
         self._check_context()
+        self._look_outside(call)
         call.output = self._plain(out)
         return out
 
@@ -431,6 +437,12 @@ class Tracer(TracerBase):
         self.mark(Reason.EFFECT, f"its forward sets the attribute {name}")
         self.kept += [v.node for v in _leaves(value) if is_value(v)]
 
+    def _look_outside(self, call: Call | None) -> None:
+        """Mark the call whose code has run since this was last asked, if it has changed something elsewhere."""
+        if self.outside is not None and self.outside.changed() and call is not None:
+            told = "its forward changes something outside of the model"
+            self.fixed.setdefault(call, Refusal(Reason.EFFECT, told))
+
     def _unwrite(self, count: int) -> None:
         """Take back what a forward has set that is now one opaque call."""
         while len(self._writes) > count:
@@ -503,6 +515,17 @@ class Tracer(TracerBase):
 
     def number(self, value: Value, kind: type) -> Any:
         return self._ask(value, lambda v: _number(v, kind), "number")
+
+    def text(self, value: Value, question: Callable[[Any], str]) -> str:
+        """A value as text: mostly the message of an assertion that holds; but a forward may decide by it."""
+        if active() is not self:
+            return repr(value)
+        try:
+            return self.answers.ask(self._own(value), question)
+        # The question may run any code of the network on fake tensors.
+        except Exception:
+            self.mark(Reason.QUESTION, "its forward makes text of a value")
+            return repr(value)
 
     def hash_of(self, value: Value) -> int:
         """A number of dimensions is looked up in dictionaries; anything else is only itself."""
