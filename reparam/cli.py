@@ -61,7 +61,7 @@ class Commands(TyperGroup):
         """Run the command; anything but the framework's own exceptions becomes one line and exit status 1 or 2."""
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # the reader of a pipe has seen enough
             raise
         except Exception as error:
             # exit_code marks the framework's usage errors, which it prints itself with status 2.
