@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from passes.algebra.conv_form import Form
+from passes.algebra.geometry import CONVS
 from passes.fold.candidates import Candidate
 from passes.fold.layout import Layout
 from passes.graph.capture import Call, call_of, join
@@ -118,7 +119,7 @@ def _substitute(layout: Layout, region: Candidate, call: Call, step: Step, place
     if not fixed and _is_whole(layout, region, call, step.old) and call.args == (step.source,) and not call.kwargs:
         outer = call.parent is None and layout.flow.unit.path != "" and layout.registered[id(call.module)] == 1
         inner = call.parent is not None and layout.replaceable(call.module, call.path, call.parent)
-        told = step.layer and layout.misled(call.module, region.form)
+        told = (step.layer and layout.misled(call.module, region.form)) or id(call.module) in layout.flow.unit.asked
         if (outer or inner) and not told and not layout.reads_numbers(call.path):
             placement.slots[call.path] = step.layer
             return
@@ -216,6 +217,8 @@ def _leaf_slot(
     if not is_layer and isinstance(module, (nn.Identity, _DropoutNd)):
         return True
     if not layout.replaceable(module, path, call):
+        return False
+    if id(module) in layout.flow.unit.asked and not (is_layer and type(module) in CONVS):
         return False
     if is_layer and (layout.reads_numbers(path) or layout.misled(module, form)):
         return False

@@ -61,6 +61,8 @@ class Unit:
     """Tensors that the traced code reads itself, used or not; the modules that hold them must stay as they are."""
     fixed: dict[Call, Refusal] = field(default_factory=dict)
     """Calls whose forward must keep its code, since it does more than its graph says."""
+    asked: frozenset[int] = frozenset()
+    """ids of modules whose class the code looks at."""
     conditions: tuple[str, ...] = ()
     """Answers that the traced code was given, which hold for the sizes that were tried."""
 
@@ -184,7 +186,7 @@ def _trace_unit(
     stateful = {id(m) for m in root.modules() if next(iter(m.state_dict()), None) is not None}
     return Unit(
         path, root, graph, tracer.calls, constants, tracer.opaque, pinned & stateful, tracer.read_names,
-        tracer.fixed, tuple(tracer.conditions),
+        tracer.fixed, frozenset(tracer.asked), tuple(tracer.conditions),
     )  # fmt: skip
 
 

@@ -37,6 +37,9 @@ class Outside:
         for module in model.modules():
             walk.value(vars(module).get("forward"))
             walk.attributes(module)
+            for name in ("_forward_hooks", "_forward_pre_hooks"):
+                for hook in vars(module).get(name, {}).values():
+                    walk.value(hook)
         self._containers = [(c, copied(c)) for c in walk.containers.values()]
         self._slots = [(get, put, get()) for get, put in walk.slots.values()]
         self._now = self._state()

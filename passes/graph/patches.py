@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.fx import _symbolic_trace as fx_trace
 
-__all__ = ["Interceptor", "active", "intercept_function", "intercepting", "suspended"]
+__all__ = ["Interceptor", "active", "intercept_function", "intercept_type", "intercepting", "suspended"]
 
 _local = threading.local()
 _lock = threading.RLock()
@@ -37,6 +37,8 @@ class Interceptor(Protocol):
     def is_value(self, value: Any) -> bool: ...
     def is_instance(self, value: Any, kinds: Any) -> bool: ...
     def has_attribute(self, value: Any, name: str) -> bool: ...
+    def type_of(self, value: Any) -> Any: ...
+    def note_class_asked(self, module: nn.Module) -> None: ...
     def wraps(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool: ...
     def call_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def call_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
@@ -180,12 +182,51 @@ def _asked(value: Any) -> Interceptor | None:
 
 def _isinstance(value: Any, kinds: Any, /) -> bool:
     tracer = _asked(value)
+    if tracer is None and _real_isinstance(value, nn.Module):
+        _note_class_asked(value)
     return _real_isinstance(value, kinds) if tracer is None else tracer.is_instance(value, kinds)
 
 
 def _hasattr(value: Any, name: str, /) -> bool:
     tracer = _asked(value)
     return _real_hasattr(value, name) if tracer is None else tracer.has_attribute(value, name)
+
+
+def _note_class_asked(module: nn.Module) -> None:
+    tracer = active()
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    if tracer is not None and caller.partition(".")[0] not in ("torch", "passes"):
+        tracer.note_class_asked(module)
+
+
+class _AsType(type):
+    """What makes :class:`_Type` do as ``type`` does, but for values of a trace."""
+
+    def __call__(cls, *args: Any, **named: Any) -> Any:
+        if len(args) == 1:
+            tracer = _asked(args[0])
+            if tracer is not None:
+                return tracer.type_of(args[0])
+            if _real_isinstance(args[0], nn.Module):
+                _note_class_asked(args[0])
+        return type(*args, **named)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return _real_isinstance(instance, type)
+
+    def __subclasscheck__(cls, subclass: Any) -> bool:
+        return issubclass(subclass, type)
+
+
+class _Type(type, metaclass=_AsType):
+    """Stands for ``type`` among the globals of code that is traced."""
+
+
+def intercept_type(namespace: dict[str, Any]) -> None:
+    """Let code with these globals ask for the type of a value."""
+    with _lock:
+        if "type" not in namespace:
+            _Patches.item(namespace, "type", _Type)
 
 
 def _is_tensor(obj: Any, /) -> bool:

@@ -35,7 +35,7 @@ from passes.graph.methods import MethodCall, noting_methods
 from passes.graph.nodes import LAYERS, is_constant, is_query, surely_tensor
 from passes.graph.opset import Kind, base_operation, operation_of, operation_of_layer
 from passes.graph.outside import Outside
-from passes.graph.patches import active, intercept_function, intercepting
+from passes.graph.patches import active, intercept_function, intercept_type, intercepting
 from passes.graph.proxies import Attribute, Held, Value, is_value
 from passes.refusal import Reason, Refusal
 
@@ -124,6 +124,7 @@ class Tracer(TracerBase):
         self.functions: set[Any] = {*_MATH, *filter(callable, _library_leaves("get_notrace_functions"))}
         self._searched: set[int] = set()
         self.pinned: set[int] = set()
+        self.asked: set[int] = set()
         self.answers = Answers(self._attribute, root, inputs, numbers)
         self._asked: set[fx.Node] = set()
         self._writes: list[tuple[nn.Module, str, Any]] = []
@@ -287,6 +288,7 @@ class Tracer(TracerBase):
         if namespace is None or id(namespace) in self._searched:
             return
         self._searched.add(id(namespace))
+        intercept_type(namespace)
         for name, value in list(namespace.items()):
             if type(value) in _FUNCTION_TYPES and value in self.functions:
                 intercept_function(namespace, name)
@@ -556,6 +558,18 @@ class Tracer(TracerBase):
         if isinstance(value, Held) or self._is_tensor(value.node):
             return isinstance(_TENSOR, kinds)
         return bool(self._ask(value, lambda v: isinstance(v, kinds), "type"))
+
+    def type_of(self, value: Any) -> type:
+        if isinstance(value, Held):
+            return type(value.tensor)
+        if self._is_tensor(value.node):
+            return Tensor
+        kind: type = self._ask(value, lambda v: Tensor if isinstance(v, Tensor) else type(v), "type")
+        return kind
+
+    def note_class_asked(self, module: nn.Module) -> None:
+        """The code looks at the class of a module, which another in its place would not have."""
+        self.asked.add(id(module))
 
     def has_attribute(self, value: Any, name: str) -> bool:
         if isinstance(value, Held) or self._is_tensor(value.node):

@@ -280,7 +280,7 @@ def check(
     verdict = Verdict.DIFFERENT if differences else Verdict.EQUAL if total.numbers else Verdict.INCONCLUSIVE
     ran, called = (frozenset().union(*sets) for sets in ((r.ran for r in runs), (r.called for r in runs)))
     found = Checked(verdict, _sentence(observed, total), tuple(differences), total.max_rel, ran, called)
-    if found.ok or observed.source is None:
+    if found.ok or observed.source is None or len(runs) < len(observed.calls):
         return found
     candidate = runner_of(result, double=observed.double, training=training, exact=exact)
     return explained(found, observed, observed.source, candidate) or found
@@ -340,9 +340,9 @@ def _sentence(observed: Observed, total: Comparison) -> str:
 def _runs_of(
     result: nn.Module, observed: Observed, exact: Mapping[int, Tensor] | None, by_name: bool
 ) -> tuple[list[Run], list[Difference]]:
-    runner = runner_of(result, double=observed.double, training=observed.training, exact=exact)
-    runs: list[Run] = []
+    runner, runs = result, list[Run]()
     try:
+        runner = runner_of(result, double=observed.double, training=observed.training, exact=exact)
         for i in range(len(observed.calls)):
             example = observed.by_name if by_name and not i else observed.example
             runs.append(run(runner, example, double=observed.double))

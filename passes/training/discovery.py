@@ -131,6 +131,8 @@ def _usage(path: str, conv: _ConvNd, seen: list[_Uses], other: list[_Uses]) -> R
             return hidden
     if any(u.reads(path) for u in [*seen, *other]):
         return Refusal(Reason.CODE, "the code around it reads its weight or bias itself")
+    if any(id(conv) in unit.asked for u in [*seen, *other] for unit in u.units):
+        return Refusal(Reason.CODE, "other code looks at its class")
     running = [u for u in [*seen, *other] if u.calls[id(conv)]]
     if not running:
         return Refusal(Reason.NEVER_CALLED, Reason.NEVER_CALLED.value)
@@ -263,6 +265,8 @@ class _Uses:
                 return Refusal(Reason.UNTRACEABLE, f"code that cannot be traced calls the norm {path}")
             if self.reads(path):
                 return Refusal(Reason.CODE, f"other code reads the tensors of the norm {path}")
+            if any(id(norm) in each.asked for each in self.units):
+                return Refusal(Reason.CODE, f"other code looks at the class of the norm {path}")
             return Norm(path)
         call = call_of(reader)
         if not isinstance(call.module, _BatchNorm) or not _normalises(reader, conv, call):
