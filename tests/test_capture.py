@@ -201,3 +201,46 @@ def test_another_thread_runs_its_modules_while_one_traces() -> None:
     worker.join()
     assert not wrong
     assert nn.Module.__call__.__module__ == "torch.nn.modules.module"
+
+
+class LooksAtClasses(nn.Module):
+    """Walks over its layers and does more behind a norm."""
+
+    def __init__(self, more: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.more = more
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.BatchNorm2d):
+                x = self.more(x)
+        return x
+
+
+@pytest.mark.parametrize("more", [torch.tanh, lambda x: 1.5 * x], ids=["bent", "scaled"])
+def test_a_layer_whose_class_is_looked_at_is_not_replaced(more: Callable[[Tensor], Tensor]) -> None:
+    """A block in the norm's place, or an identity, would answer otherwise; a forward that is rewritten asks no more."""
+    model = lively(LooksAtClasses(more)).double().eval()
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    result, report = reparam.collapse_with_report(model, verify="folds")  # nothing but the capture sees it
+    assert float((model(x) - result(x)).detach().abs().max()) < 1e-10
+    assert len(report.folds) == 1
+    expanded = reparam.expand(model, "acb", verify="folds")
+    assert isinstance(expanded.layers[1], nn.BatchNorm2d)
+    assert float((model(x) - expanded(x)).detach().abs().max()) < 1e-10
+
+
+def test_a_function_is_asked_for_the_type_of_a_value() -> None:
+    class Types(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            y = y + self.b(x) if type(y) is Tensor else y
+            return y + 1 if type(self.n) is nn.BatchNorm2d and isinstance(type(y), type) else y
+
+    model = lively(Types()).double().eval()
+    result, report = reparam.collapse_with_report(model, verify="folds")
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    assert len(report.folds) == 1
+    assert float((model(x) - result(x)).detach().abs().max()) < 1e-10
