@@ -24,6 +24,7 @@ __all__ = ["Outside", "copied", "kept_outside", "refill", "same_items"]
 CONTAINERS = (list, dict, set, deque)
 LARGE = 10_000
 """Items beyond which a container is a table of data, of which only the length is looked at."""
+SMALL = 200
 _FOREIGN = frozenset({"torch", "numpy", "builtins", *sys.stdlib_module_names}) - {"__main__"}
 
 
@@ -43,6 +44,8 @@ class Outside:
         self._containers = [(c, copied(c)) for c in walk.containers.values()]
         self._slots = [(get, put, get()) for get, put in walk.slots.values()]
         self._now = self._state()
+        self.small = sum(map(len, walk.containers.values())) + len(self._slots) <= SMALL
+        """Whether it costs nothing to look again at every step."""
 
     def _state(self) -> tuple[list[Any], list[Any]]:
         return [copied(c) for c, _ in self._containers], [get() for get, _, _ in self._slots]

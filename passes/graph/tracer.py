@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import gc
 import inspect
 import math
 import sys
@@ -319,6 +320,8 @@ class Tracer(TracerBase):
         node.meta["call"] = self.current
         if _context() != self.current.context:
             self.mark(Reason.CONTEXT, "its forward enters a context")
+        if self.outside is not None and self.outside.small:  # what is set back before the call ends
+            self._look_outside(self.current)
         module = self._called(node)
         operation = operation_of(node, module)
         changed = written_by(node, operation, module)
@@ -467,13 +470,19 @@ class Tracer(TracerBase):
 
     def _escaped(self) -> list[fx.Node]:
         """Values that somebody still holds when the forward is over, in an attribute, a list or a closure."""
-        held = [value.node for ref in self._alive if (value := ref()) is not None and not value.node._erased]
-        escaped = dict.fromkeys(n for n in [*self.kept, *held] if n.op != "placeholder" and not is_constant(n))
+        if self._held():
+            gc.collect()  # what only a cycle of garbage holds (the frames of an error that was caught) is left by nobody
+        escaped = dict.fromkeys([*(n for n in self.kept if _is_computed(n)), *self._held()])
         for node in escaped:
             call = node.meta["call"]
             for around in call.chain():
                 self.fixed.setdefault(around, Refusal(Reason.EFFECT, "its forward leaves a value behind"))
         return list(escaped)
+
+    def _held(self) -> list[fx.Node]:
+        """Nodes of values that somebody still holds."""
+        alive = [value.node for ref in self._alive if (value := ref()) is not None]
+        return [node for node in alive if not node._erased and _is_computed(node)]
 
     # ---------------------------------------------------------------- questions
 
@@ -586,6 +595,10 @@ class Tracer(TracerBase):
                 continue
             self._asked |= {n for n in node.all_input_nodes if is_query(n)}
             self.graph.erase_node(node)
+
+
+def _is_computed(node: fx.Node) -> bool:
+    return node.op != "placeholder" and not is_constant(node)
 
 
 _RUN = Tracer._run.__code__

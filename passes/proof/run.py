@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators, states
 from passes.graph.inputs import Example, copied
+from passes.graph.outside import kept_outside
 from passes.proof.state import Marks, changes
 
 __all__ = [
@@ -147,7 +148,7 @@ def run(runner: nn.Module, example: Example, *, double: bool = True, within: Any
     seen = _Seen(runner)
     mode = Double() if double else _Watch()
     before = Marks(runner)
-    with surroundings(runner) as generators, seen, mode, within or nullcontext():
+    with surroundings(runner) as generators, kept_outside(runner), seen, mode, within or nullcontext():
         value = runner(*args, **kwargs)
     ran = seen.paths() | _owners(runner, mode.used)
     return Run(value, changes(runner, before), frozenset(before.of), generators[0], ran, seen.paths(), mode.cast)
