@@ -24,7 +24,7 @@ from passes.graph.nodes import may_draw
 from passes.graph.opset import operation_of
 from passes.graph.patches import suspended
 
-__all__ = ["Answers", "UnknownError"]
+__all__ = ["Answers", "DependsError", "UnknownError"]
 
 Answer = TypeVar("Answer")
 
@@ -34,6 +34,14 @@ Example = tuple[Any, ...]
 
 class UnknownError(ValueError):
     """No answer: the value is not known, or the answer is not always the same."""
+
+
+class DependsError(UnknownError):
+    """The answer is not the same for every size; ``answer`` is that for the first one tried."""
+
+    def __init__(self, answer: Any, message: str) -> None:
+        super().__init__(message)
+        self.answer = answer
 
 
 class Answers:
@@ -86,9 +94,12 @@ class Answers:
                         break  # not the size that the network is made for
             if len(answers) > 1:
                 if any(type(a) is not type(answers[0]) or a != answers[0] for a in answers):
-                    raise UnknownError(_DEPENDS)
+                    raise DependsError(answers[0], _DEPENDS)
                 if any(map(_tells_sizes, needed)):
-                    self._surely(runs[0].example, needed, question)
+                    try:
+                        self._surely(runs[0].example, needed, question)
+                    except UnknownError as error:
+                        raise DependsError(answers[0], str(error)) from error
                 return answers[0]  # type: ignore[no-any-return]
         raise UnknownError(why)
 

@@ -25,6 +25,7 @@ from passes.graph.marks import Snapshot, no_mark
 from passes.graph.tracer import (
     Call,
     NotCapturedError,
+    RejectedError,
     Tracer,
     has_hooks,
     inherits_forward,
@@ -64,7 +65,9 @@ class Unit:
     asked: frozenset[int] = frozenset()
     """ids of modules whose class the code looks at."""
     conditions: tuple[str, ...] = ()
-    """Answers that the traced code was given, which hold for the sizes that were tried."""
+    """Answers that the traced code was given."""
+    others: tuple[Unit, ...] = ()
+    """The unit as it is for sizes that answer a question the other way."""
 
     def attribute(self, target: str) -> Any:
         """What a ``get_attr`` node reads."""
@@ -163,7 +166,14 @@ def _trace_unit(
     while True:
         before = torch.get_rng_state(), states()
         tracer = Tracer(
-            root, leaves, inputs=inputs, given=given, numbers=numbers, careful=careful, outside=snapshot.outside
+            root,
+            leaves,
+            inputs=inputs,
+            given=given,
+            numbers=numbers,
+            careful=careful,
+            outside=snapshot.outside,
+            forks=given is None,
         )
         graph = tracer.trace()
         drawn = not torch.equal(before[0], torch.get_rng_state()) or states() != before[1]
@@ -174,11 +184,19 @@ def _trace_unit(
         found = _called_twice(tracer)
         if not found and (tracer.fixed or next(snapshot.filled(), None) is not None):
             found = _states(root, tracer, graph, snapshot, leaves, inputs, numbers, given)
+        others: tuple[Unit, ...] = ()
+        if not found:
+            found, others = _forks(path, tracer, graph, snapshot, inputs, numbers)
         if not found:
             break
         # A container with weights that is called twice is compiled once, as a unit of its own.
         leaves |= found
         snapshot.restore()
+    return _unit(path, tracer, graph, others)
+
+
+def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] = ()) -> Unit:
+    root = tracer.root
     targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     constants = {t: tracer._attribute(t) for t in targets - set(tracer.names.values())}
     reached = [root.get_submodule(at) for at in tracer.opaque]
@@ -186,8 +204,49 @@ def _trace_unit(
     stateful = {id(m) for m in root.modules() if next(iter(m.state_dict()), None) is not None}
     return Unit(
         path, root, graph, tracer.calls, constants, tracer.opaque, pinned & stateful, tracer.read_names,
-        tracer.fixed, frozenset(tracer.asked), tuple(tracer.conditions),
+        tracer.fixed, frozenset(tracer.asked), tuple(tracer.conditions), others,
     )  # fmt: skip
+
+
+MAX_FORKS = 4
+"""Most questions of one unit that are answered both ways."""
+
+
+def _forks(
+    path: str,
+    first: Tracer,
+    graph: fx.Graph,
+    snapshot: Snapshot,
+    inputs: tuple[Any, ...] | None,
+    numbers: bool,
+) -> tuple[dict[int, Refusal], tuple[Unit, ...]]:
+    """What the forward does where a question about a size has the other answer.
+
+    Gives modules to be left alone, where that cannot be read, and the unit as it is then. Code that raises then takes
+    no such sizes.
+    """
+    others = []
+    for number, call in enumerate(first.either):
+        snapshot.restore()
+        other = Tracer(first.root, first.leaves, inputs=inputs, numbers=numbers, forks=True, flipped=number)
+        try:
+            flipped = other.trace() if number < MAX_FORKS else None
+        except RejectedError:
+            continue
+        # Any exception at all may come out of user code that runs on proxies.
+        except Exception:
+            flipped = None
+        if flipped is None or other.opaque.keys() - first.opaque.keys():
+            told = Refusal(Reason.QUESTION, "asks for the truth of a value: it depends on the size of the input")
+            if call.module is first.root:
+                raise NotCapturedError(told.reason, told.message)
+            return {id(call.module): told}, ()
+        if _first_difference(graph, flipped) is not None:
+            others.append(_unit(path, other, flipped))
+            first.fixed.setdefault(call, Refusal(Reason.QUESTION, "its forward decides by the size of a value"))
+    if first.either:
+        snapshot.restore()
+    return {}, tuple(others)
 
 
 def _called_twice(tracer: Tracer) -> dict[int, Refusal]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import dis
 import functools
 import gc
 import inspect
@@ -29,7 +30,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from passes.graph.answers import Answers, UnknownError
+from passes.graph.answers import Answers, DependsError, UnknownError
 from passes.graph.generators import states
 from passes.graph.memory import shared_by, written_by
 from passes.graph.methods import MethodCall, noting_methods
@@ -43,6 +44,7 @@ from passes.refusal import Reason, Refusal
 __all__ = [
     "Call",
     "NotCapturedError",
+    "RejectedError",
     "Tracer",
     "has_hooks",
     "inherits_forward",
@@ -80,6 +82,10 @@ class NotCapturedError(Exception):
         self.reason = reason
 
 
+class RejectedError(Exception):
+    """The forward raises an error of its own."""
+
+
 class Tracer(TracerBase):
     """Records what one module's forward does.
 
@@ -91,6 +97,9 @@ class Tracer(TracerBase):
         numbers: whether the numbers of parameters may decide which way the code goes.
         careful: whether to look after each call for numbers drawn from Python's and NumPy's generators.
         outside: what the forwards can change outside of the root.
+        forks: whether a question that not every size answers alike is answered by the first size; ``either`` has the
+            calls that asked.
+        flipped: the number of such a question that is to be answered the other way.
     """
 
     def __init__(
@@ -103,8 +112,12 @@ class Tracer(TracerBase):
         numbers: bool = True,
         careful: bool = False,
         outside: Outside | None = None,
+        forks: bool = False,
+        flipped: int | None = None,
     ) -> None:
         super().__init__()
+        self.forks, self.flipped = forks, flipped
+        self.either: list[Call] = []
         self.outside = outside
         self.root, self.leaves, self.given, self.careful = root, leaves, given or {}, careful
         self.inputs = inputs
@@ -147,8 +160,11 @@ class Tracer(TracerBase):
                     out = self._run(call, args, kwargs)
                     output = self.create_arg(out)
                     break
+                except RejectedError:
+                    raise
                 # Any exception at all may come out of user code that runs on proxies.
                 except Exception as error:
+                    self._reject(error)
                     self._roll_back(None, 1, "")
                     self._unwrite(0)
                     if not self._make_opaque(error):
@@ -221,8 +237,11 @@ class Tracer(TracerBase):
             self.current = call
             try:
                 return self._run(call, args, kwargs)
+            except RejectedError:
+                raise
             # Any exception at all may come out of user code that runs on proxies; the module becomes a leaf.
             except Exception as error:
+                self._reject(error)
                 self._roll_back(last, count, path)
                 self._unwrite(writes)
                 if self._make_opaque(error):
@@ -251,11 +270,17 @@ class Tracer(TracerBase):
             return Refusal(Reason.UNTRACEABLE, "compiled on its own: its library says that it cannot be traced")
         return None
 
+    def _reject(self, error: Exception) -> None:
+        """Whether the code itself raises where a question is answered the other way: it does not take such sizes."""
+        if self.flipped is not None and len(self.either) > self.flipped and _is_raised(error):
+            raise RejectedError from error
+
     def _last(self) -> fx.Node | None:
         return next(iter(reversed(self.graph.nodes)), None)
 
     def _roll_back(self, last: fx.Node | None, count: int, path: str) -> None:
         self._pending = None
+        self.either = [call for call in self.either if call not in self.calls[count:]]
         while (node := self._last()) is not last and node is not None:
             self.graph.erase_node(node)
         for call in self.calls[count:]:
@@ -471,7 +496,7 @@ class Tracer(TracerBase):
     def _escaped(self) -> list[fx.Node]:
         """Values that somebody still holds when the forward is over, in an attribute, a list or a closure."""
         if self._held():
-            gc.collect()  # what only a cycle of garbage holds (the frames of an error that was caught) is left by nobody
+            gc.collect()  # what only a cycle of garbage holds (frames of an error that was caught) is left by nobody
         escaped = dict.fromkeys([*(n for n in self.kept if _is_computed(n)), *self._held()])
         for node in escaped:
             call = node.meta["call"]
@@ -510,6 +535,10 @@ class Tracer(TracerBase):
             self.stop(Reason.QUESTION, f"asks for the {what} of a value")
         try:
             answer = self.answers.ask(node, question)
+        except DependsError as error:
+            if type(error.answer) is not bool or what != "truth" or not self.forks:
+                self.stop(Reason.QUESTION, f"asks for the {what} of a value: {error}")
+            return self._either(error.answer)
         except UnknownError as error:
             self.stop(Reason.QUESTION, f"asks for the {what} of a value: {error}")
         # The question may run any code of the network on fake tensors.
@@ -517,6 +546,11 @@ class Tracer(TracerBase):
             self.stop(Reason.QUESTION, f"asks for the {what} of a value: {type(error).__name__}: {error}")
         self.conditions.append(f"{node.name}: {what} {answer!r}")
         return answer
+
+    def _either(self, answer: bool) -> bool:
+        """An answer that some sizes give; the forward is traced with the other one as well."""
+        self.either.append(self.current)
+        return answer if len(self.either) - 1 != self.flipped else not answer
 
     def to_bool(self, obj: Any) -> bool:
         return bool(self._ask(obj, _truth, "truth"))
@@ -694,6 +728,19 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, NotCapturedError):
         return Refusal(reason, f"{text[0] if text else reason.value}{where}"[:240])
     return Refusal(reason, f"{reason.value}: {type(error).__name__}: {text[0] if text else ''}"[:200] + where)
+
+
+def _is_raised(error: Exception) -> bool:
+    """Whether code of a person raises this, or asserts what does not hold."""
+    if isinstance(error, NotCapturedError) or error.__traceback__ is None:
+        return False
+    at = error.__traceback__
+    while at.tb_next is not None:
+        at = at.tb_next
+    frame = at.tb_frame
+    if frame.f_code is torch._assert.__code__:
+        return True
+    return _is_theirs(frame.f_code.co_filename) and dis.opname[frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _is_theirs(filename: str) -> bool:

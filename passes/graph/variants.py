@@ -51,7 +51,7 @@ def own_calls(unit: Unit) -> list[Call]:
 
 def variants(unit: Unit) -> list[Variant]:
     """Every optional argument of the unit's forward with another value: one at a time, then all at once."""
-    found: list[Variant] = []
+    found = [Variant("another size", other) for other in unit.others]
     for call in own_calls(unit):
         inner = replace(unit, path=join(unit.path, call.path), root=call.module) if call.path else unit
         found += [replace(variant, at=call.path) for variant in _variants(inner)]
