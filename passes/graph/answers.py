@@ -123,6 +123,7 @@ class Answers:
         except Exception as error:
             raise UnknownError(f"{_DEPENDS}, as far as can be seen ({type(error).__name__})") from error
         if asked or len(self._sizes.guards) > known:
+            self._symbolic = None  # the symbols would take the answer for a fact from now on
             raise UnknownError(_DEPENDS)
 
     def _made_up(self) -> list[list[_Run]]:

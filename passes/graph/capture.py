@@ -208,8 +208,16 @@ def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] =
     )  # fmt: skip
 
 
-MAX_FORKS = 4
-"""Most questions of one unit that are answered both ways."""
+MAX_FORKS = 8
+"""Most other ways through the code of one unit that are traced."""
+
+
+def _other_ways(tracer: Tracer) -> list[tuple[Call, tuple[bool, ...]]]:
+    """Each question beyond those that were forced, with the answers that lead there and the other one to it."""
+    answers = tuple(answer for _, answer in tracer.either)
+    return [
+        (call, (*answers[:i], not answer)) for i, (call, answer) in enumerate(tracer.either) if i >= len(tracer.forced)
+    ]
 
 
 def _forks(
@@ -225,12 +233,16 @@ def _forks(
     Gives modules to be left alone, where that cannot be read, and the unit as it is then. Code that raises then takes
     no such sizes.
     """
-    others = []
-    for number, call in enumerate(first.either):
+    others: list[Unit] = []
+    todo = _other_ways(first)
+    tried = 0
+    while todo:
+        call, forced = todo.pop(0)
         snapshot.restore()
-        other = Tracer(first.root, first.leaves, inputs=inputs, numbers=numbers, forks=True, flipped=number)
+        tried += 1
+        other = Tracer(first.root, first.leaves, inputs=inputs, numbers=numbers, forks=True, forced=forced)
         try:
-            flipped = other.trace() if number < MAX_FORKS else None
+            flipped = other.trace() if tried <= MAX_FORKS else None
         except RejectedError:
             continue
         # Any exception at all may come out of user code that runs on proxies.
@@ -241,10 +253,15 @@ def _forks(
             if call.module is first.root:
                 raise NotCapturedError(told.reason, told.message)
             return {id(call.module): told}, ()
+        todo += _other_ways(other)
         if _first_difference(graph, flipped) is not None:
             others.append(_unit(path, other, flipped))
-            first.fixed.setdefault(call, Refusal(Reason.QUESTION, "its forward decides by the size of a value"))
-    if first.either:
+            for asked in first.calls:
+                if asked.path == call.path:
+                    first.fixed.setdefault(
+                        asked, Refusal(Reason.QUESTION, "its forward decides by the size of a value")
+                    )
+    if tried:
         snapshot.restore()
     return {}, tuple(others)
 

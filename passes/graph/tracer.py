@@ -98,8 +98,8 @@ class Tracer(TracerBase):
         careful: whether to look after each call for numbers drawn from Python's and NumPy's generators.
         outside: what the forwards can change outside of the root.
         forks: whether a question that not every size answers alike is answered by the first size; ``either`` has the
-            calls that asked.
-        flipped: the number of such a question that is to be answered the other way.
+            calls that asked, and the answers.
+        forced: answers to the first of these questions.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class Tracer(TracerBase):
         careful: bool = False,
         outside: Outside | None = None,
         forks: bool = False,
-        flipped: int | None = None,
+        forced: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()
-        self.forks, self.flipped = forks, flipped
-        self.either: list[Call] = []
+        self.forks, self.forced = forks, forced
+        self.either: list[tuple[Call, bool]] = []
         self.outside = outside
         self.root, self.leaves, self.given, self.careful = root, leaves, given or {}, careful
         self.inputs = inputs
@@ -272,7 +272,7 @@ class Tracer(TracerBase):
 
     def _reject(self, error: Exception) -> None:
         """Whether the code itself raises where a question is answered the other way: it does not take such sizes."""
-        if self.flipped is not None and len(self.either) > self.flipped and _is_raised(error):
+        if self.forced and len(self.either) >= len(self.forced) and _is_raised(error):
             raise RejectedError from error
 
     def _last(self) -> fx.Node | None:
@@ -280,7 +280,7 @@ class Tracer(TracerBase):
 
     def _roll_back(self, last: fx.Node | None, count: int, path: str) -> None:
         self._pending = None
-        self.either = [call for call in self.either if call not in self.calls[count:]]
+        self.either = [(call, answer) for call, answer in self.either if call not in self.calls[count:]]
         while (node := self._last()) is not last and node is not None:
             self.graph.erase_node(node)
         for call in self.calls[count:]:
@@ -549,8 +549,10 @@ class Tracer(TracerBase):
 
     def _either(self, answer: bool) -> bool:
         """An answer that some sizes give; the forward is traced with the other one as well."""
-        self.either.append(self.current)
-        return answer if len(self.either) - 1 != self.flipped else not answer
+        number = len(self.either)
+        answer = self.forced[number] if number < len(self.forced) else answer
+        self.either.append((self.current, answer))
+        return answer
 
     def to_bool(self, obj: Any) -> bool:
         return bool(self._ask(obj, _truth, "truth"))
