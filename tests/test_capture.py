@@ -112,7 +112,7 @@ def test_an_answer_holds_for_every_size_or_is_none(question: Callable[[Tensor], 
 
     model = lively(Sized()).double().eval()
     result, report = reparam.collapse_with_report(model)
-    assert Reason.QUESTION in {refusal.reason for refusal in [*report.untraced, *report.refusals]}
+    assert not any("add" in layer for fold in report.folds for layer in fold.layers)
     for shape in [(2, 4, 8, 8), (2, 4, 9, 11), (1, 4, 8, 8), (2, 4, 9, 512), (7, 4, 10, 10), (2, 4, 300, 600)]:
         x = torch.randn(shape, dtype=torch.float64)
         assert float((model(x) - result(x)).detach().abs().max()) < 1e-10

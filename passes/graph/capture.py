@@ -173,7 +173,7 @@ def _trace_unit(
             numbers=numbers,
             careful=careful,
             outside=snapshot.outside,
-            forks=given is None,
+            forks=given is None and _is_small(root),
         )
         graph = tracer.trace()
         drawn = not torch.equal(before[0], torch.get_rng_state()) or states() != before[1]
@@ -210,6 +210,14 @@ def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] =
 
 MAX_FORKS = 8
 """Most other ways through the code of one unit that are traced."""
+
+
+FORKING = 40
+"""Most modules in a unit whose questions are answered both ways: every way is a trace of all of it."""
+
+
+def _is_small(root: nn.Module) -> bool:
+    return sum(1 for _ in root.modules()) <= FORKING
 
 
 def _other_ways(tracer: Tracer) -> list[tuple[Call, tuple[bool, ...]]]:

@@ -220,6 +220,10 @@ def likely(model: nn.Module, batch: int = BATCH) -> Iterator[Example]:
             torch.randn((batch, *shape), generator=generator, dtype=torch.float32, device="cpu") for _ in range(count)
         )
         yield Example(tuple(part.to(device, dtype) for part in parts), made_up=True)
+    some = next(likely_shapes(model), None)
+    if count == 1 and some is not None:  # or a list of them
+        pair = [torch.randn((batch, *some), generator=generator, dtype=torch.float32, device="cpu") for _ in range(2)]
+        yield Example(([part.to(device, dtype) for part in pair],), made_up=True)
 
 
 def input_count(model: nn.Module) -> int:

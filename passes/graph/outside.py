@@ -25,7 +25,7 @@ CONTAINERS = (list, dict, set, deque)
 LARGE = 10_000
 """Items beyond which a container is a table of data, of which only the length is looked at."""
 SMALL = 200
-_FOREIGN = frozenset({"torch", "numpy", "builtins", *sys.stdlib_module_names}) - {"__main__"}
+_FOREIGN = frozenset({"passes", "torch", "numpy", "builtins", *sys.stdlib_module_names}) - {"__main__"}
 
 
 class Outside:

@@ -265,13 +265,14 @@ def check(
         lost = [path for path, count in observed.hooks.items() if left.get(_where(path, moved or {}), 0) < count]
         differences += [Difference("has lost its hook", path) for path in lost]
     total = Comparison()
+    there = {path for path, _ in result.named_modules()}
     for i, (got, wanted) in enumerate(zip(runs, observed.calls, strict=False)):
         again = f" in call {i + 1}" if i else ""
         gap = compared(got.value, wanted.value)
         total.gap(gap.max_abs, gap.max_rel)
         total.numbers += gap.numbers
         if effects:
-            differences += _left(got, wanted, moved or {}, allowed, again)
+            differences += _left(got, wanted, moved or {}, allowed, again, there)
         differences += _said(gap, allowed, again)
         if got.generators != wanted.generators:
             differences.append(Difference(f"draws other random numbers{again}"))
@@ -384,11 +385,15 @@ def _said(found: Comparison, allowed: float, again: str) -> list[Difference]:
     return [Difference(what, error=found.max_rel, numbers=True)]
 
 
-def _left(got: Run, wanted: Run, moved: Mapping[str, str], allowed: float, again: str) -> list[Difference]:
-    """What the two calls left behind on their modules."""
+def _left(
+    got: Run, wanted: Run, moved: Mapping[str, str], allowed: float, again: str, there: set[str]
+) -> list[Difference]:
+    """What the two calls left behind on their modules; a tensor that is written anew goes with a layer that is gone."""
     theirs = {(_where(path, moved), name): value for (path, name), value in wanted.left.items()}
     found = []
     for (path, name), value in theirs.items():
+        if path not in there and isinstance(value, Tensor) and (path, name) in wanted.had:
+            continue
         if (path, name) not in got.left:
             found.append(Difference(f"no longer sets {name}{again}", path))
             continue

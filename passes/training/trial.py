@@ -88,7 +88,7 @@ def try_blocks(
         seen, why = _observed(model, example)
         if seen and not exact_in_training:
             seen, why = seen[:1], [*why, "not compared in training, where a block is exact only up to eps"]
-        if not seen:
+        if not seen and not has_own_modes(model):
             return Outcome(tuple(rows), {}, {}, tuple(why))
         trial = _Trial(model, seen, put, expected)
         return trial.settle(list(rows), smaller, why)
@@ -156,7 +156,7 @@ class _Trial(Generic[Row]):
         expected: Callable[[Row], bool],
     ) -> None:
         self.model, self.seen, self.put, self.expected = model, seen, put, expected
-        self.ran: frozenset[str] = frozenset().union(*(one.ran for one in seen))
+        self.ran: frozenset[str] = frozenset[str]().union(*(one.ran for one in seen))
         self.modes = _modes(model)
 
     def settle(self, rows: list[Row], smaller: Callable[[Row], Row | None], why: list[str]) -> Outcome[Row]:
@@ -228,7 +228,7 @@ class _Trial(Generic[Row]):
 
     def never_run(self, rows: Sequence[Row], checks: Sequence[Checked]) -> list[Row]:
         """Rows whose block was not entered, although the convolution was, or has to be."""
-        if any("raises" in str(c.differences[0]) for c in checks if c.differences):
+        if not self.seen or any("raises" in str(c.differences[0]) for c in checks if c.differences):
             return []  # it did not come that far
         called = frozenset().union(*(c.called for c in checks))
         return [r for r in rows if r.layer not in called and (r.layer in self.ran or self.expected(r))]
