@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -709,7 +710,19 @@ def test_what_could_not_be_tried_is_said() -> None:
 
 
 def test_a_model_that_differs_from_itself() -> None:
-    """It keeps a count outside of itself: nothing can be told from a difference, and nothing is taken back."""
+    """It keeps a count where nobody looks: nothing can be told from a difference, and nothing is taken back."""
+    count = itertools.count(1)
+
+    class Counts(ConvBN):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * next(count)
+
+    plan = reparam.plan(exact(Counts()), "acb")
+    assert [r.layer for r in plan.expanded] == ["conv"]
+    assert plan.compared[0].startswith("not compared: the network itself does not return the same twice")
+
+
+def test_a_model_that_keeps_a_count_outside_of_itself() -> None:
     count = [0]
 
     class Counts(ConvBN):
@@ -718,8 +731,8 @@ def test_a_model_that_differs_from_itself() -> None:
             return super().forward(x) * count[0]
 
     plan = reparam.plan(exact(Counts()), "acb")
-    assert [r.layer for r in plan.expanded] == ["conv"]
-    assert plan.compared[0].startswith("not compared: the network itself does not return the same twice")
+    assert [r.refusal.reason for r in plan.refused if r.refusal] == [Reason.STATE]
+    assert count == [0]
 
 
 @pytest.mark.parametrize("verify", ["fold", None, 1.5])

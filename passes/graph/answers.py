@@ -8,6 +8,8 @@ without a condition on them. Nothing is computed before something is asked.
 
 from __future__ import annotations
 
+import copy
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -62,6 +64,7 @@ class Answers:
         self._constants: dict[fx.Node, Any] = {}
         self._bases: list[list[_Run]] | None = None
         self._symbolic: _Run | None = None
+        self._unsure: set[fx.Node] = set()
 
     def ask(self, node: fx.Node, question: Callable[[Any], Answer]) -> Answer:
         """What ``question`` gives for the value of ``node``. Raises :class:`UnknownError`."""
@@ -110,21 +113,32 @@ class Answers:
             self._sizes = ShapeEnv(specialize_zero_one=False, duck_shape=False)
             mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._sizes)
             self._symbolic = _Run(self, mode, example)
-        asked = 0
         try:
             for node in needed:
-                known = len(self._sizes.guards)
-                value = self._symbolic.value([node])
-                if not any(isinstance(v, Tensor) for v in tree_leaves(self._symbolic.read_by(node))):
-                    asked += len(self._sizes.guards) - known  # what operations on tensors ask is what they take
-            known = len(self._sizes.guards)
-            question(value)
+                if node in self._unsure:
+                    raise UnknownError(_DEPENDS)
+                if node not in self._symbolic.values and self._symbolic.reads_sizes(node):
+                    self._unconditionally(functools.partial(self._symbolic.value, [node]), node)
+                value = self._symbolic.value([node])  # what operations on tensors ask is what they take
+            self._unconditionally(functools.partial(question, value))
+        except UnknownError:
+            raise
         # An operation may refuse symbols, in any way.
         except Exception as error:
             raise UnknownError(f"{_DEPENDS}, as far as can be seen ({type(error).__name__})") from error
-        if asked or len(self._sizes.guards) > known:
-            self._symbolic = None  # the symbols would take the answer for a fact from now on
-            raise UnknownError(_DEPENDS)
+
+    def _unconditionally(self, compute: Callable[[], Any], node: fx.Node | None = None) -> None:
+        """Raise :class:`UnknownError` if this sets a condition on sizes, which is no fact for what comes after."""
+        before = {name: copy.copy(getattr(self._sizes, name)) for name in _FACTS}
+        compute()
+        if len(self._sizes.guards) == len(before["guards"]):
+            return
+        for name, value in before.items():
+            setattr(self._sizes, name, value)
+        self._sizes._update_version_counter()
+        if node is not None:
+            self._unsure.add(node)
+        raise UnknownError(_DEPENDS)
 
     def _made_up(self) -> list[list[_Run]]:
         """For each base size its runs: the base itself, another batch, other sizes."""
@@ -157,9 +171,9 @@ class _Run:
         with self.mode:
             return _evaluate(self.values, needed, self._read, self.answers.root)
 
-    def read_by(self, node: fx.Node) -> list[Any]:
-        """The values that a node is computed from."""
-        return [self.values[source] for source in node.all_input_nodes]
+    def reads_sizes(self, node: fx.Node) -> bool:
+        """Whether a node is computed from numbers alone, not from tensors."""
+        return not any(isinstance(v, Tensor) for v in tree_leaves([self.values[n] for n in node.all_input_nodes]))
 
     def _read(self, target: str) -> Any:
         value = self.answers.attribute(target)
@@ -192,6 +206,8 @@ class _Shape:
         return _Shape((*self.sizes[:2], *map(change, self.sizes[2:])), self.dtype, self.device)
 
 
+_FACTS = ("guards", "axioms", "replacements", "replacements_slocs", "var_to_range", "var_to_range_sloc", "divisible")
+"""What torch's symbols learn from a condition."""
 _DEPENDS = "the answer depends on the size of the input"
 
 

@@ -173,7 +173,7 @@ def _trace_unit(
             numbers=numbers,
             careful=careful,
             outside=snapshot.outside,
-            forks=given is None and _is_small(root),
+            forks=given is None and not path and _is_small(root),
         )
         graph = tracer.trace()
         drawn = not torch.equal(before[0], torch.get_rng_state()) or states() != before[1]
