@@ -323,14 +323,19 @@ def who_runs(defect: Defect, runs: Runs) -> list[str]:
     return list(dict.fromkeys(name for line in lines for name in ran.get(line, ()) if name))
 
 
+def _widths(runs: Runs) -> Counter[str]:
+    """How many lines each runs: what runs few is quick, and made for what it runs."""
+    return Counter(name for ran in runs.values() for names in ran.values() for name in names)
+
+
 def compared(defect: Defect, usual: Ends, runs: Runs, most: int) -> Result:
     """The defect's ends where they are not the usual ones."""
-    found = who_runs(defect, runs) or list(usual)
-    first = found[:: -(-len(found) // most)]
+    found = sorted(who_runs(defect, runs) or usual, key=_widths(runs).__getitem__)
     result = Result(defect.name)
-    for chosen in (first, [name for name in found if name not in first]):
-        if result.verdict or not chosen:  # the others are asked only where the first have nothing to say
+    for start in range(0, len(found), most):
+        if result.verdict:  # more are asked only where the first have nothing to say
             break
+        chosen = found[start : start + most]
         result.tried += len(chosen)
         for name, (end, picture) in ends_of(defect, chosen)[0].items():
             as_usual, usual_picture = usual.get(name, ("", ""))
@@ -369,8 +374,7 @@ def narrowest(defect: Defect, runs: Runs, most: int) -> list[str]:
     own = runs.get(str(place_of(defect, ROOT).relative_to(ROOT)), {})
     found = who_runs(defect, runs) or list(dict.fromkeys(name for names in own.values() for name in names))
     files: dict[str, list[str]] = defaultdict(list)
-    widths = Counter(name for ran in runs.values() for names in ran.values() for name in names)
-    for name in sorted(found, key=widths.__getitem__):
+    for name in sorted(found, key=_widths(runs).__getitem__):
         files[name.partition("::")[0]].append(name)
     return list(islice(filter(None, chain.from_iterable(zip_longest(*files.values()))), most))
 
@@ -466,7 +470,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where the table goes")
     parser.add_argument("--only", default="", help="defects whose part and name match this regular expression")
     parser.add_argument("--networks", type=lambda names: names.split(","), help="names of networks; all without it")
-    parser.add_argument("--most", type=int, default=24, help="networks that a defect is tried on, and tests")
+    parser.add_argument(
+        "--most", type=int, default=24, help="networks at a time, until one shows the defect; and tests"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--no-tests", action="store_true", help="leave out the tests")
     parser.add_argument("--coverage", type=Path, default=Path("defects.coverage"), help="which tests run which line")
