@@ -80,7 +80,10 @@ class Runs:
         """How many lines each runs: what runs few is quick, and made for what it runs."""
 
     def of(self, defect: Defect, root: Path = ROOT) -> list[str]:
-        """What runs the statement with the defect, or, if only an import does, its file; the narrowest first."""
+        """What runs the statement with the defect, or, if only an import does, its file.
+
+        First what runs a line of it that few run, such as what a condition guards; then what runs few lines.
+        """
         path = place_of(defect, root)
         source = path.read_text()
         start = source[: source.index(defect.old)].count("\n") + 1
@@ -91,8 +94,10 @@ class Runs:
         )
         ran = self.by_line.get(str(path.relative_to(root)), {})
         lines = range(statement.lineno, (statement.end_lineno or 0) + 1)
-        found = {name for line in lines for name in ran.get(line, ())} or {n for names in ran.values() for n in names}
-        return sorted(found, key=lambda name: (self.width[name], name))
+        rarity: dict[str, int] = {}
+        for names in [ran[line] for line in lines if line in ran] or ran.values():
+            rarity.update((name, min(rarity.get(name, len(names)), len(names))) for name in names)
+        return sorted(rarity, key=lambda name: (rarity[name], self.width[name], name))
 
 
 @dataclass
@@ -249,7 +254,7 @@ def _restored(plain: Callable[[], Any], expanded: Callable[[], Any], shapes: Any
         return model, ""
     wanted = _answers(model, shapes)
     torch.manual_seed(9)
-    like = plain().double()
+    like = ready(plain().double(), 3)
     result = _try(lambda: reparam.collapse(moved(), like=like, verify="folds"))
     if isinstance(result, str):
         return result, ""
@@ -490,17 +495,16 @@ def main() -> int:
         if defect.name in known:
             return known[defect.name]
         result = Result(defect.name)
-        found = runs.of(defect) or list(usual)
-        compare(result, defect, usual, found[: options.most])
-        compare(result, defect, usual, found[options.most : 4 * options.most])
-        if tests is not None and not result.verdict:
-            red = _forked(_first_red, defect, spread(tests.of(defect), 4 * options.most))
-            if red.startswith(RAISED):  # no test is red for that
-                print(f"{defect}: {red}")
-            else:
-                result.red = red
-        if not result.red:
-            compare(result, defect, usual, found[4 * options.most :])
+        found, few, more = runs.of(defect) or list(usual), options.most, 4 * options.most
+        for chosen, count in ((found[:few], 0), (found[few:more], more), ([], 5 * more), (found[more:], 0)):
+            if not result.red:
+                compare(result, defect, usual, chosen)
+            if tests is not None and count and not (result.verdict or result.red):
+                red = _forked(_first_red, defect, spread(tests.of(defect), count))
+                if red.startswith(RAISED):  # no test is red for that
+                    print(f"{defect}: {red}")
+                else:
+                    result.red = red
         if options.journal:
             with options.journal.open("a") as journal:
                 journal.write(json.dumps(asdict(result)) + "\n")
