@@ -376,12 +376,20 @@ def tests_by_line(data: Path) -> Runs:
 
 
 def spread(tests: Sequence[str], most: int) -> list[str]:
-    """The first of each file in turn; sorted by files, since tests may leave something behind for the next file."""
+    """The first of each file in turn."""
     files: dict[str, list[str]] = defaultdict(list)
     for name in tests:
         files[name.partition("::")[0]].append(name)
-    chosen = islice(filter(None, chain.from_iterable(zip_longest(*files.values()))), most)
-    return sorted(chosen, key=lambda name: name.partition("::")[0])
+    return list(islice(filter(None, chain.from_iterable(zip_longest(*files.values()))), most))
+
+
+def first_red(defect: Defect, tests: Sequence[str]) -> str:
+    """The first of these tests that fails with the defect; empty if all pass, or if pytest itself does not work."""
+    red = _forked(_first_red, defect, sorted(tests, key=lambda name: name.partition("::")[0]))  # as in a whole run
+    if red.startswith(RAISED):
+        print(f"{defect}: {red}")
+        return ""
+    return str(red)
 
 
 def _first_red(tree: str, tests: Sequence[str]) -> str:
@@ -496,15 +504,14 @@ def main() -> int:
             return known[defect.name]
         result = Result(defect.name)
         found, few, more = runs.of(defect) or list(usual), options.most, 4 * options.most
-        for chosen, count in ((found[:few], 0), (found[few:more], more), ([], 5 * more), (found[more:], 0)):
-            if not result.red:
-                compare(result, defect, usual, chosen)
-            if tests is not None and count and not (result.verdict or result.red):
-                red = _forked(_first_red, defect, spread(tests.of(defect), count))
-                if red.startswith(RAISED):  # no test is red for that
-                    print(f"{defect}: {red}")
-                else:
-                    result.red = red
+        running = [] if tests is None else tests.of(defect)
+        stages = ((found[:few], []), (found[few:more], running[:more]), (found[more:], spread(running, 5 * more)))
+        for chosen, asked in stages:
+            compare(result, defect, usual, chosen)
+            if asked and not result.verdict:
+                result.red = first_red(defect, asked)
+            if result.red:
+                break
         if options.journal:
             with options.journal.open("a") as journal:
                 journal.write(json.dumps(asdict(result)) + "\n")
