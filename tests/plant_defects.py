@@ -56,7 +56,7 @@ TESTS = (
 )  # fmt: skip
 """Files of tests that the compiler itself must pass."""
 
-SECONDS = 400
+SECONDS = 200
 """Most seconds for the networks of one defect, and for its tests; a compiler that hangs is noticed too."""
 
 EQUAL, PROOF, CHECK, RAISED, OTHER, NOTED, SURVIVED, SILENT = (
@@ -385,7 +385,7 @@ def spread(tests: Sequence[str], most: int) -> list[str]:
 
 def first_red(defect: Defect, tests: Sequence[str]) -> str:
     """The first of these tests that fails with the defect; empty if all pass, or if pytest itself does not work."""
-    red = _forked(_first_red, defect, sorted(tests, key=lambda name: name.partition("::")[0]))  # as in a whole run
+    red = _forked(_first_red, defect, tests)
     if red.startswith(RAISED):
         print(f"{defect}: {red}")
         return ""
@@ -505,7 +505,7 @@ def main() -> int:
         result = Result(defect.name)
         found, few, more = runs.of(defect) or list(usual), options.most, 4 * options.most
         running = [] if tests is None else tests.of(defect)
-        stages = ((found[:few], []), (found[few:more], running[:more]), (found[more:], spread(running, 5 * more)))
+        stages = ((found[:few], []), (found[few:more], running[: 2 * few]), (found[more:], spread(running, more)))
         for chosen, asked in stages:
             compare(result, defect, usual, chosen)
             if asked and not result.verdict:
