@@ -257,7 +257,7 @@ simple(
     "fixed_slice",
     FLAT,
     lambda: Net(
-        lambda m, x: (m.a(x) * m.g)[:, :, :7, :7], a=conv(4, 4, 1, bias=False), g=nn.Parameter(torch.randn(4, 1, 1))
+        lambda m, x: m.a(x)[:, :, :7, :7] * m.g, a=conv(4, 4, 1, bias=False), g=nn.Parameter(torch.randn(4, 1, 1))
     ),
 )
 simple(
@@ -706,7 +706,7 @@ def asked_of_a_value() -> nn.Module:
 @network(FLAT)
 def made_in_the_forward() -> nn.Module:
     def run(m: Any, x: Tensor) -> Any:
-        k = torch.ones(1, 4, 1, 1)
+        k = torch.tensor([[[[2.0]]]])
         k.mul_(2)
         return summed(m, x) * k
 
@@ -723,8 +723,73 @@ def parts_of_a_child() -> nn.Module:
 
 
 simple("child_called_by_name", FLAT, lambda: with_sum(lambda m, x: m.s(summed(m, x), scale=3.0), s=Scaled()))
-simple("weight_read", FLAT, lambda: Net(lambda m, x: m.n(m.a(x)) * m.a.weight.mean(), a=conv(), n=norm()))
+simple("weight_read", FLAT, lambda: Net(lambda m, x: torch.relu(m.n(m.a(x))) * m.a.weight.mean(), a=conv(), n=norm()))
 simple("block_that_counts", FLAT, lambda: Net(lambda m, x: m.block(x) * m.block.count, block=CountingBlock()))
+
+
+simple("drawn_beside_a_sum", FLAT, lambda: with_sum(lambda m, x: summed(m, x) + torch.rand(1, 4, 1, 1)))
+simple(
+    "folded_is_taken",
+    FLAT,
+    lambda: Net(
+        lambda m, x: F.conv2d(x, m.w + F.pad(m.v, (1, 1, 1, 1)), padding=1) + torch.sigmoid(m.folded(x)),
+        w=nn.Parameter(torch.randn(4, 4, 3, 3)),
+        v=nn.Parameter(torch.randn(4, 4, 1, 1)),
+        folded=conv(),
+    ),
+)
+
+
+@network(FLAT)
+def sets_an_attribute() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        m.seen = summed(m, x)
+        return m.seen
+
+    return with_sum(run)
+
+
+class Spied(Parallel):
+    """A block that also calls a layer for what it does, not for its value."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.spy = Spy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.spy(x)
+        return super().forward(x)
+
+
+class Spy(nn.Module):
+    """Cannot be traced, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().sum()) < 1e12:
+            self.count.add_(1)
+        return x
+
+
+simple("spied", FLAT, lambda: Net(lambda m, x: torch.relu(m.block(x)) * m.block.spy.count, block=Spied()))
+
+
+class TwoSums(nn.Module):
+    """A fold of its own, and another that goes on outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.c, self.d, self.e = conv(), conv(4, 4, 1), conv(), conv(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = summed(self, x)
+        return self.d(y) + self.e(y)
+
+
+simple("opened_child", FLAT, lambda: Net(lambda m, x: x + torch.relu(m.n(m.child(x))), child=TwoSums(), n=norm()))
 
 
 @network(FLAT)

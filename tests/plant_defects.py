@@ -510,7 +510,7 @@ def main() -> int:
         result = Result(defect.name)
         found, few, more = runs.of(defect) or list(usual), options.most, 4 * options.most
         running = [] if tests is None else tests.of(defect)
-        stages = ((found[:few], []), (found[few:more], running[: 2 * few]), ([], spread(running, more)))
+        stages = ((found[:few], []), (found[few:more], running[: 2 * few]), (found[more:], spread(running, more)))
         for chosen, asked in stages:
             compare(result, defect, usual, chosen)
             if asked and result.verdict in ("", SILENT):
