@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+import reparam
+from passes.blocks.kit.registry import unregister
 
 # No deadline: the first call of a torch operation is slow. In CI the same examples every time.
 settings.register_profile("dev", deadline=None, print_blob=True)
@@ -26,6 +30,16 @@ def seed() -> int:
     random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Forget the blocks that a test registers."""
+    known = set(reparam.blocks())
+    yield
+    for name in set(reparam.blocks()) - known:
+        unregister(name)
+    assert set(reparam.blocks()) == known
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -253,7 +253,25 @@ simple(
 simple("pools_ceil", FLAT, lambda: add(*(seq(nn.AvgPool2d(2, ceil_mode=True), conv(4, 4, 1)) for _ in range(4))))
 simple("pool_uncounted_branch", FLAT, lambda: add(conv(stride=2), nn.AvgPool2d(3, 2, 1, count_include_pad=False)))
 simple("pool_called", FLAT, lambda: Net(lambda m, x: m.a(x) + F.avg_pool2d(x, 2), a=conv(4, 4, 2, stride=2)))
-simple("fixed_slice", FLAT, lambda: Net(lambda m, x: m.n(m.a(x)[:, :, :7, :7]), a=conv(), n=norm()))
+simple(
+    "fixed_slice",
+    FLAT,
+    lambda: Net(
+        lambda m, x: m.a(x)[:, :, :7, :7] * m.g, a=conv(4, 4, 1, bias=False), g=nn.Parameter(torch.randn(4, 1, 1))
+    ),
+)
+simple(
+    "pools_called",
+    FLAT,
+    lambda: Net(
+        lambda m, x: sum(point(F.avg_pool2d(x, 2)) for point in (m.a, m.b, m.c, m.d)),
+        a=conv(4, 4, 1),
+        b=conv(4, 4, 1),
+        c=conv(4, 4, 1),
+        d=conv(4, 4, 1),
+    ),
+)
+simple("norm_over_tokens", ((2, 6, 6), (3, 6, 6)), lambda: seq(nn.Linear(6, 6), nn.BatchNorm1d(6)))
 simple("dropout_always", FLAT, lambda: Net(lambda m, x: m.n(F.dropout(m.a(x))), a=conv(), n=norm()))
 simple("reversed_difference", FLAT, lambda: Net(lambda m, x: torch.rsub(m.a(x), m.b(x)), a=conv(), b=conv(4, 4, 1)))
 simple(
@@ -630,6 +648,163 @@ def hooked() -> nn.Module:
     return model
 
 
+def summed(m: Any, x: Tensor) -> Tensor:
+    """A sum for which the forward is rewritten; what else is in it must be written out as it was."""
+    return torch.relu(m.b(x) + m.c(x))
+
+
+def with_sum(run: Callable[[Any, Tensor], Any], **parts: Any) -> nn.Module:
+    return Net(run, b=conv(), c=conv(4, 4, 1), **parts)
+
+
+class Scaled(nn.Module):
+    """Has an option."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return torch.tanh(x) * scale
+
+
+class Several(nn.Module):
+    """Returns a tuple with a dictionary."""
+
+    def forward(self, x: Tensor) -> Any:
+        return torch.relu(x), {"one": x.sigmoid(), "two": x.tanh()}
+
+
+class CountingBlock(Parallel):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return super().forward(x)
+
+
+@network(FLAT)
+def augmented() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        y = x.sigmoid()
+        kept = y
+        y += 1
+        return summed(m, y.tanh()) - kept
+
+    return with_sum(run)
+
+
+@network(FLAT)
+def asked_of_a_value() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        y = x.sigmoid()
+        return summed(m, y * 0.5 if isinstance(y, Tensor) else y)
+
+    return with_sum(run)
+
+
+@network(FLAT)
+def made_in_the_forward() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        k = torch.tensor([[[[2.0]]]])
+        k.mul_(2)
+        return summed(m, x) * k
+
+    return with_sum(run)
+
+
+@network(FLAT)
+def parts_of_a_child() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        first, rest = m.several(x)
+        return summed(m, first) * rest["one"] + rest["two"]
+
+    return with_sum(run, several=Several())
+
+
+simple("child_called_by_name", FLAT, lambda: with_sum(lambda m, x: m.s(summed(m, x), scale=3.0), s=Scaled()))
+simple("weight_read", FLAT, lambda: Net(lambda m, x: torch.relu(m.n(m.a(x))) * m.a.weight.mean(), a=conv(), n=norm()))
+simple("block_that_counts", FLAT, lambda: Net(lambda m, x: m.block(x) * m.block.count, block=CountingBlock()))
+
+
+simple("drawn_beside_a_sum", FLAT, lambda: with_sum(lambda m, x: summed(m, x) + torch.rand(1, 4, 1, 1)))
+simple(
+    "folded_is_taken",
+    FLAT,
+    lambda: Net(
+        lambda m, x: F.conv2d(x, m.w + F.pad(m.v, (1, 1, 1, 1)), padding=1) + torch.sigmoid(m.folded(x)),
+        w=nn.Parameter(torch.randn(4, 4, 3, 3)),
+        v=nn.Parameter(torch.randn(4, 4, 1, 1)),
+        folded=conv(),
+    ),
+)
+
+
+@network(FLAT)
+def sets_an_attribute() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        m.seen = summed(m, x)
+        return m.seen
+
+    return with_sum(run)
+
+
+class Spied(Parallel):
+    """A block that also calls a layer for what it does, not for its value."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.spy = Spy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.spy(x)
+        return super().forward(x)
+
+
+class Spy(nn.Module):
+    """Cannot be traced, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().sum()) < 1e12:
+            self.count.add_(1)
+        return x
+
+
+simple("spied", FLAT, lambda: Net(lambda m, x: torch.relu(m.block(x)) * m.block.spy.count, block=Spied()))
+
+
+class TwoSums(nn.Module):
+    """A fold of its own, and another that goes on outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.c, self.d, self.e = conv(), conv(4, 4, 1), conv(), conv(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = summed(self, x)
+        return self.d(y) + self.e(y)
+
+
+simple("opened_child", FLAT, lambda: Net(lambda m, x: x + torch.relu(m.n(m.child(x))), child=TwoSums(), n=norm()))
+
+
+@network(FLAT)
+def held_in_a_list() -> nn.Module:
+    last = norm()
+    return Net(lambda m, x: m.rest[0](m.a(x)), a=conv(), n=last, rest=[last])
+
+
+@network(FLAT)
+def hooked_block() -> nn.Module:
+    model = seq(Parallel(4), nn.ReLU())
+    model[0].register_forward_hook(lambda m, a, y: y * 2)
+    return model
+
+
 class TwoInputs(nn.Module):
     """Folds that read different inputs, one of them by name."""
 
@@ -918,7 +1093,7 @@ class Dense(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = nn.Conv2d(4, 8, 3, padding=2, dilation=2, groups=2)
+        self.a = nn.Conv2d(4, 8, 3, padding=2, dilation=2, groups=2, bias=False)
         self.n = nn.BatchNorm2d(8, affine=False)
         self.b = nn.Conv2d(8, 4, 2, bias=False)
         self.m = nn.BatchNorm2d(4)

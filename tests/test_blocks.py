@@ -750,16 +750,6 @@ def test_qarepvgg_has_one_norm_in_the_square_and_one_behind_the_sum() -> None:
 # ------------------------------------------------------------------ registry
 
 
-@pytest.fixture
-def registry() -> Iterator[None]:
-    """Forget the blocks that a test registers."""
-    known = set(reparam.blocks())
-    yield
-    for name in set(reparam.blocks()) - known:
-        unregister(name)
-    assert set(reparam.blocks()) == known
-
-
 def test_blocks_lists_all_in_order_of_registration_with_their_options() -> None:
     assert tuple(reparam.blocks()) == (
         "acb",

@@ -159,6 +159,23 @@ def test_keyword_that_got_lost() -> None:
     assert check(original, result, by_name=False).verdict is Verdict.EQUAL
 
 
+def test_change_of_the_input_that_got_lost() -> None:
+    """What a network does to the tensors of its caller is part of what it does, however they are passed."""
+
+    class Doubling(ConvBN):
+        def forward(self, x: Tensor, others: Any = ()) -> Tensor:
+            return super().forward(self.doubled(x))
+
+        def doubled(self, x: Tensor) -> Tensor:
+            return x.mul_(2)
+
+    original: Any = ready(Doubling())
+    result = copy.deepcopy(original)
+    assert check(original, result).verdict is Verdict.EQUAL
+    result.doubled = lambda x: x * 2
+    assert [d.what for d in check(original, result, maps()).differences] == ["changes its input to something else"]
+
+
 def test_hook_that_got_lost() -> None:
     """Hooks of a person are never run, and have to be there afterwards."""
     original = ready(ConvBN())

@@ -938,6 +938,7 @@ def test_nothing_expanded_is_a_warning(caplog: pytest.LogCaptureFixture) -> None
     assert "0 of 1 convolutions get a block" in caplog.text
 
 
+@pytest.mark.usefixtures("registry")
 def test_online_where_it_cannot_be() -> None:
     """A block that is not one convolution is refused, online or not, with the reason."""
 

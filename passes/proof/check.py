@@ -273,6 +273,10 @@ def check(
         total.numbers += gap.numbers
         if effects:
             differences += _left(got, wanted, moved or {}, allowed, again, there)
+            changed = compared(got.given, wanted.given)
+            if changed.differences or changed.max_rel > allowed:
+                what, numbers = f"changes its input to something else{again}", not changed.differences
+                differences.append(Difference(what, error=changed.max_rel, numbers=numbers))
         differences += _said(gap, allowed, again)
         if got.generators != wanted.generators:
             differences.append(Difference(f"draws other random numbers{again}"))

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators, states
-from passes.graph.inputs import Example, copied
+from passes.graph.inputs import Example, copied, tensors_in
 from passes.graph.outside import kept_outside
 from passes.proof.state import Marks, changes
 
@@ -55,6 +55,7 @@ class Run:
         ran: paths of the modules that took part.
         called: paths of those that were called themselves.
         cast: whether a number had to be cast for the call to be in float64 throughout.
+        given: the tensors that it was called with, as they were after the call.
     """
 
     value: Any
@@ -64,6 +65,7 @@ class Run:
     ran: frozenset[str] = frozenset()
     called: frozenset[str] = frozenset()
     cast: bool = False
+    given: tuple[Tensor, ...] = ()
 
 
 def runner_of(
@@ -151,7 +153,8 @@ def run(runner: nn.Module, example: Example, *, double: bool = True, within: Any
     with surroundings(runner) as generators, kept_outside(runner), seen, mode, within or nullcontext():
         value = runner(*args, **kwargs)
     ran = seen.paths() | _owners(runner, mode.used)
-    return Run(value, changes(runner, before), frozenset(before.of), generators[0], ran, seen.paths(), mode.cast)
+    left, had, given = changes(runner, before), frozenset(before.of), tuple(tensors_in((args, kwargs)))
+    return Run(value, left, had, generators[0], ran, seen.paths(), mode.cast, given)
 
 
 def outputs(model: nn.Module, example: Example, dtype: torch.dtype | None = torch.float64) -> Any:
