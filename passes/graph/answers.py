@@ -98,7 +98,7 @@ class Answers:
             if len(answers) > 1:
                 if any(type(a) is not type(answers[0]) or a != answers[0] for a in answers):
                     raise DependsError(answers[0], _DEPENDS)
-                if any(map(_tells_sizes, needed)):
+                if _asks_for_sizes(needed[-1]):
                     try:
                         self._surely(runs[0].example, needed, question)
                     except UnknownError as error:
@@ -211,11 +211,27 @@ _FACTS = ("guards", "axioms", "replacements", "replacements_slocs", "var_to_rang
 _DEPENDS = "the answer depends on the size of the input"
 
 
+def _asks_for_sizes(node: fx.Node) -> bool:
+    """Whether a value may say something of a size; one of a rank, dtype or device is the same for all of them."""
+    seen, todo = {node}, [node]
+    while todo:
+        node = todo.pop()
+        ranks = node.target is getattr and node.args[1] in _OF_ALL_SIZES
+        if ranks or (node.op == "call_method" and node.target in ("dim", "ndimension", "is_floating_point")):
+            continue
+        if node.target is getattr or _tells_sizes(node):
+            return True
+        todo += [source for source in node.all_input_nodes if source not in seen]
+        seen.update(node.all_input_nodes)
+    return False
+
+
+_OF_ALL_SIZES = ("dtype", "device", "ndim", "requires_grad", "is_cuda", "grad_fn")
+
+
 def _tells_sizes(node: fx.Node) -> bool:
     """Whether a value may be a size, or say something of one."""
     operation = operation_of(node)
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] not in ("dtype", "device", "ndim", "requires_grad", "is_cuda", "grad_fn")
     return operation is None or operation.id in ("size", "facts", "sym_size")
 
 
