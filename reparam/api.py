@@ -101,7 +101,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.set_grad_enabled(grad))
         if device.type != "cpu":
             stack.enter_context(default_device(device))
-        stack.enter_context(kept_outside(model))
+        if isinstance(model, nn.Module):  # what is none is refused inside
+            stack.enter_context(kept_outside(model))
         yield
 
 
