@@ -206,7 +206,9 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_foreign(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", None) or "").partition(".")[0] in _FOREIGN
+    # A function that wraps another says that it is of the other's module.
+    home = thing.__globals__.get("__name__") if isinstance(thing, types.FunctionType) else None
+    return str(home or getattr(thing, "__module__", None) or "").partition(".")[0] in _FOREIGN
 
 
 # ------------------------------------------------------------------ containers
