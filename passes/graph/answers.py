@@ -123,7 +123,7 @@ class Answers:
             self._unconditionally(functools.partial(question, value))
         except UnknownError:
             raise
-        # Where the network takes one size only, or an operation no symbols, the sizes that were tried are what there is.
+        # Where the network takes one size only, or an operation no symbols, the sizes tried are what there is.
         except Exception:
             return
 
