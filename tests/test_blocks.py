@@ -851,6 +851,14 @@ def test_a_block_of_ones_own_needs_no_folding_code() -> None:
     assert "nothing smaller" in refusal(conv_bn(2, 4, 4, 1), "ladder").message
 
 
+def test_the_mean_of_a_dilated_window_is_a_mean() -> None:
+    """Pooling has no dilation, so a convolution that is not trained stands for it."""
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3, padding=2, dilation=2, bias=False), nn.BatchNorm2d(4))
+    means = [p for p in reparam.expand(plain, "dbb").parameters() if not p.requires_grad]
+    assert [p.shape for p in means] == [(4, 1, 3, 3)]
+    assert torch.equal(means[0], torch.full((4, 1, 3, 3), 1 / 9))
+
+
 # ------------------------------------------------------------------ the checks are shown to fail
 
 
