@@ -314,6 +314,17 @@ simple(
     "halves", FLAT, lambda: Net(lambda m, x: torch.cat([m.a(x[:, :2]), m.b(x[:, 2:])], 1), a=conv(2, 2), b=conv(2, 3))
 )
 simple(
+    "equal_halves",
+    FLAT,
+    lambda: Net(
+        lambda m, x: (lambda y: m.n(torch.cat([m.a(y[:, :2]), m.b(y[:, 2:])], 1)))(torch.relu(m.c(x))),
+        a=conv(2, 2),
+        b=conv(2, 2),
+        c=conv(4, 4, 1),
+        n=norm(),
+    ),
+)
+simple(
     "chunks",
     FLAT,
     lambda: Net(
@@ -371,6 +382,18 @@ simple(
     "divided_by_buffer",
     FLAT,
     lambda: Net(lambda m, x: torch.relu(m.n(m.c(x)) / m.k), c=conv(), n=norm(), k=torch.tensor(3.0)),
+)
+simple(
+    "weight_for_two",
+    FLAT,
+    lambda: Net(
+        lambda m, x: (lambda w: m.n(F.conv2d(x, w, padding=1)) + F.conv2d(x.relu(), w, padding=1))(
+            m.w + F.pad(m.v, (1, 1, 1, 1))
+        ),
+        w=nn.Parameter(torch.randn(4, 4, 3, 3)),
+        v=nn.Parameter(torch.randn(4, 4, 1, 1)),
+        n=norm(),
+    ),
 )
 simple("tied", FLAT, lambda: tied())
 simple(
@@ -552,6 +575,17 @@ def changed_before_the_sum() -> nn.Module:
         return torch.relu(p + q) + y
 
     return Net(run, b=conv(), c=conv(4, 4, 1))
+
+
+@network(FLAT)
+def changed_before_the_slot() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        z = m.n(y)
+        y.mul_(2)
+        return m.b(z), torch.sigmoid(y)
+
+    return Net(run, a=conv(), n=norm(), b=conv(4, 3, 2, padding=1, padding_mode="circular"))
 
 
 @network(FLAT)

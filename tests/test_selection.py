@@ -9,6 +9,7 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
 import torch
+from defect_networks import NETWORKS
 from small_networks import WIDTH, Branches, Net, Parallel
 from small_networks import images as images_of
 from small_networks import maps as maps_of
@@ -499,3 +500,17 @@ def test_memory_and_placement_are_plain_guards() -> None:
     memory = Memory(flow)
     assert select(flow, lambda c: memory.refusal(c) or place(layout, c)).chosen
     assert reparam.explain(ready(Branches())).folds
+
+
+def test_halves_that_are_joined_become_groups() -> None:
+    model, _ = NETWORKS["equal_halves"]()
+    layers = [m for m in reparam.collapse(model).modules() if isinstance(m, nn.Conv2d)]
+    assert sorted(layer.groups for layer in layers) == [1, 2]
+
+
+def test_a_weight_that_stays_is_not_saved() -> None:
+    """Two convolutions share a computed weight: with one of them folded there would be two weights."""
+    model, _ = NETWORKS["weight_for_two"]()
+    result, report = collapse_with_report(model)
+    assert not report.folds
+    assert sum(p.numel() for p in result.parameters()) == sum(p.numel() for p in model.parameters())
