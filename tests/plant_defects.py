@@ -50,8 +50,9 @@ from defects import DEFECTS, Defect, place_of
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("passes", "reparam", "zoo", "tests")
 TESTS = (
-    "bad_input", "blocks", "capture", "check", "compare", "conv_form", "edits", "equivalent_conv", "expand", "expand_faithful",
-    "files", "fold", "in_place", "interface", "opset", "proof", "random_graphs", "refusals", "round_trip", "selection",
+    "bad_input", "blocks", "capture", "check", "compare", "conv_form", "edits", "equivalent_conv", "expand",
+    "expand_faithful", "files", "fold", "in_place", "interface", "opset", "proof", "random_graphs", "refusals",
+    "round_trip", "selection",
 )  # fmt: skip
 """Files of tests of the compiler itself, those of large networks aside."""
 
