@@ -88,14 +88,13 @@ class Runs:
         source = path.read_text()
         start = source[: source.index(defect.old)].count("\n") + 1
         stop = start + defect.old.rstrip("\n").count("\n")
-        around = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt) and n.lineno <= start]
-        statement = min(
-            (n for n in around if (n.end_lineno or 0) >= stop), key=lambda n: (n.end_lineno or 0) - n.lineno
-        )
+        nodes = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt) and n.lineno <= start)
+        around = sorted((n for n in nodes if (n.end_lineno or 0) >= stop), key=lambda n: (n.end_lineno or 0) - n.lineno)
+        lines = range(around[0].lineno, (around[0].end_lineno or 0) + 1)
         ran = self.by_line.get(str(path.relative_to(root)), {})
-        lines = range(statement.lineno, (statement.end_lineno or 0) + 1)
+        called = any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in around)
         rarity: dict[str, int] = {}
-        for names in [ran[line] for line in lines if line in ran] or ran.values():
+        for names in [ran[line] for line in lines if ran.get(line)] if called else ran.values():
             rarity.update((name, min(rarity.get(name, len(names)), len(names))) for name in names)
         return sorted(rarity, key=lambda name: (rarity[name], self.width[name], name))
 
