@@ -904,7 +904,6 @@ def test_models_that_cannot_be_expanded(case: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.xfail(reason="what a compiled part keeps in closures is taken for an effect of its forward")
 def test_compiled_inside() -> None:
     """Parts that are compiled are expanded like others, and run what they were given."""
     model = ready(nn.Sequential(ConvBN(), nn.ReLU(), ConvBN(), torch.compile(ConvBN(), backend="eager")))

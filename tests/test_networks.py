@@ -72,9 +72,7 @@ def create(case: Case, library: str) -> nn.Module:
     return pytest.importorskip("torchvision").models.get_model(case.name, **case.options)
 
 
-LOST = pytest.mark.xfail(reason="a question about its fixed size is not answered: norms stay that were folded")
-
-CASES = [pytest.param(c, "timm", id=c.name, marks=[LOST] if c.name == "levit_128s" else []) for c in TIMM] + [
+CASES = [pytest.param(case, "timm", id=case.name) for case in TIMM] + [
     pytest.param(case, "torchvision", id=f"torchvision-{case.name}") for case in TORCHVISION
 ]
 

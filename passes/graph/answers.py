@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -71,7 +74,7 @@ class Answers:
         needed = _needed(node)
         if not self.open.isdisjoint(needed):
             raise UnknownError("it depends on an optional argument")
-        with suspended(), torch.no_grad():
+        with suspended(), torch.no_grad(), _unlogged():
             if self._is_constant(needed):
                 return question(_evaluate(self._constants, needed, self.attribute, self.root))
             return self._agreed(needed, question)
@@ -123,9 +126,9 @@ class Answers:
             self._unconditionally(functools.partial(question, value))
         except UnknownError:
             raise
-        # Where the network takes one size only, or an operation no symbols, the sizes tried are what there is.
-        except Exception:
-            return
+        # An operation may refuse symbols, in any way.
+        except Exception as error:
+            raise UnknownError(f"{_DEPENDS}, as far as can be seen ({type(error).__name__})") from error
 
     def _unconditionally(self, compute: Callable[[], Any], node: fx.Node | None = None) -> None:
         """Raise :class:`UnknownError` if this sets a condition on sizes, which is no fact for what comes after."""
@@ -155,6 +158,31 @@ class Answers:
                 bases = ((shape,) * len(self.placeholders) for shape in shapes)
             self._bases = [[_Run(self, mode, example) for example in _varied(base)] for base in bases]
         return self._bases
+
+
+class _Elsewhere(logging.Filter):
+    """Lets through what other threads log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._here = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.thread != self._here
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """A size that the network does not take is no error that a person should read.
+
+    And a handler that keeps records keeps their tracebacks, and so the values of the forward that is traced.
+    """
+    mine, log = _Elsewhere(), logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(mine)
+    try:
+        yield
+    finally:
+        log.removeFilter(mine)
 
 
 class _Run:

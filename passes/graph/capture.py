@@ -64,8 +64,6 @@ class Unit:
     """Calls whose forward must keep its code, since it does more than its graph says."""
     asked: frozenset[int] = frozenset()
     """ids of modules whose class the code looks at."""
-    conditions: tuple[str, ...] = ()
-    """Answers that the traced code was given."""
     others: tuple[Unit, ...] = ()
     """The unit as it is for sizes that answer a question the other way."""
 
@@ -204,7 +202,7 @@ def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] =
     stateful = {id(m) for m in root.modules() if next(iter(m.state_dict()), None) is not None}
     return Unit(
         path, root, graph, tracer.calls, constants, tracer.opaque, pinned & stateful, tracer.read_names,
-        tracer.fixed, frozenset(tracer.asked), tuple(tracer.conditions), others,
+        tracer.fixed, frozenset(tracer.asked), others,
     )  # fmt: skip
 
 

@@ -19,13 +19,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Outside", "copied", "kept_outside", "refill", "same_items"]
+__all__ = ["FOREIGN", "Outside", "copied", "kept_outside", "refill", "same_items"]
 
 CONTAINERS = (list, dict, set, deque)
 LARGE = 10_000
 """Items beyond which a container is a table of data, of which only the length is looked at."""
 SMALL = 200
-_FOREIGN = frozenset({"passes", "torch", "numpy", "builtins", *sys.stdlib_module_names}) - {"__main__"}
+FOREIGN = frozenset({"passes", "torch", "numpy", "builtins", *sys.stdlib_module_names}) - {"__main__"}
 
 
 class Outside:
@@ -208,7 +208,7 @@ def _is_object(value: Any) -> bool:
 def _is_foreign(thing: Any) -> bool:
     # A function that wraps another says that it is of the other's module.
     home = thing.__globals__.get("__name__") if isinstance(thing, types.FunctionType) else None
-    return str(home or getattr(thing, "__module__", None) or "").partition(".")[0] in _FOREIGN
+    return str(home or getattr(thing, "__module__", None) or "").partition(".")[0] in FOREIGN
 
 
 # ------------------------------------------------------------------ containers

@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.fx import _symbolic_trace as fx_trace
 
+from passes.graph.outside import FOREIGN
+
 __all__ = ["Interceptor", "active", "intercept_function", "intercept_type", "intercepting", "suspended"]
 
 _local = threading.local()
@@ -195,7 +197,7 @@ def _hasattr(value: Any, name: str, /) -> bool:
 def _note_class_asked(module: nn.Module) -> None:
     tracer = active()
     caller = sys._getframe(2).f_globals.get("__name__", "")
-    if tracer is not None and caller.partition(".")[0] not in ("torch", "passes"):
+    if tracer is not None and caller.partition(".")[0] not in FOREIGN:
         tracer.note_class_asked(module)
 
 

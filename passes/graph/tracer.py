@@ -134,7 +134,6 @@ class Tracer(TracerBase):
         self.constants: dict[str, Any] = {}
         self.fixed: dict[Call, Refusal] = {}
         self.kept: list[fx.Node] = []
-        self.conditions: list[str] = []
         self.functions: set[Any] = {*_MATH, *filter(callable, _library_leaves("get_notrace_functions"))}
         self._searched: set[int] = set()
         self.pinned: set[int] = set()
@@ -544,7 +543,6 @@ class Tracer(TracerBase):
         # The question may run any code of the network on fake tensors.
         except Exception as error:
             self.stop(Reason.QUESTION, f"asks for the {what} of a value: {type(error).__name__}: {error}")
-        self.conditions.append(f"{node.name}: {what} {answer!r}")
         return answer
 
     def _either(self, answer: bool) -> bool:
