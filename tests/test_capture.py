@@ -156,7 +156,17 @@ def test_a_question_in_training_counts_no_batch() -> None:
 
 
 def test_generators_are_where_they_were_after_a_run_on_examples() -> None:
-    model = lively(Throws()).eval()
+    class Around(Throws):
+        """What it draws keeps it from being read; the part inside is, and its input's rank is observed."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(super().forward(x))  # type: ignore[no-any-return]
+
+    model = lively(Around()).eval().float()
     before = random.getstate(), torch.get_rng_state()
     reparam.collapse(model, example_inputs=torch.zeros(1, 4, 8, 8))
     assert (random.getstate(), torch.equal(torch.get_rng_state(), before[1])) == (before[0], True)
@@ -244,3 +254,92 @@ def test_a_function_is_asked_for_the_type_of_a_value() -> None:
     x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
     assert len(report.folds) == 1
     assert float((model(x) - result(x)).detach().abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_layers_that_a_size_connects_otherwise_do_not_fold(case: int) -> None:
+    """Nothing but the capture can see it: a small input, and no check of the whole."""
+
+    class Sized(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            if (x.shape[-1] > 500, x.shape[0] == 1, torch.rand(1) < 0.5)[case]:
+                y = y.tanh()
+            return self.n(y)
+
+    model = lively(Sized()).double().eval()
+    result = reparam.collapse(model, verify="folds")
+    for shape in [(2, 4, 8, 8), (1, 4, 8, 8), (2, 4, 3, 512)]:
+        for seed in range(4):
+            x = torch.randn(shape, dtype=torch.float64)
+            torch.manual_seed(seed)
+            wanted = model(x)
+            torch.manual_seed(seed)
+            assert float((wanted - result(x)).detach().abs().max()) < 1e-10
+
+
+def test_a_size_that_the_code_rejects_is_no_other_way() -> None:
+    class Rejects(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] != 4:
+                raise ValueError("four channels")
+            return self.a(x) + self.b(x)
+
+    assert len(reparam.explain(lively(Rejects()).eval()).folds) == 1
+
+
+def test_what_only_garbage_holds_is_left_by_nobody() -> None:
+    class Cycles(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x) + self.b(x)
+            loop: list[object] = [y]
+            loop.append(loop)
+            return y
+
+    assert len(reparam.collapse_with_report(lively(Cycles()).eval())[1].folds) == 1
+
+
+def test_a_question_about_constants_counts_no_batch() -> None:
+    class Asks(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.point = nn.Parameter(torch.randn(2, 4, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) if self.n(self.point).sum() > 100 else self.b(x)
+
+    model = lively(Asks()).eval()
+    model.n.train()
+    before = int(model.n.num_batches_tracked)
+    reparam.explain(model)
+    assert int(model.n.num_batches_tracked) == before
+
+
+def test_an_input_that_is_a_list_is_made_up() -> None:
+    class Listed(Two):
+        def forward(self, xs: list[Tensor]) -> Tensor:
+            return self.n(self.a(xs[0] + xs[1]))  # type: ignore[no-any-return]
+
+    checked = reparam.collapse_with_report(lively(Listed()).eval())[1].checked
+    assert checked is not None
+    assert checked.compared.startswith("whole network")
+
+
+def test_a_weight_that_is_computed_anew_goes_with_its_layer() -> None:
+    class Computes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.held = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.held.weight.data = self.one.weight.data + self.two.weight.data
+            self.held.bias.data = self.one.bias.data + self.two.bias.data
+            return self.held(x)  # type: ignore[no-any-return]
+
+    model = lively(nn.Sequential(Computes(), nn.BatchNorm2d(4))).double().eval()
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    wanted = model(x)
+    result, report = reparam.collapse_with_report(model)
+    assert report.after.convs == 1
+    assert float((wanted - result(x)).detach().abs().max()) < 1e-10

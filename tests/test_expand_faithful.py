@@ -722,6 +722,24 @@ def test_a_model_that_differs_from_itself() -> None:
     assert plan.compared[0].startswith("not compared: the network itself does not return the same twice")
 
 
+@pytest.mark.parametrize("runs", [True, False], ids=["runs", "takes no input that can be made up"])
+def test_a_train_of_its_own_that_needs_the_convolution(runs: bool) -> None:
+    """A block in its place has no such weight: it is taken back, and nothing raises later."""
+
+    class Merges(ConvBN):
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+            self.conv.weight.data.mul_(1.0)
+            return self
+
+        def forward(self, x: Any) -> Tensor:
+            return super().forward(x if runs else x["image"])
+
+    plan = reparam.plan(exact(Merges()), "acb")
+    assert [r.layer for r in plan.taken_back] == ["conv"]
+    plan.apply().train().eval()
+
+
 def test_a_model_that_keeps_a_count_outside_of_itself() -> None:
     count = [0]
 

@@ -299,8 +299,7 @@ def _evaluate(
         if node.op == "call_module":
             # On tensors of its own: a norm in training would count this call.
             module = root.get_submodule(str(node.target))
-            state = {name: attribute(f"{node.target}.{name}") for name in module.state_dict(keep_vars=True)}
-            own = {name: t.clone() if isinstance(t, Tensor) else t for name, t in state.items()}
+            own = {name: attribute(f"{node.target}.{name}") for name in module.state_dict(keep_vars=True)}
             values[node] = functional_call(module, own, args, kwargs)
         elif node.op == "call_method":
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
