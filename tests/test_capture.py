@@ -343,3 +343,13 @@ def test_a_weight_that_is_computed_anew_goes_with_its_layer() -> None:
     result, report = reparam.collapse_with_report(model)
     assert report.after.convs == 1
     assert float((wanted - result(x)).detach().abs().max()) < 1e-10
+
+
+def test_the_message_of_an_assertion_is_no_question() -> None:
+    class Asserts(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.dim() == 4, f"four dimensions are needed, not {x.dim()} ({x.shape[2]}x{x.shape[3]})")
+            return self.a(x) + self.b(x)
+
+    report = reparam.explain(lively(Asserts()).eval())
+    assert len(report.folds) == 1

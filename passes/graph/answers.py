@@ -88,9 +88,10 @@ class Answers:
 
     def _agreed(self, needed: Sequence[fx.Node], question: Callable[[Any], Answer]) -> Answer:
         why = "no input can be made up"
+        sizes = _asks_for_sizes(needed[-1])
         for runs in self._made_up():
             answers: list[Any] = []
-            for run in runs:
+            for run in runs if sizes else runs[:2]:
                 try:
                     answers.append(question(run.value(needed)))
                 # Whatever the network raises on this size means that it does not take it.
@@ -101,7 +102,7 @@ class Answers:
             if len(answers) > 1:
                 if any(type(a) is not type(answers[0]) or a != answers[0] for a in answers):
                     raise DependsError(answers[0], _DEPENDS)
-                if _asks_for_sizes(needed[-1]):
+                if sizes:
                     try:
                         self._surely(runs[0].example, needed, question)
                     except UnknownError as error:
@@ -197,7 +198,8 @@ class _Run:
             made = tree_map(lambda v: v.make(self.mode) if isinstance(v, _Shape) else v, self.example)
             self.values.update(zip(self.answers.placeholders, made, strict=True))
         with self.mode:
-            return _evaluate(self.values, needed, self._read, self.answers.root)
+            symbols = self.mode.shape_env is not None
+            return _evaluate(self.values, needed, self._read, self.answers.root, symbols)
 
     def reads_sizes(self, node: fx.Node) -> bool:
         """Whether a node is computed from numbers alone, not from tensors."""
@@ -286,7 +288,11 @@ def _needed(node: fx.Node) -> list[fx.Node]:
 
 
 def _evaluate(
-    values: dict[fx.Node, Any], needed: Sequence[fx.Node], attribute: Callable[[str], Any], root: nn.Module
+    values: dict[fx.Node, Any],
+    needed: Sequence[fx.Node],
+    attribute: Callable[[str], Any],
+    root: nn.Module,
+    symbols: bool = False,
 ) -> Any:
     """The value of the last of ``needed``; what was computed is kept in ``values``."""
     for node in needed:
@@ -297,10 +303,13 @@ def _evaluate(
             continue
         args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
         if node.op == "call_module":
-            # On tensors of its own: a norm in training would count this call.
             module = root.get_submodule(str(node.target))
-            own = {name: attribute(f"{node.target}.{name}") for name in module.state_dict(keep_vars=True)}
-            values[node] = functional_call(module, own, args, kwargs)
+            if symbols or any(m.training for m in module.modules()):
+                # On other tensors: a norm would count this call, and the sizes of a weight are no symbols.
+                own = {name: attribute(f"{node.target}.{name}") for name in module.state_dict(keep_vars=True)}
+                values[node] = functional_call(module, own, args, kwargs)
+            else:
+                values[node] = module(*args, **kwargs)
         elif node.op == "call_method":
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:

@@ -7,9 +7,11 @@ have. The tracer answers them where it can (:mod:`passes.graph.answers`) and sto
 from __future__ import annotations
 
 import dis
+import functools
 import operator
 import sys
 from collections.abc import Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -69,6 +71,8 @@ class Value(fx.Proxy):
         return str(self.tracer.text(self, str))
 
     def __format__(self, spec: str) -> str:
+        if _is_only_told(sys._getframe(1)):
+            return repr(self)
         return str(self.tracer.text(self, lambda v: format(v, spec)))
 
     def __hash__(self) -> int:
@@ -155,3 +159,43 @@ def _unpacked(frame: Any) -> int | None:
     code = frame.f_code.co_code
     at = frame.f_lasti
     return int(code[at + 1]) if dis.opname[code[at]] == "UNPACK_SEQUENCE" else None
+
+
+@functools.cache
+def _instructions(code: CodeType) -> tuple[dict[int, int], list[dis.Instruction]]:
+    """The instructions of a function, and the place of each by its offset."""
+    found = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL", "KW_NAMES")]
+    return {instruction.offset: place for place, instruction in enumerate(found)}, found
+
+
+def _is_only_told(frame: FrameType) -> bool:
+    """Whether text that is being made is given to a call whose result nobody takes, as an assertion's message is.
+
+    It then decides nothing of what is returned, and what such a call changes is seen by itself. The code is followed
+    from the value to the end of its f-string, by how many values lie above it on the stack.
+    """
+    places, code = _instructions(frame.f_code)
+    if frame.f_lasti not in places or not code[places[frame.f_lasti]].opname.startswith("FORMAT"):
+        return False
+    at, above = places[frame.f_lasti] + 1, 0
+    while at + 1 < len(code):
+        instruction = code[at]
+        name, argument = instruction.opname, instruction.arg
+        if name == "BUILD_STRING" and (argument or 0) > above:
+            at, above = at + 1, 0
+            break
+        if above == 0 and name.startswith("CALL"):
+            break
+        if "JUMP" in name or name.startswith(("FOR_", "RETURN", "YIELD", "STORE", "COMPARE", "IS_", "CONTAINS")):
+            return False
+        above += dis.stack_effect(instruction.opcode, argument)
+        if above < 0:
+            return False
+        at += 1
+    if (
+        at + 1 < len(code)
+        and code[at].opname == "LOAD_CONST"
+        and code[at + 1].opname in ("CALL_FUNCTION_KW", "CALL_KW")
+    ):
+        at += 1  # the names of keyword arguments
+    return at + 1 < len(code) and code[at].opname.startswith("CALL") and code[at + 1].opname == "POP_TOP"
