@@ -112,8 +112,8 @@ def _shapes(flow: Flow, region: Region, form: Form) -> list[tuple[int, ...]]:
             return [(*(2, 3, 5, 7)[: region.view.rank - 1], channels)]
         # It must hold for one more dimension too, and there with as many rows as channels: a layer that takes one for
         # the other runs, and is seen.
-        least, rows = _least_rank(flow, region), channels if channels <= ROWS else 3
-        return [(*(2, 3, 5, 7)[: least - 1], channels), (2, *[rows] * (least - 1), channels)]
+        rank, rows = _least_rank(flow, region), channels if channels <= ROWS else 3
+        return [(*(2, 3, 5, 7)[: rank - 1], channels), (2, *[rows] * (rank - 1), channels)]
     least = [_least_size(form, i) for i in range(form.n)]
     small = form.weight.numel() < 1 << 16
     shapes = [(2 if small else 1, form.in_channels, *(s + i for i, s in enumerate(least)))]
