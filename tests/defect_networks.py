@@ -1026,6 +1026,58 @@ class Counting(nn.Module):
 simple("attributes_written", FLAT, lambda: seq(Counting(), conv_bn(4, 4, 3, padding=1)))
 
 
+class Counter(nn.Module):
+    """Only counts how often it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> None:
+        self.calls += 1
+
+
+class Meter(nn.Module):
+    """Keeps a number of what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = 0.0
+
+    def forward(self, x: Tensor) -> None:
+        self.level = float(x.mean())
+
+
+class Watched(nn.Module):
+    """Nothing of it lives on but what watches its input."""
+
+    def __init__(self, watch: nn.Module) -> None:
+        super().__init__()
+        self.a, self.n, self.watch = conv(), norm(), watch
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.watch(x)
+        return self.n(self.a(x)) * 2
+
+
+simple("counted", FLAT, lambda: seq(Watched(Counter()), nn.ReLU()))
+simple("measured", FLAT, lambda: seq(Watched(Meter()), nn.ReLU()))
+
+
+class HalfDone(nn.Module):
+    """A fold of its own, and the beginning of one that its parent ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x) * 3 + 1)) * 2
+
+
+simple("half_done", FLAT, lambda: Net(lambda m, x: m.n(m.begin(x) + 1), begin=HalfDone(), n=norm()))
+
+
 class Asking(nn.Module):
     """Questions about the input's type and shape."""
 

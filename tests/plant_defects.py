@@ -292,7 +292,8 @@ def _try(make: Callable[[], Any]) -> Any:
 def _answers(model: Any, shapes: Any) -> list[Any]:
     from python_oracle import describe
 
-    answers = []
+    answers: list[Any] = []
+    before = _numbers_held(model)
     for seed, shape in enumerate([*shapes, shapes[0]]):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -300,7 +301,13 @@ def _answers(model: Any, shapes: Any) -> list[Any]:
         x = torch.randn(shape, dtype=torch.float64)
         with torch.no_grad():
             answers.append(describe((model(x), x)))  # it may change its input
-    return answers
+    return [*answers, {name: value for name, value in _numbers_held(model).items() if value != before.get(name)}]
+
+
+def _numbers_held(model: Any) -> dict[str, float]:
+    """Plain numbers that calls may leave behind in attributes."""
+    held = [(f"{path}.{name}", value) for path, module in model.named_modules() for name, value in vars(module).items()]
+    return {name: value for name, value in held if type(value) in (int, float)}
 
 
 def _differ(wanted: list[Any], model: Any, shapes: Any) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from blocks import lively
+from defect_networks import NETWORKS
+from python_oracle import describe, difference
 from torch import Tensor, nn
 
 import reparam
@@ -353,3 +358,73 @@ def test_the_message_of_an_assertion_is_no_question() -> None:
 
     report = reparam.explain(lively(Asserts()).eval())
     assert len(report.folds) == 1
+
+
+@pytest.mark.parametrize("name", ["counted", "measured"])
+def test_a_call_that_makes_no_value_lives_on_where_all_around_it_folds(name: str) -> None:
+    model, (shape, *_) = NETWORKS[name]()
+    result, report = reparam.collapse_with_report(model)
+    assert len(report.folds[0].layers) == 3
+    assert not report.taken_back
+    left = []
+    for network in (model, result):
+        network(torch.ones(shape, dtype=torch.float64))
+        left.append([number for m in network.modules() for key, number in vars(m).items() if key in ("calls", "level")])
+    assert left[0] == left[1] != []
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Any
+
+
+@dataclass
+class Record:
+    first: Tensor
+    second: Any = None
+
+
+class GivesTwo(Two):
+    """Two values in a container."""
+
+    def __init__(self, give: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.give = give
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x) + self.b(x)
+        return self.give(torch.relu(y), y)
+
+
+class Takes(Two):
+    """Takes them out again."""
+
+    def __init__(self, give: Callable[[Tensor, Tensor], Any], take: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.take = GivesTwo(give), take
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.inner(x)
+        return y, self.a(self.take(y)) + self.b(self.take(y))
+
+
+@pytest.mark.parametrize(
+    ("give", "take"),
+    [
+        (Pair, lambda y: y.second),
+        (Record, lambda y: y.second),
+        (lambda a, b: Record(a, second=[b, (a,)]), lambda y: y.second[0]),
+        (lambda a, b: OrderedDict(a=a, b=b), lambda y: y["b"]),
+        (lambda a, b: {"a": Pair(a, [Record(b)]), "b": b}, lambda y: y["a"].second[0].first),
+    ],
+)
+def test_a_rewritten_forward_returns_containers_of_the_same_class(
+    give: Callable[[Tensor, Tensor], Any], take: Callable[[Any], Tensor]
+) -> None:
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    for folds, model in enumerate((GivesTwo(give), Takes(give, take)), 1):
+        model = lively(model).double().eval()
+        wanted = model(x)
+        result, report = reparam.collapse_with_report(model)
+        assert (len(report.folds), report.taken_back) == (folds, [])
+        assert difference(describe(wanted), describe(result(x)), "output") == ""

@@ -303,6 +303,22 @@ def test_constants_travel_with_the_forward(around: Any) -> None:
             assert close(other(features()), model(features()))
 
 
+class Start(TwoBranches):
+    """Gives a constant away, which the caller writes into."""
+
+    def forward(self, x: Tensor) -> Any:
+        return F.relu(self.a(x) + self.b(x)), torch.zeros(1)
+
+
+def test_a_constant_that_is_given_away_is_new_in_each_call() -> None:
+    folded, report = reparam.collapse_with_report(lively(Start()))
+    assert len(report.folds) == 1
+    for _ in range(2):
+        _, start = folded(features())
+        assert float(start) == 0
+        start.add_(1)
+
+
 class Options(TwoBranches):
     """Parameters of every kind."""
 

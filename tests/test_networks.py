@@ -58,7 +58,7 @@ TORCHVISION = (
     Case("mobilenet_v2"),
     Case("googlenet", options={"init_weights": False}),
     Case("ssdlite320_mobilenet_v3_large", (1, 3, 96, 96), run=detector, options=BARE),
-    Case("fcos_resnet50_fpn", (1, 3, 64, 64), run=detector, options=BARE),
+    Case("fcos_resnet50_fpn", (1, 3, 64, 64), run=detector, options={**BARE, "min_size": 64, "max_size": 128}),
     Case("lraspp_mobilenet_v3_large", options=BARE),
     Case("deeplabv3_mobilenet_v3_large", options=BARE),
     Case("r3d_18", (1, 3, 4, 32, 32)),

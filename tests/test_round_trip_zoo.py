@@ -61,7 +61,6 @@ def test_a_network_of_which_nothing_is_expanded_says_why() -> None:
         ("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", "acb"),
         ("torchvision:lraspp_mobilenet_v3_large", "dbb"),
         ("torchvision:mc3_18", "acb"),
-        ("torchvision:raft_small", "doconv"),
         ("repvgg_a0", "acb"),
         ("regnetx_002", "doconv"),
     ],

@@ -514,3 +514,9 @@ def test_a_weight_that_stays_is_not_saved() -> None:
     result, report = collapse_with_report(model)
     assert not report.folds
     assert sum(p.numel() for p in result.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_fold_that_is_part_of_a_larger_one_is_no_fold_of_its_own() -> None:
+    result, report = collapse_with_report(NETWORKS["pools_called"]()[0])
+    assert len(report.folds) == 1
+    assert [name for name, _ in result.named_children()] == [report.folds[0].where]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,6 +17,7 @@ from passes.fold.layout import Layout
 from passes.fold.placement import Rewrite, nodes_in
 from passes.graph.capture import Call, call_of
 from passes.graph.methods import MethodCall
+from passes.graph.structures import Made, parts_of
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["new_forward"]
@@ -76,8 +77,8 @@ class _Local:
         arguments = tuple(self._arguments())
         self._copy(self.call)
         self.graph.output(self._map(self.body.output))
-        for node in reversed(self.parts):
-            if not node.users:
+        for node in reversed(self.graph.nodes):  # parts and containers that nobody takes
+            if not node.users and (node in self.parts or node.op == "get_attr" or isinstance(node.target, type)):
                 self.graph.erase_node(node)
         self.graph.lint()
         return Program.of(self.graph, arguments, self.constants)
@@ -153,14 +154,27 @@ class _Local:
         """Let the traced nodes in ``value``, a node or a structure of them, be found as parts of ``new``."""
         if isinstance(value, fx.Node):
             self.env.setdefault(value, new)
-        for take, key, part in _parts(value):
+        for take, key, part in parts_of(value):
             if nodes_in(part):
                 taken = self.graph.call_function(take, (new, key))
                 self.parts.append(taken)
                 self._name(part, taken)
 
     def _map(self, value: Any) -> Any:
-        return fx.map_arg(value, self._value)
+        """A structure of traced nodes as one of new ones, its containers made again as what they were."""
+        if isinstance(value, Made):
+            return self.graph.call_function(value.kind, self._map(value.args), self._map(value.kwargs))
+        if isinstance(value, (tuple, list)):
+            return (list if isinstance(value, list) else tuple)(map(self._map, value))
+        if isinstance(value, dict):
+            return {key: self._map(item) for key, item in value.items()}
+        return self._tensor(value) if isinstance(value, Tensor) else fx.map_arg(value, self._value)
+
+    def _tensor(self, value: Tensor) -> fx.Node:
+        """A tensor that no operation of the forward has made: one that it made itself, or held all the time."""
+        held = chain(self.call.module.named_parameters(), self.call.module.named_buffers())
+        name = next((name for name, tensor in held if tensor is value), None)
+        return self.graph.get_attr(name or self._constant("_constant", value))
 
     def _value(self, node: fx.Node) -> fx.Node:
         """The new node of a traced one; a fold is found under the result that it replaced."""
@@ -171,10 +185,15 @@ class _Local:
         unit, target = self.layout.flow.unit, str(node.target)
         if node.op != "get_attr" or target not in unit.constants or _is_there(unit.root, target):
             return None
-        name = target.replace(".", "_")
-        while name not in self.constants and hasattr(self.call.module, name):  # of another method that was rewritten
+        return self._constant(target.replace(".", "_"), unit.constants[target])
+
+    def _constant(self, name: str, value: Tensor) -> str:
+        """The name of a constant: none of the module's, nor of a constant of another method that was rewritten."""
+        while self.constants.get(name, value) is not value or (
+            name not in self.constants and hasattr(self.call.module, name)
+        ):
             name += "_"
-        self.constants[name] = unit.constants[target]
+        self.constants[name] = value
         return name
 
     def _relative(self, target: str) -> str:
@@ -191,23 +210,6 @@ class _Local:
 
     def _calls_with(self, dead: set[fx.Node]) -> set[Call]:
         return {c for n in dead for c in call_of(n).chain()}
-
-
-def _parts(value: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """How to get at what a structure holds: a function, its key, and what it gives.
-
-    A call of a class (``OrderedDict``, a dataclass) is a structure as well.
-    """
-    if isinstance(value, dict):
-        yield from ((operator.getitem, key, part) for key, part in value.items())
-    elif isinstance(value, (tuple, list)):
-        yield from ((operator.getitem, i, part) for i, part in enumerate(value))
-    elif isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
-        if issubclass(value.target, dict):
-            pairs: Any = value.args[0] if value.args else ()
-            yield from ((operator.getitem, *pair) for pair in pairs if isinstance(pair, (tuple, list)))
-        take = operator.getitem if issubclass(value.target, dict) else getattr
-        yield from ((take, key, part) for key, part in value.kwargs.items())
 
 
 def _is_there(root: Any, target: str) -> bool:

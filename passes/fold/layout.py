@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import chain, islice
 
 from torch import fx, nn
 
@@ -30,17 +31,34 @@ class Layout:
         self.leaf_calls = Counter(str(n.target) for n in flow.modules)
         self.calls = Counter(id(call.module) for call in unit.calls)
         self.items: dict[Call, list[fx.Node | Call]] = {call: [] for call in unit.calls}
+        made_nodes = {call for node in flow.nodes for call in call_of(node).chain()}
+        silent = defaultdict[fx.Node | None, list[Call]](list)
+        for call in unit.fixed:  # it does more than its graph says, and makes no node that would stand for it
+            if call not in made_nodes:
+                silent[call.after].append(call)
         entered: set[Call] = set()
+        for call in silent.pop(None, []):
+            self._enter(call, entered)
         for node in flow.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
-            item: fx.Node | Call = node
-            for call in call_of(node).chain():
-                self.items[call].append(item)
-                if call in entered:
-                    break
-                entered.add(call)
-                item = call
+            if node.op not in ("placeholder", "output"):
+                self._enter(node, entered)
+            for call in silent.pop(node, []):
+                self._enter(call, entered)
+        for call in chain(*silent.values()):  # a question came before it, which is no operation
+            self._enter(call, entered)
+
+    def _enter(self, item: fx.Node | Call, entered: set[Call]) -> None:
+        """Note a node, or a call without any, in the call around it, and that in the next, if they are new."""
+        if isinstance(item, Call):
+            if item in entered:
+                return
+            entered.add(item)
+        for call in call_of(item).chain() if isinstance(item, fx.Node) else islice(item.chain(), 1, None):
+            self.items[call].append(item)
+            if call in entered:
+                break
+            entered.add(call)
+            item = call
 
     def inside(self, call: Call) -> Iterator[fx.Node]:
         """All traced nodes of a call and of the calls in it, in order."""

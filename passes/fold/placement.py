@@ -261,6 +261,8 @@ def _is_whole(layout: Layout, region: Candidate, call: Call, old: fx.Node) -> bo
     """Whether nothing of ``call`` is left once ``old`` is replaced (``old`` is all it returns)."""
     if call.output is not old:
         return False
+    if any(call in other.chain() for other in layout.flow.unit.fixed):
+        return False
     dying = {*region.dying, *region.constants}
     alive = [n for n in layout.inside(call) if n not in dying]
     return all(n.op in ("call_function", "call_method", "get_attr") and _stays_inside(n, call) for n in alive)

@@ -16,6 +16,8 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from passes.graph.structures import structure
+
 __all__ = ["MethodCall", "methods_of", "noting_methods"]
 
 
@@ -90,4 +92,4 @@ def _noted(name: str, method: Callable[..., Any], calls: list[MethodCall], graph
 
 def _nodes(value: Any) -> Any:
     """A structure with nodes for the values that stand for them."""
-    return fx.node.map_aggregate(value, lambda each: each.node if isinstance(each, fx.Proxy) else each)
+    return structure(value, lambda each: each.node if isinstance(each, fx.Proxy) else each)

@@ -39,6 +39,7 @@ from passes.graph.opset import Kind, base_operation, operation_of, operation_of_
 from passes.graph.outside import Outside
 from passes.graph.patches import active, intercept_function, intercept_type, intercepting
 from passes.graph.proxies import Attribute, Held, Value, is_value
+from passes.graph.structures import structure
 from passes.refusal import Reason, Refusal
 
 __all__ = [
@@ -65,6 +66,8 @@ class Call:
     output: Any = None
     context: Any = None
     methods: list[MethodCall] = field(default_factory=list)
+    after: fx.Node | None = None
+    """The last node before it."""
 
     def chain(self) -> Iterator[Call]:
         """This call and those around it, innermost first."""
@@ -231,7 +234,9 @@ class Tracer(TracerBase):
             return self.create_proxy("call_module", path, args, kwargs)
         while True:
             last, count, writes = self._last(), len(self.calls), len(self._writes)
-            call = Call(path, module, self.current, self._plain(args), self._plain(kwargs), context=_context())
+            call = Call(
+                path, module, self.current, self._plain(args), self._plain(kwargs), None, _context(), after=last
+            )
             self.calls.append(call)
             self.current = call
             try:
@@ -439,15 +444,7 @@ class Tracer(TracerBase):
 
     def _plain(self, a: Any) -> Any:
         """Arguments or results with nodes for values; nothing is added to the graph for their containers."""
-        if is_value(a):
-            return self._own(a)
-        if isinstance(a, (tuple, list)):
-            return type(a)(map(self._plain, a)) if type(a) in (tuple, list) else tuple(map(self._plain, a))
-        if isinstance(a, dict):
-            return {k: self._plain(v) for k, v in a.items()}
-        if dataclasses.is_dataclass(a) and not isinstance(a, type):
-            return {f.name: self._plain(getattr(a, f.name, None)) for f in dataclasses.fields(a)}
-        return a
+        return structure(a, lambda each: self._own(each) if is_value(each) else each)
 
     # ---------------------------------------------------------------- what a forward does beside its graph
 
