@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -138,6 +139,21 @@ class Closure(Counts):
         return SO_FAR()
 
 
+@contextmanager
+def logging() -> Iterator[None]:
+    yield
+    log(NESTED["calls"])
+
+
+class Context(Counts):
+    def count(self, seen: list[int]) -> None:
+        with logging():
+            pass
+
+    def counted(self) -> int:
+        return len(NESTED["calls"])
+
+
 class GlobalObject(Counts):
     def count(self, seen: list[int]) -> None:
         COUNTER.hit()
@@ -163,7 +179,8 @@ class OwnTable(Counts):
 
 
 KINDS = [
-    GlobalName, Late, ClassAttribute, Default, Namespace, Helper, Deque, Closure, GlobalObject, OwnObject, OwnTable,
+    GlobalName, Late, ClassAttribute, Default, Namespace, Helper, Deque, Closure, Context, GlobalObject,
+    OwnObject, OwnTable,
 ]  # fmt: skip
 
 

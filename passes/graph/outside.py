@@ -111,6 +111,8 @@ class _Walk:
                 self.value(part, kind)
         elif isinstance(value, types.FunctionType):
             self._function(value, kind)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self.value(value.__wrapped__, kind)
         elif isinstance(value, type):
             if not _is_foreign(value) and not issubclass(value, (nn.Module, Tensor)):
                 for name in ("__init__", "__call__", "__enter__", "__exit__"):
@@ -142,9 +144,14 @@ class _Walk:
         self.slots.setdefault(key, (get, put))
 
     def _function(self, function: types.FunctionType, kind: type | None) -> None:
-        if (function, kind) in self._seen or _is_foreign(function):
+        if (function, kind) in self._seen:
             return
         self._seen.add((function, kind))
+        if _is_foreign(function):  # a decorator, which calls a person's function: contextlib's, torch.no_grad
+            for cell in function.__closure__ or ():
+                if isinstance(_content(cell), types.FunctionType):
+                    self.value(_content(cell), kind)
+            return
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self.value(value)
         self.value(inspect.unwrap(function), kind)
