@@ -21,7 +21,9 @@ from zoo.plan import plan, skeleton
 from zoo.run import convert_zoo
 from zoo.summary import summary
 
-NAMES = ("timm:resnet18", "timm:repvgg_a0", "timm:levit_128s", "timm:ghostnet_050", "torchvision:raft_small")
+NAMES = (
+    "timm:resnet18", "timm:repvgg_a0", "timm:efficientvit_m0", "timm:ghostnet_050", "torchvision:shufflenet_v2_x0_5",
+)  # fmt: skip
 
 
 def planned(name: str, **settings: object) -> Planned:

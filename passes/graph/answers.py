@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves, tree_map
@@ -311,6 +311,8 @@ def _evaluate(
             else:
                 values[node] = module(*args, **kwargs)
         elif node.op == "call_method":
+            if node.target == "tolist" and isinstance(args[0], FakeTensor) and args[0].constant is None:
+                raise UnknownError("it depends on the numbers in a tensor")  # torch would ask for one after the other
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             assert callable(node.target)
