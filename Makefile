@@ -1,5 +1,6 @@
 # make demo   set up .venv, expand, train and collapse real networks; prints where the report is
 # make test   set up .venv and run linters, type checks, import contracts and tests
+# make slow   run the tests that make test leaves out, since they take more than a few seconds each
 # make clean  remove .venv and everything built
 #
 # PYTHON=python3.12 make demo   uses another interpreter (3.10 or newer)
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test slow clean
 .NOTPARALLEL:
 
 demo: $(VENV)/zoo.installed
@@ -19,7 +20,10 @@ test: $(VENV)/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy reparam passes
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m 'not slow'
+
+slow: $(VENV)/test.installed
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow
 
 # The stamp is newer than pyproject.toml when that extra is installed as declared: a second run installs nothing.
 # pip is asked for rather than python: an interrupted or failed venv leaves a python without pip.

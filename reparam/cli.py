@@ -24,6 +24,7 @@ from reparam.commands import console, errors
 from reparam.networks import UsageError
 from reparam.recipe import RecipeError
 from reparam.sources import UnknownNameError
+from reparam.untrusted import ALLOWED, printable
 
 __all__ = ["app"]
 
@@ -69,7 +70,7 @@ class Commands(TyperGroup):
                 raise
             ours = isinstance(error, reparam.ReparamError)
             text = str(error) if ours else f"{type(error).__name__}: {error} (--debug before the command shows where)"
-            errors.print(f"[red]error:[/red] {escape(' '.join(text.split()))}", soft_wrap=True)
+            errors.print(f"[red]error:[/red] {escape(printable(text))}", soft_wrap=True)
             raise typer.Exit(2 if isinstance(error, WRONG_USAGE) else 1) from error
 
 
@@ -114,9 +115,13 @@ def _print_version(wanted: bool) -> None:
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="REPARAM_DEBUG")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the library logs.")] = False,
+    allow_options: Annotated[
+        bool, typer.Option("--allow-options", help="Trust files: they may ask for a network with any options.")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
 ) -> None:
     """Options before the command."""
+    ALLOWED.set(allow_options)
     # Only ours: libraries that download write to the terminal themselves.
     log = logging.getLogger("reparam")
     log.setLevel(logging.INFO if verbose else logging.WARNING)

@@ -19,8 +19,9 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from reparam.saving import (
     safetensors_torch,
     save_model,
 )
+from reparam.untrusted import ALLOWED, check_names, check_size, check_spec, odd_kind
 
 __all__ = [
     "AVERAGED",
@@ -78,6 +80,7 @@ class StateFile:
         key: under which key of a checkpoint the tensors were; empty if they are the file.
         others: further keys of that checkpoint that hold a state dict (an average of the weights, say).
         dropped: what stood before every name in the file and was taken off, ``module.`` for instance.
+        allow_options: whether the file may ask for any network; else only for one with plain options.
     """
 
     tensors: dict[str, Tensor]
@@ -85,11 +88,18 @@ class StateFile:
     key: str = ""
     others: tuple[str, ...] = ()
     dropped: str = ""
+    allow_options: bool = False
 
     @property
     def source(self) -> str:
-        """The spec of the network, or an empty string."""
-        return self.metadata.get("source", "")
+        """The spec of the network, or an empty string.
+
+        Raises :class:`FileError` if it has options that are not plain, unless they are allowed.
+        """
+        spec = self.metadata.get("source", "")
+        if spec and not self.allow_options:
+            check_spec(spec)
+        return spec
 
     @property
     def collapsed(self) -> bool:
@@ -104,9 +114,15 @@ class StateFile:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample that the network was trained on, ``(C, H, W)`` for images; empty if the file does not say."""
-        sizes = self.metadata.get("shape", "").split("x")
-        return tuple(map(int, sizes)) if all(size.isdecimal() for size in sizes) else ()
+        """Of one sample that the network was trained on, ``(C, H, W)`` for images; empty if the file does not say.
+
+        Raises :class:`FileError` if the note says nonsense.
+        """
+        text = self.metadata.get("shape", "")
+        sizes = text.split("x") if text else []
+        if not all(size.isdecimal() and size.isascii() and len(size) < 10 for size in sizes):
+            raise FileError(f"the file's note on the shape of a sample is damaged: {text!r:.40}")
+        return tuple(map(int, sizes))
 
     @property
     def recipe(self) -> Recipe | None:
@@ -126,16 +142,19 @@ def is_file_name(text: str) -> bool:
 # -------------------------------------------------------------------------------------------- reading
 
 
-def load_state(path: str | os.PathLike[str], *, key: str | None = None) -> StateFile:
+def load_state(path: str | os.PathLike[str], *, key: str | None = None, allow_options: bool | None = None) -> StateFile:
     """Read the tensors and the note of a file, on the CPU. No code from the file is ever run.
 
     Args:
         path: ``.safetensors``, ``.pt``, ``.pth``, ``.h5`` or ``.hdf5``.
         key: where a checkpoint holds its state dict; default: the first of the usual keys.
+        allow_options: whether the file may ask for a network with any options of its constructor; see
+            :mod:`reparam.untrusted`.
 
     Raises:
         FileError: missing, of an unknown suffix, truncated, not a state dict, without ``key``, or readable only by
-            unpickling; or the package that reads it is not installed.
+            unpickling; it unpacks to far more than its size, or points to other files; or the package that reads it is
+            not installed.
     """
     source = Path(path)
     kind = source.suffix.lower()
@@ -143,11 +162,16 @@ def load_state(path: str | os.PathLike[str], *, key: str | None = None) -> State
         raise FileError(f"{source}: unknown kind of file {kind!r}; use {', '.join(SAFE + TORCH + HDF5)}")
     if not source.is_file():
         raise FileError(f"{source}: no such file")
-    if kind in TORCH:
-        return _load_torch(source, key)
-    if key is not None:
+    if kind not in TORCH and key is not None:
         raise FileError(f"{source} is a plain list of tensors: it has no key {key!r}")
-    return _load_safe(source) if kind in SAFE else _load_hdf5(source)
+    try:
+        read = _load_torch(source, key) if kind in TORCH else _load_safe(source) if kind in SAFE else _load_hdf5(source)
+        check_names([*read.tensors, *read.others])
+    except MemoryError as error:
+        raise FileError(f"{source} is larger than the memory of this machine") from error
+    except FileError as error:
+        raise error if str(source) in str(error) else FileError(f"{source}: {error}") from error
+    return replace(read, allow_options=ALLOWED.get() if allow_options is None else allow_options)
 
 
 def _load_safe(path: Path) -> StateFile:
@@ -180,12 +204,21 @@ def _load_hdf5(path: Path) -> StateFile:
         raise FileError(f"{path}: {path.suffix} files need the package h5py: pip install 'reparam[hdf5]'") from error
     try:
         with h5py.File(path, "r") as opened:
+            links = [name for name in opened if not isinstance(opened.get(name, getlink=True), h5py.HardLink)]
+            if links:
+                raise FileError(f"{path}: {links[0]!r} is a link to another place, and none is followed")
             folders = [name for name, value in opened.items() if not isinstance(value, h5py.Dataset)]
             if folders or not len(opened):
                 found = f"the folder {folders[0]!r}" if folders else "nothing"
                 raise FileError(f"{path} holds {found}; only one data set per parameter is read, unlike Keras's")
+            outside = [name for name, value in opened.items() if value.external or value.is_virtual]
+            if outside:
+                raise FileError(f"{path}: the numbers of {outside[0]!r} lie in another file, and none is opened")
+            check_size(sum(value.nbytes for value in opened.values()), path.stat().st_size)
             arrays = {name.replace("+", "/"): value[()] for name, value in opened.items()}
-    except OSError as error:
+    except FileError:
+        raise
+    except Exception as error:  # of a damaged file h5py raises anything
         raise FileError(f"{path} is truncated or is not an HDF5 file ({error}); download it again") from error
     return _state_file({name: _from_array(path, name, array) for name, array in arrays.items()}, {})
 
@@ -202,6 +235,9 @@ def _from_array(path: Path, name: str, array: Any) -> Tensor:
 
 def _load_torch(path: Path, key: str | None) -> StateFile:
     """Read a ``.pt`` file through the restricted unpickler, and find the state dict in it."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as packed:
+            check_size(sum(member.file_size for member in packed.infolist()), path.stat().st_size)
     try:
         with warnings.catch_warnings():
             # It warns of pickles that torch did not write before it refuses them, which is error enough.
@@ -216,7 +252,8 @@ def _load_torch(path: Path, key: str | None) -> StateFile:
         ) from error
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    # A damaged pickle is a program that goes wrong anywhere.
+    except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileError(
             f"{path} is truncated or is not a PyTorch file ({first}); write or download it again"
@@ -272,17 +309,22 @@ def _state_file(
 # -------------------------------------------------------------------------------------------- rebuilding
 
 
-def load_model(path: str | os.PathLike[str]) -> nn.Module:
+def load_model(path: str | os.PathLike[str], *, allow_options: bool | None = None) -> nn.Module:
     """Rebuild the network that a file of :func:`save_model` holds, in eval mode on the CPU.
 
     The network is built from the file's ``source``, expanded or collapsed as the file's network was, and given the
     file's tensors, strictly, in the file's own dtype. ``.train()`` makes an expanded one ready for training.
 
+    Args:
+        path: of the file.
+        allow_options: whether the file may ask for a network with any options of its constructor, which may open
+            paths and download; by default only plain ones of plain sizes are taken (:mod:`reparam.untrusted`).
+
     Raises:
         FileError: the file does not say where the network comes from, or its tensors do not fit that network.
         UnknownNameError, ReparamError: from :func:`reparam.sources.create`.
     """
-    return rebuild(load_state(path), path)
+    return rebuild(load_state(path, allow_options=allow_options), path)
 
 
 def rebuild(content: StateFile, path: str | os.PathLike[str]) -> nn.Module:
@@ -342,4 +384,6 @@ def misfit(model: nn.Module, tensors: dict[str, Tensor]) -> str:
     for name, value in state.items():
         if value.shape != tensors[name].shape:
             return f"{name!r} is {tuple(tensors[name].shape)} in the file and {tuple(value.shape)} in the network"
+        if odd := odd_kind(name, tensors[name], value):
+            return odd
     return ""

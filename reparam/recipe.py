@@ -92,7 +92,7 @@ class Recipe:
             return Recipe(block, _from_plain(content["where"]), content["init"], content["online"])
         except ReparamError as error:
             raise RecipeError(f"{error}; a block of your own is registered by importing its module first") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RecipeError(f"the note on the expansion is damaged ({type(error).__name__}: {error})") from error
 
     def _normal(self) -> Recipe:

@@ -21,7 +21,18 @@ from torch import nn
 
 from reparam import ReparamError
 
-__all__ = ["Source", "UnknownNameError", "create", "is_spec", "literal", "names", "near", "sources", "split_commas"]
+__all__ = [
+    "Source",
+    "UnknownNameError",
+    "create",
+    "is_spec",
+    "literal",
+    "names",
+    "near",
+    "parse",
+    "sources",
+    "split_commas",
+]
 
 GROUP = "reparam.sources"
 """Entry point group; the name is the part of a spec before the colon, the value an instance of a source."""
@@ -77,7 +88,7 @@ def create(spec: str, *, pretrained: bool = False) -> nn.Module:
         UnknownNameError: malformed spec, unknown source or unknown model; near names are suggested.
         ReparamError: the source's package is not installed, or it could not build the model.
     """
-    source, name, options = _parse(spec)
+    source, name, options = parse(spec)
     loaded = _load(source)
     known = _names(source, loaded)
     # A name with a colon of its own (``hf-hub:...``) is the source's business: it is in no list.
@@ -95,8 +106,8 @@ def create(spec: str, *, pretrained: bool = False) -> nn.Module:
         raise ReparamError(f"{source} could not build {name!r}{what}: {type(error).__name__}: {error}") from error
 
 
-def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
-    """Split ``source:name,key=value`` into its three parts."""
+def parse(spec: str) -> tuple[str, str, dict[str, Any]]:
+    """Split ``source:name,key=value`` into its three parts. Raises :class:`UnknownNameError` if it is malformed."""
     if not is_spec(spec):
         raise UnknownNameError(f"{spec!r} is not of the form source:name, for example timm:repvgg_a0")
     source, _, rest = spec.partition(":")
@@ -128,7 +139,7 @@ def literal(text: str) -> Any:
     """A Python literal (number, tuple, True, None, quoted string), or else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # nested beyond what Python's parser takes
         return text
 
 

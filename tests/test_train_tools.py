@@ -458,6 +458,15 @@ def test_networks_are_evaluated_side_by_side(folder: Path, tmp_path: Path) -> No
     assert "Written by the tool" in text
 
 
+def test_a_network_that_answers_nonsense_has_no_score(folder: Path, tmp_path: Path) -> None:
+    model = files.load_model(folder / "best.safetensors")
+    with torch.no_grad():
+        next(model.parameters())[0] = float("nan")
+    name = next(iter(model.state_dict()))
+    with pytest.raises(reparam.ReparamError, match=f"NaN or infinity, as '{name}' holds"):
+        score(model, load_data("digits", size=8))
+
+
 def test_a_run_is_evaluated_on_its_own_data(folder: Path) -> None:
     log = (folder / "log.csv").read_text().splitlines()
     column = log[0].split(",").index("test_accuracy")

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import itertools
 import json
+import random
 import time
 from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from reparam import ReparamError
 from reparam.cli import app
 from zoo.convert import convert
 from zoo.job import Job, Settings
@@ -31,6 +33,7 @@ from zoo.outcome import (
     NothingToDo,
     Outcome,
     OutOfMemory,
+    Planned,
     Proof,
     Refused,
     Size,
@@ -39,6 +42,7 @@ from zoo.outcome import (
 from zoo.report import write_report
 from zoo.report.data import family, reasons, totals
 from zoo.report.layout import below, common_prefix, lay_out, outline, short_layer
+from zoo.summary import summary
 
 pytest_plugins = ("toy_package", "troublesome_package")
 
@@ -287,6 +291,61 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="not the folder of a run"):
         write_report(tmp_path)
     assert CliRunner().invoke(app, ["zoo", "report", str(tmp_path)]).exit_code != 0
+
+
+JUNK: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    1e400,
+    "",
+    "x\x1b[2J",
+    [],
+    {},
+    [[]],
+    {"a": []},
+    10**400,
+    "../../etc/passwd",
+    ["x"],
+)
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in a JSON value with a key of it."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield value, key
+        yield from places(item)
+
+
+def test_a_journal_with_values_of_other_types_is_read_or_named(tmp_path: Path) -> None:
+    """One value of a line or of the details replaced by another kind of thing, hundreds of times."""
+    planned = Planned(name="plan", source="made", before=WIDE, after=WIDE, others={"fx": {"convs": 1, "norms": 1}})
+    folder = run_folder(tmp_path, (*OUTCOMES[:2], planned, *OUTCOMES[6:]), {"net_fast": details()})
+    sources = [folder / "journal.jsonl", folder / "models" / "made" / "net_fast.json"]
+    rng, named = random.Random(0), 0
+    for path in sources:
+        original = path.read_text(encoding="utf-8")
+        for _ in range(250):
+            lines = [json.loads(line) for line in original.splitlines()]
+            container, key = rng.choice(list(places(lines)))
+            container[key] = rng.choice(JUNK)
+            path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+            for reader in (write_report, lambda run: summary([run])):
+                try:
+                    reader(folder)
+                except ReparamError as error:
+                    named += 1
+                    assert "\n" not in str(error), error  # noqa: PT017 - either is right
+        path.write_text(original, encoding="utf-8")
+    assert named > 100
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "../outside.json", "models/../../x.json", "C:/x.json", ""])
+def test_details_outside_of_the_folder_are_not_opened(path: str, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, (converted("net", 2.0, 1.0, details=path), OUTCOMES[3]), {})
+    with pytest.raises(JournalError, match=r"line 2 is damaged.*not in the folder of the run"):
+        write_report(folder)
 
 
 def test_a_converted_network_is_drawn(trouble: Path, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
+from passes.edits.typed import fits
 from reparam import ReparamError
-from zoo.outcome import Outcome, from_json
+from zoo.outcome import Outcome, from_json, refuse_constant
 
 __all__ = ["Folder", "Journal", "JournalError", "read"]
 
@@ -92,8 +93,8 @@ def _parse(path: Path) -> tuple[Content, int]:
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("no end of line")
-            _take(content, json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
+            _take(content, json.loads(line, parse_constant=refuse_constant))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             # After a loss of power the end of a file may be a torn line, or zeros that were never written.
             if index < len(lines) - 1:
                 raise JournalError(f"{path}: line {index + 1} is damaged ({error}); remove that line") from error
@@ -106,12 +107,33 @@ def _parse(path: Path) -> tuple[Content, int]:
 def _take(content: Content, line: Mapping[str, Any]) -> None:
     match line["record"]:
         case "run":
-            content.runs.append(dict(line))
+            content.runs.append(_run(line))
         case "outcome":
             outcome = from_json(line)
             content.outcomes[outcome.spec] = outcome
         case "end":
             content.seconds += float(line["seconds"])
+
+
+_RUN: dict[str, tuple[Any, Any]] = {
+    "started": (str, ""),
+    "specs": (list[str], []),
+    "settings": (dict[str, Any], {}),
+    "limits": (dict[str, Any], {}),
+    "command": (list[str], []),
+    "versions": (dict[str, str], {}),
+    "machine": (str, ""),
+    "done_before": (int, 0),
+}
+"""What the line of a run holds: its type, and what it is where it is missing."""
+
+
+def _run(line: Mapping[str, Any]) -> dict[str, Any]:
+    run = {key: line.get(key, missing) for key, (_, missing) in _RUN.items()}
+    for key, value in run.items():
+        if not fits(value, _RUN[key][0]):
+            raise ValueError(f"{key} cannot be {value!r:.40}")
+    return run
 
 
 class Journal:

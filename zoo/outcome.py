@@ -70,7 +70,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, ClassVar
+
+from passes.edits.typed import fits, hints
 
 __all__ = [
     "KINDS",
@@ -87,6 +90,7 @@ __all__ = [
     "Size",
     "TimedOut",
     "from_json",
+    "refuse_constant",
 ]
 
 
@@ -323,16 +327,23 @@ KINDS: dict[str, type[Outcome]] = {
 _NESTED: dict[str, type[Any]] = {"before": Size, "after": Size, "stock": Size, "latency": Latency, "proof": Proof}
 _NOT_KNOWN = {"fold_error", "error", "noise", "allowed"}
 """Numbers whose absence is NaN."""
+_FILES = {"file", "expanded_file", "onnx_file", "details"}
+"""Paths relative to the folder of the run."""
+
+
+def refuse_constant(text: str) -> Any:
+    """For ``json.loads(parse_constant=)``: NaN and infinities are no JSON, and no file of a run has them."""
+    raise ValueError(f"{text} is no number")
 
 
 def from_json(line: Mapping[str, Any]) -> Outcome:
     """The outcome of a journal line. Fields that a later version added are left out.
 
     Raises:
-        ValueError: a kind that is not known, or a field that is missing.
+        ValueError: a kind that is not known, or a field that is missing or of another type, or a file elsewhere.
     """
     kind = line.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"unknown kind of outcome {kind!r}; known: {', '.join(KINDS)}")
     try:
         # A latency has numbers called before and after; an outcome has sizes.
@@ -350,7 +361,20 @@ def _built(cls: type[Any], values: Mapping[str, Any]) -> Any:
             arguments[key] = math.nan
         elif isinstance(value, list):
             arguments[key] = tuple(value)
+    for key, value in arguments.items():
+        if not fits(value, hints(cls)[key]):
+            raise ValueError(f"{key} cannot be {value!r:.40}")
+        if key in _FILES and value is not None and not _is_inside(value):
+            raise ValueError(f"{key} is {value!r:.60}, which is not in the folder of the run")
+    if not all(arguments.get(key, "").isprintable() for key in ("name", "source")):
+        raise ValueError("a name holds characters that cannot be printed")
     return cls(**arguments)
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a path of a journal lies in the folder of the run, whatever the system."""
+    parts = PurePosixPath(path.replace("\\", "/")).parts
+    return bool(parts) and ".." not in parts and not parts[0].endswith((":", "/"))
 
 
 def _plain(value: Any) -> Any:

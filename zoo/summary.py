@@ -68,7 +68,7 @@ def _origin(content: Content, outcomes: Sequence[Outcome]) -> str:
     """When, with what, on what machine, how long, and how the models ended."""
     first = content.runs[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    jobs = first["limits"]["jobs"]
+    jobs = first["limits"].get("jobs", 1)
     seconds = sum(o.seconds.get("all", 0.0) for o in outcomes)
     took = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{seconds / 60:.0f} minutes"
     parts = "" if len(content.runs) == 1 else f", in {len(content.runs)} parts"

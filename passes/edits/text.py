@@ -12,12 +12,10 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +25,8 @@ from passes.edits.errors import EditError
 from passes.edits.layer import Layer
 from passes.edits.operations import ATTRIBUTES, function_of, is_method
 from passes.edits.program import Argument, Operation, Program, Value
+from passes.edits.typed import fits
+from passes.edits.typed import hints as hints_of
 
 __all__ = ["VERSION", "from_text", "to_text"]
 
@@ -155,12 +155,12 @@ def _decoded(value: Any) -> Any:
 
 
 def _made(kind: type, content: Any) -> Any:
-    hints = _hints(kind)
+    hints = hints_of(kind)
     if not isinstance(content, dict) or not content.keys() <= hints.keys() or "functions" in content:
         raise EditError(f"a {kind.__name__} has other fields")
     values = {name: _decoded(item) for name, item in content.items()}
     for name, item in values.items():
-        if not _fits(item, hints[name]):
+        if not fits(item, hints[name]):
             raise EditError(f"a {kind.__name__} cannot have {name}={item!r:.60}")
     try:
         made = kind(**values)
@@ -171,29 +171,6 @@ def _made(kind: type, content: Any) -> Any:
     if isinstance(made, Block) and any(isinstance(value, int) and value > MOST for _, value in made.options):
         raise EditError(f"no block has an option over {MOST}")
     return made
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of the type that a field is declared with."""
-    if hint is Any:
-        return True
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is UnionType:
-        return any(_fits(value, arg) for arg in args)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if args[-1] is ...:
-            return all(_fits(item, args[0]) for item in value)
-        return len(value) == len(args) and all(_fits(item, arg) for item, arg in zip(value, args, strict=True))
-    if origin is not None:  # a mapping
-        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
-    return isinstance(value, hint)
 
 
 def _tuple(content: Any) -> tuple[Any, ...]:

@@ -27,8 +27,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from zoo.job import one_line
 from zoo.journal import Content
-from zoo.outcome import KINDS, Converted, Outcome, OutOfMemory, Planned, Size, TimedOut
+from zoo.outcome import KINDS, Converted, Outcome, OutOfMemory, Planned, Size, TimedOut, refuse_constant
 from zoo.report.layout import below, common_prefix, lay_out, outline, short_layer, text_lines
 
 __all__ = ["COLUMNS", "Details", "Reason", "Totals", "family", "kind_words", "reasons", "table", "totals"]
@@ -201,9 +202,11 @@ class Details:
             model["files"] = [file for file in files if file]
             if outcome.details:
                 try:
-                    self._read(model, json.loads((self.folder / outcome.details).read_text(encoding="utf-8")))
-                except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                    model["notes"].append(f"{outcome.details} cannot be read: {error}")
+                    text = (self.folder / outcome.details).read_text(encoding="utf-8")
+                    self._read(model, json.loads(text, parse_constant=refuse_constant))
+                # A damaged file may say anything, and drawing it raise anything; what was read before it stands.
+                except Exception as error:
+                    model["notes"] = [*outcome.notes, f"{outcome.details} cannot be read: {one_line(error)}"]
         self.models.append({key: value for key, value in model.items() if value})
 
     def _read(self, model: dict[str, Any], details: Mapping[str, Any]) -> None:

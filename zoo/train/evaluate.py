@@ -16,6 +16,7 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reparam import ReparamError
 from reparam.commands import Blocks, Online, Pretrained, Where
 from reparam.networks import UsageError
 from reparam.tables import show
@@ -113,11 +114,23 @@ def answers(
 
 
 def score(model: nn.Module, data: Data, **options: Any) -> Score:
-    """The model on the test set; options are those of :func:`answers`."""
+    """The model on the test set; options are those of :func:`answers`.
+
+    Raises:
+        ReparamError: it answers with numbers that are not finite, of which even the largest means nothing.
+    """
     tally = Tally(len(data.classes))
     for (logits,), labels in answers([model], data, **options):
+        if not logits.isfinite().all():
+            raise ReparamError(f"nothing to count: the network answers with NaN or infinity{_not_finite(model)}")
         tally.add(logits, labels)
     return tally.score
+
+
+def _not_finite(model: nn.Module) -> str:
+    state = model.state_dict()
+    bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    return f", as {bad[0]!r} holds ({len(bad)} of {len(state)} tensors do); train or download it again" if bad else ""
 
 
 class Tally:
