@@ -539,6 +539,47 @@ def test_a_killed_run_goes_on_where_it_was(trouble: Path, tmp_path: Path) -> Non
     assert list(convert_zoo(["slow*"], source="trouble", out=folder, resume=True)) == []
 
 
+def test_what_a_network_starts_ends_with_it(trouble: Path, tmp_path: Path) -> None:
+    outcome = next(iter(convert_zoo(["leaves"], source="trouble", out=tmp_path)))
+    assert outcome.kind == "converted"
+    assert _gone(_pids(Path(os.environ["TROUBLE_LOG"])))
+
+
+def test_a_killed_run_leaves_no_process_though_one_hangs_in_c(trouble: Path, tmp_path: Path) -> None:
+    log = tmp_path / "started.txt"
+    command = [sys.executable, "-m", "reparam", "zoo", "convert", "stuck", "--source", "trouble", "--out", "run"]
+    environment = {**os.environ, "PYTHONPATH": f"{trouble}:{Path.cwd()}", "TROUBLE_LOG": str(log)}
+    victim = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert victim.poll() is None
+        time.sleep(0.1)
+    started = _pids(log)
+    assert all(map(_runs, started))
+    victim.kill()
+    victim.wait()
+    assert _gone(started)
+
+
+def _pids(log: Path) -> list[int]:
+    return [int(word) for word in log.read_text().split()]
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is more than an entry that nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _gone(pids: list[int], seconds: float = 5.0) -> bool:
+    """Whether processes end within some seconds."""
+    end = time.monotonic() + seconds
+    while any(map(_runs, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(_runs, pids))
+
+
 def _wait_for_quiet(log: Path) -> None:
     """Until nothing that the killed run had started builds any more."""
     before, size = -1, log.stat().st_size

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 CODE = '''
-import os, sys, time
+import ctypes, os, subprocess, sys, time
 import torch
 from torch import nn
 
@@ -62,16 +62,31 @@ def noted(name):
     time.sleep(0.4)
     return Block()
 
+def leave_a_process():
+    """Start what outlives this process, and write down who both are."""
+    left = subprocess.Popen(["sleep", "600"])
+    with open(os.environ["TROUBLE_LOG"], "a") as file:
+        file.write(f"{left.pid} {os.getpid()}\\n")
+
+def hang_in_c():
+    """As code that never gives Python's lock back."""
+    ctypes.PyDLL(None).sleep(600)
+
 class Source:
     def names(self):
         return ["block", "plain", "detector", "linear", "batch", "empty", "abort", "hang", "greedy", "wrong", "killed",
-                "exit", "raise", *(f"slow{i}" for i in range(6))]
+                "exit", "raise", "leaves", "stuck", *(f"slow{i}" for i in range(6))]
     def create(self, name, *, pretrained, **options):
         if pretrained:
             raise OSError("no weights") from ConnectionError("unreachable")
         if name.startswith("slow"):
             return noted(name)
         match name:
+            case "leaves":
+                leave_a_process()
+            case "stuck":
+                leave_a_process()
+                hang_in_c()
             case "abort":
                 print("last words", flush=True)
                 os.abort()

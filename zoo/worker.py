@@ -235,13 +235,17 @@ def _finish(each: Running, outcome: Outcome) -> None:
 
 
 def _kill(each: Running) -> None:
-    """End the process and all that it has started."""
+    """End the process and all that it has started, which may outlive it."""
+    if each.base is not None:  # it has a session of its own by then
+        _end_group(each.process.pid)
     if each.process.is_alive():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getpgid(each.process.pid) == each.process.pid:
-                os.killpg(each.process.pid, signal.SIGKILL)
         each.process.kill()
     each.process.join()
+
+
+def _end_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _clear(each: Running) -> None:
@@ -276,7 +280,7 @@ def _child(job: Job, pipe: Connection, log: Path | None, environment: dict[str, 
     _send_output_to(log)
     faulthandler.enable()
     os.setsid()  # what the model starts is ended with it
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _guard(pipe)
     with contextlib.suppress(OSError):
         # When the system runs out of memory, this process is to go, not the run.
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -292,12 +296,29 @@ def _child(job: Job, pipe: Connection, log: Path | None, environment: dict[str, 
     pipe.send(("outcome", outcome.to_json()))
 
 
-def _die_with_parent() -> None:
-    """A run that is killed leaves nobody behind who would write into its folder."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+def _guard(pipe: Connection) -> None:
+    """Start a process that ends this one and all it has started when the run is gone, or when this one is.
+
+    A thread could not: a network may hang in C code, which lets no thread run, and what it has started knows no parent.
+    """
+    run, leader = multiprocessing.parent_process(), os.getpid()
+    held, holding = os.pipe()
+    if run is None:
+        return
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        os.close(held)  # the other end closes with this process
+        return
+    try:
+        os.setsid()
+        if os.fork() == 0:  # nobody's child: code that waits for its children does not wait for it
+            os.close(holding)
+            pipe.close()
+            wait([run.sentinel, held])
+            _end_group(leader)
+    finally:
+        os._exit(0)
 
 
 def _send_output_to(log: Path | None) -> None:

@@ -532,9 +532,13 @@ def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:
         inner_step.append(a // step)
         outer_step.append(b // step)
         kernel.append(inner_step[i] * (inner.kernel[i] - 1) + outer_step[i] * (outer.kernel[i] - 1) + 1)
-    weight = _convolve(inner.weight, outer.weight, tuple(kernel), inner_step, outer_step, product)
     bias = outer.bias
-    if inner.bias is not None:
+    if inner.weight.is_meta:  # planning: torch would only find out the shapes, at a hundred times the cost
+        weight = inner.weight.new_empty((outer.out_channels, inner.in_channels // groups, *kernel))
+        bias = inner.weight.new_empty(outer.out_channels) if inner.bias is not None else bias
+    else:
+        weight = _convolve(inner.weight, outer.weight, tuple(kernel), inner_step, outer_step, product)
+    if inner.bias is not None and not inner.weight.is_meta:
         per_group = outer.weight.flatten(2).sum(-1) if n else outer.weight
         passed = torch.einsum(
             "goi,gi->go", per_group.unflatten(0, (outer.groups, -1)), inner.bias.unflatten(0, (outer.groups, -1))
