@@ -46,6 +46,8 @@ every_block = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 few_blocks = pytest.mark.parametrize("block", ["acb", "dbb", "doconv"])
 """Batch norms alone, sequences, a computed kernel."""
 every_form = pytest.mark.parametrize("online", FORMS.values(), ids=FORMS)
+each_form = pytest.mark.parametrize("online", [pytest.param(False, marks=pytest.mark.slow), True], ids=FORMS)
+"""Where the two forms take the same way, and a while."""
 
 
 class Plain(nn.Module):
@@ -206,8 +208,8 @@ def test_optimizers_with_param_groups(kind: str, online: bool) -> None:
     check_restored(reparam.collapse(expanded, like=model), model, expanded, Plain(), x)
 
 
-@every_form
-@pytest.mark.parametrize("kind", ["deepcopy", "ModelEmaV2", "ModelEmaV3"])
+@each_form
+@pytest.mark.parametrize("kind", ["deepcopy", "ModelEmaV3", pytest.param("ModelEmaV2", marks=pytest.mark.slow)])
 def test_averaged_copies_collapse(kind: str, online: bool) -> None:
     """The copy shares nothing with the model in training, and collapses like it."""
     model, x = plain(), images()
@@ -257,7 +259,7 @@ def test_copying_an_online_model_reads_no_block_again(monkeypatch: pytest.Monkey
     assert torch.equal(copied(images()), expanded(images()))
 
 
-@every_form
+@each_form
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_synchronised_norms(when: str, online: bool) -> None:
     """The conversion reaches the norms in branches; a converted network gets synchronised ones in its new branches."""
@@ -353,7 +355,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@every_form
+@each_form
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_compiles_without_a_graph_break(backend: str, online: bool) -> None:
     """The compiled model trains like the plain call, forward and gradients; the model inside collapses."""
@@ -487,7 +489,7 @@ assert torch.equal(whole(images()), saved["outputs"]["dbb"])
 """
 
 
-@every_form
+@each_form
 def test_reload_in_a_fresh_process(online: bool, tmp_path: Path) -> None:
     """Expanded the same way there, the state dict loads strictly and gives the same outputs; the whole module too."""
     saved: dict[str, Any] = {"states": {}, "outputs": {}}
@@ -724,7 +726,7 @@ class Auxiliary(Plain):
         return (out, self.aux(features).mean(2)) if self.training else out
 
 
-@every_form
+@each_form
 def test_heads_that_only_run_in_training(online: bool) -> None:
     """They come back too: in training mode, the returned network computes them from the folded kernels."""
     model, x = ready(Auxiliary()), images()

@@ -21,9 +21,8 @@ from zoo.plan import plan, skeleton
 from zoo.run import convert_zoo
 from zoo.summary import summary
 
-NAMES = (
-    "timm:resnet18", "timm:repvgg_a0", "timm:efficientvit_m0", "timm:ghostnet_050", "torchvision:shufflenet_v2_x0_5",
-)  # fmt: skip
+NAMES = ("timm:resnet18", "timm:repvgg_a0", "torchvision:shufflenet_v2_x0_5")
+LARGER = ("timm:efficientvit_m0", "timm:ghostnet_050", "timm:levit_128s", "torchvision:raft_small")
 
 
 def planned(name: str, **settings: object) -> Planned:
@@ -33,7 +32,7 @@ def planned(name: str, **settings: object) -> Planned:
     return outcome
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER)])
 def test_a_plan_without_numbers_is_what_happens_with_them(name: str) -> None:
     found = planned(name, block="acb")
     model = sources.create(name).eval()
