@@ -39,12 +39,13 @@ def needless(of: Program, verbs: tuple[str, ...]) -> list[Problem]:
     return [problem for problem in problems(of, verbs) if not (problem.allowed and may_raise)]
 
 
-def marked(kind: str) -> Any:
-    reason = FAILS.get(kind)
-    return pytest.param(kind, marks=pytest.mark.xfail(reason=reason)) if reason else kind
+def marked(number: int, kind: str) -> Any:
+    """Every second kind is for the longer tests."""
+    marks = [pytest.mark.xfail(reason=FAILS[kind])] if kind in FAILS else []
+    return pytest.param(kind, marks=[*marks, *([pytest.mark.slow] if number % 2 else [])])
 
 
-@pytest.mark.parametrize("kind", [marked(kind) for kind in kinds()])
+@pytest.mark.parametrize("kind", [marked(*each) for each in enumerate(kinds())])
 def test_each_kind_alone(kind: str) -> None:
     number = kinds().index(kind)
     of = single(kind, AROUND[number % 3])

@@ -42,7 +42,10 @@ BLOCKS: dict[str, str | Block] = {
 }
 FORMS = {"branches": False, "online": True}
 
-every_block = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+QUICK = ("acb", "dbb", "doconv", "orepa", "qarepvgg")
+every_block = pytest.mark.parametrize(
+    "block", [b if name in QUICK else pytest.param(b, marks=pytest.mark.slow) for name, b in BLOCKS.items()], ids=BLOCKS
+)
 few_blocks = pytest.mark.parametrize("block", ["acb", "dbb", "doconv"])
 """Batch norms alone, sequences, a computed kernel."""
 every_form = pytest.mark.parametrize("online", FORMS.values(), ids=FORMS)
