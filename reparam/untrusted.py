@@ -40,8 +40,10 @@ SMALL = 64 << 20
 SIZES: dict[str, int] = {
     "num_classes": 30_000, "in_chans": 1024, "in_channels": 1024, "img_size": 4096, "input_size": 4096,
     "patch_size": 64, "window_size": 64, "output_stride": 32, "min_size": 4096, "max_size": 4096, "image_size": 4096,
+    "layers": 40, "depths": 40, "depth": 40, "num_layers": 40, "channels": 2048, "embed_dim": 2048, "dims": 2048,
+    "stem_width": 256, "base_width": 256, "cardinality": 64, "num_heads": 64, "groups": 64, "width": 2048,
 }  # fmt: skip
-"""Options that are sizes, each with the largest one; one number, or a tuple of up to three."""
+"""Options that are sizes, each with the largest one; one number, or a tuple of up to six."""
 RATES = (
     "drop_rate",
     "drop_path_rate",
@@ -81,7 +83,7 @@ _ALLOW = "where you trust it, pass allow_options=True, or `reparam --allow-optio
 
 def _is_plain(option: str, value: Any) -> bool:
     if option in SIZES:
-        sizes = value if isinstance(value, tuple) and len(value) <= 3 else (value,)
+        sizes = value if isinstance(value, tuple) and len(value) <= 6 else (value,)
         return value is None or all(type(size) is int and 0 <= size <= SIZES[option] for size in sizes)
     if option in RATES:
         return value is None or (type(value) in (int, float) and 0 <= value <= 10)

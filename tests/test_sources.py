@@ -23,7 +23,7 @@ def test_options_follow_the_name(toy: str) -> None:
     import torch
 
     assert sources.create(f"{toy},width=6").head.in_features == 6
-    name, options = sources._parse("toy:block,size=(96,96),kind=fast,flag=True,none=None")[1:]
+    name, options = sources.parse("toy:block,size=(96,96),kind=fast,flag=True,none=None")[1:]
     assert name == "block"
     assert options == {"size": (96, 96), "kind": "fast", "flag": True, "none": None}
     assert torch.is_tensor(sources.create(toy).head.weight)

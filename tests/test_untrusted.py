@@ -46,7 +46,7 @@ def refused(path: Path, match: str) -> None:
     "options",
     [
         "checkpoint_path=/etc/passwd", "layers=(100000,3,3,3)", "num_classes=1000000000", "block_args={'a': 1}",
-        "weights='IMAGENET1K_V1'", "img_size=(1,2,3,4)", "drop_rate=nan", "global_pool='x'", "num_classes=-1",
+        "weights='IMAGENET1K_V1'", "img_size=(1,2,3,4,5,6,7)", "drop_rate=nan", "global_pool='x'", "num_classes=-1",
         "num_classes=True", "in_chans='3'", "scriptable=True", "num_classes=2.5",
     ],
 )  # fmt: skip
@@ -64,6 +64,7 @@ def test_plain_options_are_taken(tmp_path: Path) -> None:
     for spec in (
         "timm:resnet10t,num_classes=7,in_chans=1,drop_rate=0.1,global_pool='max'",
         "torchvision:googlenet,num_classes=5,init_weights=False,aux_logits=False",
+        "timm:resnet10t,layers=(1,1,1,1)",
         "timm:vit_tiny_patch16_224,img_size=(64,96),num_classes=0",
     ):
         untrusted.check_spec(spec)
