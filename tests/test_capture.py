@@ -428,3 +428,26 @@ def test_a_rewritten_forward_returns_containers_of_the_same_class(
         result, report = reparam.collapse_with_report(model)
         assert (len(report.folds), report.taken_back) == (folds, [])
         assert difference(describe(wanted), describe(result(x)), "output") == ""
+
+
+def test_a_device_is_that_of_the_model_unless_something_moves_the_value() -> None:
+    class Asks(Two):
+        def __init__(self, move: Callable[[Tensor], Tensor], device: str) -> None:
+            super().__init__()
+            self.move, self.device = move, device
+
+        def forward(self, x: Tensor) -> Tensor:
+            if str(self.move(self.a(x)).device) != self.device:
+                raise ValueError("another device")
+            return self.a(x) + self.b(x)
+
+    moves: list[tuple[Callable[[Tensor], Tensor], str]] = [
+        (torch.relu, "cpu"),
+        (lambda x: x.to("meta"), "meta"),
+        (lambda x: x.to(torch.device("meta")), "meta"),
+        (lambda x: torch.zeros_like(x, device="meta"), "meta"),
+        (lambda x: torch.empty(1, device="meta") * 2, "meta"),
+    ]
+    for move, device in moves:
+        report = reparam.explain(lively(Asks(move, device)).eval())
+        assert not report.untraced, (device, report)

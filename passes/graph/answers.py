@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_leaves, tree_map
 
 from passes.graph.inputs import likely_shapes
-from passes.graph.nodes import may_draw
+from passes.graph.nodes import LAYERS, may_draw
 from passes.graph.opset import operation_of
 from passes.graph.patches import suspended
 
@@ -77,7 +77,30 @@ class Answers:
         with suspended(), torch.no_grad(), _unlogged():
             if self._is_constant(needed):
                 return question(_evaluate(self._constants, needed, self.attribute, self.root))
-            return self._agreed(needed, question)
+            device = self._device(needed)
+            return self._agreed(needed, question) if device is None else question(device)
+
+    def _device(self, needed: Sequence[fx.Node]) -> torch.device | None:
+        """The device of a tensor, if that is asked for and nothing on the way could have taken it to another.
+
+        Code that keeps something for each device asks in every layer, and to run all that lies before takes long.
+        """
+        *way, last = needed
+        if last.target is not getattr or last.args[1] != "device" or not all(map(self._keeps_device, way)):
+            return None
+        read = [self.attribute(str(n.target)) for n in way if n.op == "get_attr"]
+        given = [v for v in tree_leaves((self.inputs, read)) if isinstance(v, Tensor)]
+        found = {t.device for t in (*self.root.parameters(), *self.root.buffers(), *given)}
+        return found.pop() if len(found) == 1 else None
+
+    def _keeps_device(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return type(self.root.get_submodule(str(node.target))) in LAYERS
+        if node.op in ("placeholder", "get_attr") or node.target is getattr:
+            return True
+        named = any(isinstance(v, (torch.device, str)) for v in tree_leaves((node.args, node.kwargs)))
+        known = operation_of(node) is not None or node.target is operator.getitem
+        return known and bool(node.all_input_nodes) and not named and node.target not in _MOVES
 
     def _is_constant(self, needed: Sequence[fx.Node]) -> bool:
         reads_numbers = self.numbers or all(n.op != "get_attr" for n in needed)
@@ -159,6 +182,10 @@ class Answers:
                 bases = ((shape,) * len(self.placeholders) for shape in shapes)
             self._bases = [[_Run(self, mode, example) for example in _varied(base)] for base in bases]
         return self._bases
+
+
+_MOVES = frozenset({"to", "cpu", "cuda", "xpu", "type", "type_as"})
+"""Methods that may take a tensor to another device."""
 
 
 class _Elsewhere(logging.Filter):
