@@ -216,7 +216,7 @@ def _load_hdf5(path: Path) -> StateFile:
                 raise FileError(f"{path}: the numbers of {outside[0]!r} lie in another file, and none is opened")
             check_size(sum(value.nbytes for value in opened.values()), path.stat().st_size)
             arrays = {name.replace("+", "/"): value[()] for name, value in opened.items()}
-    except FileError:
+    except (FileError, MemoryError):
         raise
     except Exception as error:  # of a damaged file h5py raises anything
         raise FileError(f"{path} is truncated or is not an HDF5 file ({error}); download it again") from error
@@ -235,10 +235,10 @@ def _from_array(path: Path, name: str, array: Any) -> Tensor:
 
 def _load_torch(path: Path, key: str | None) -> StateFile:
     """Read a ``.pt`` file through the restricted unpickler, and find the state dict in it."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as packed:
-            check_size(sum(member.file_size for member in packed.infolist()), path.stat().st_size)
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as packed:
+                check_size(sum(member.file_size for member in packed.infolist()), path.stat().st_size)
         with warnings.catch_warnings():
             # It warns of pickles that torch did not write before it refuses them, which is error enough.
             warnings.simplefilter("ignore", UserWarning)
@@ -252,6 +252,8 @@ def _load_torch(path: Path, key: str | None) -> StateFile:
         ) from error
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (FileError, MemoryError):
+        raise
     # A damaged pickle is a program that goes wrong anywhere.
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -17,17 +17,7 @@ from reparam import ReparamError
 from reparam.saving import FileError
 from reparam.sources import parse
 
-__all__ = [
-    "ALLOWED",
-    "LONGEST_NAME",
-    "RATIO",
-    "SMALL",
-    "check_names",
-    "check_size",
-    "check_spec",
-    "odd_kind",
-    "printable",
-]
+__all__ = ["ALLOWED", "check_names", "check_size", "check_spec", "odd_kind", "printable"]
 
 ALLOWED: ContextVar[bool] = ContextVar("allow_options", default=False)
 """Whether files may ask for any network, where a call does not say."""

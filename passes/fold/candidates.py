@@ -31,8 +31,8 @@ __all__ = ["Candidate", "Key", "cost_message", "find_candidates", "layers_of"]
 
 Key = tuple[fx.Node, fx.Node, frozenset[fx.Node]]
 
-MAX_CLIMB = 16
-"""Most dominators walked up from one node; a longer region is made of shorter ones, which fold again."""
+MAX_CLIMB = 32
+"""Most dominators walked up from one node; regions that matter are far smaller."""
 
 
 @dataclass(frozen=True, eq=False)
