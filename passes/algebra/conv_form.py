@@ -532,18 +532,12 @@ def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:
         inner_step.append(a // step)
         outer_step.append(b // step)
         kernel.append(inner_step[i] * (inner.kernel[i] - 1) + outer_step[i] * (outer.kernel[i] - 1) + 1)
-    bias = outer.bias
-    if inner.weight.is_meta:  # planning: torch would only find out the shapes, at a hundred times the cost
+    if inner.weight.is_meta:  # planning: torch would only find out the shapes, at a multiple of the cost
         weight = inner.weight.new_empty((outer.out_channels, inner.in_channels // groups, *kernel))
-        bias = inner.weight.new_empty(outer.out_channels) if inner.bias is not None else bias
+        bias = outer.bias if inner.bias is None else inner.weight.new_empty(outer.out_channels)
     else:
         weight = _convolve(inner.weight, outer.weight, tuple(kernel), inner_step, outer_step, product)
-    if inner.bias is not None and not inner.weight.is_meta:
-        per_group = outer.weight.flatten(2).sum(-1) if n else outer.weight
-        passed = torch.einsum(
-            "goi,gi->go", per_group.unflatten(0, (outer.groups, -1)), inner.bias.unflatten(0, (outer.groups, -1))
-        ).flatten()
-        bias = passed if bias is None else passed + bias
+        bias = _passed_on(inner, outer)
     widened = inner.widened or outer.widened
     return ConvForm(
         weight,
@@ -559,6 +553,17 @@ def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:
         # A widened map may leave some of its inputs unread, and with them what ties the inputs of the one before it.
         ties=(1 if outer.widened else inner.tied[0], outer.tied[1]) if widened else None,
     )
+
+
+def _passed_on(inner: ConvForm, outer: ConvForm) -> Tensor | None:
+    """The bias of ``outer`` after ``inner``, whose own is the same at every tap."""
+    if inner.bias is None:
+        return outer.bias
+    per_group = outer.weight.flatten(2).sum(-1) if inner.n else outer.weight
+    passed = torch.einsum(
+        "goi,gi->go", per_group.unflatten(0, (outer.groups, -1)), inner.bias.unflatten(0, (outer.groups, -1))
+    ).flatten()
+    return passed if outer.bias is None else passed + outer.bias
 
 
 def _ties(*forms: ConvForm) -> tuple[int, int]:
