@@ -64,6 +64,9 @@ def apply(
 
     Raises :class:`EditError` for a path that is not there or a layer that does not fit.
     """
+    edits = list(edits)
+    if not edits:  # most units have none, and to find what holds each module is to look at all of them
+        return Undo()
     editor = _Editor(model, layers or {}, build_block)
     try:
         for edit in edits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import chain, islice
 
 from torch import fx, nn
@@ -23,7 +24,6 @@ class Layout:
     def __init__(self, flow: Flow, model: nn.Module) -> None:
         self.flow = flow
         self.registered = Counter(id(child) for m in model.modules() for child in m._modules.values())
-        self.holders = holders(model)
         self._model = model
         self._asked: set[str] | None = None
         self._inside = {id(m) for m in flow.unit.root.modules()}
@@ -46,6 +46,11 @@ class Layout:
                 self._enter(call, entered)
         for call in chain(*silent.values()):  # a question came before it, which is no operation
             self._enter(call, entered)
+
+    @cached_property
+    def holders(self) -> dict[int, list[Holder]]:
+        """What holds each module beside its parent; most units have nothing to fold, and do not ask."""
+        return holders(self._model)
 
     def _enter(self, item: fx.Node | Call, entered: set[Call]) -> None:
         """Note a node, or a call without any, in the call around it, and that in the next, if they are new."""

@@ -68,6 +68,7 @@ class Answers:
         self._bases: list[list[_Run]] | None = None
         self._symbolic: _Run | None = None
         self._unsure: set[fx.Node] = set()
+        self._brought: dict[fx.Node, frozenset[torch.device] | None] = {}
 
     def ask(self, node: fx.Node, question: Callable[[Any], Answer]) -> Answer:
         """What ``question`` gives for the value of ``node``. Raises :class:`UnknownError`."""
@@ -86,21 +87,39 @@ class Answers:
         Code that keeps something for each device asks in every layer, and to run all that lies before takes long.
         """
         *way, last = needed
-        if last.target is not getattr or last.args[1] != "device" or not all(map(self._keeps_device, way)):
+        if last.target is not getattr or last.args[1] != "device":
             return None
-        read = [self.attribute(str(n.target)) for n in way if n.op == "get_attr"]
-        given = [v for v in tree_leaves((self.inputs, read)) if isinstance(v, Tensor)]
-        found = {t.device for t in (*self.root.parameters(), *self.root.buffers(), *given)}
+        found = set(self._home)
+        for node in way:
+            if (brought := self._brings(node)) is None:
+                return None
+            found |= brought
         return found.pop() if len(found) == 1 else None
 
-    def _keeps_device(self, node: fx.Node) -> bool:
+    @functools.cached_property
+    def _home(self) -> frozenset[torch.device]:
+        """The devices of the module's tensors and of the example inputs."""
+        given = [v for v in tree_leaves(self.inputs) if isinstance(v, Tensor)]
+        return frozenset(t.device for t in (*self.root.parameters(), *self.root.buffers(), *given))
+
+    def _brings(self, node: fx.Node) -> frozenset[torch.device] | None:
+        """Devices beside those of what a node reads that its value may be on; None where it might be any."""
+        if node not in self._brought:
+            self._brought[node] = self._devices_of(node)
+        return self._brought[node]
+
+    def _devices_of(self, node: fx.Node) -> frozenset[torch.device] | None:
+        if node.op == "get_attr":
+            return frozenset(v.device for v in tree_leaves(self.attribute(str(node.target))) if isinstance(v, Tensor))
         if node.op == "call_module":
-            return type(self.root.get_submodule(str(node.target))) in LAYERS
-        if node.op in ("placeholder", "get_attr") or node.target is getattr:
-            return True
-        named = any(isinstance(v, (torch.device, str)) for v in tree_leaves((node.args, node.kwargs)))
-        known = operation_of(node) is not None or node.target is operator.getitem
-        return known and bool(node.all_input_nodes) and not named and node.target not in _MOVES
+            keeps = type(self.root.get_submodule(str(node.target))) in LAYERS
+        elif node.op == "placeholder" or node.target is getattr:
+            keeps = True
+        else:
+            named = any(isinstance(v, (torch.device, str)) for v in tree_leaves((node.args, node.kwargs)))
+            known = operation_of(node) is not None or node.target is operator.getitem
+            keeps = known and bool(node.all_input_nodes) and not named and node.target not in _MOVES
+        return frozenset() if keeps else None
 
     def _is_constant(self, needed: Sequence[fx.Node]) -> bool:
         reads_numbers = self.numbers or all(n.op != "get_attr" for n in needed)
@@ -248,9 +267,10 @@ class _Shape:
         return _Shape(tensor.shape, tensor.dtype, tensor.device)
 
     def make(self, mode: FakeTensorMode) -> Tensor:
-        made = torch.empty(self.sizes, dtype=self.dtype, device=self.device)
         if mode.shape_env is None:
-            return mode.from_tensor(made)
+            with mode:
+                return torch.empty(self.sizes, dtype=self.dtype, device=self.device)
+        made = torch.empty(self.sizes, dtype=self.dtype, device=self.device)
         every: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
             dynamic_sizes=[DimDynamic.DYNAMIC] * made.dim()
         )

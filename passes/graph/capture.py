@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from passes.graph.generators import states
 from passes.graph.marks import Snapshot, no_mark
+from passes.graph.patches import patched
 from passes.graph.tracer import (
     Call,
     NotCapturedError,
@@ -118,7 +119,7 @@ def trace_units(
     untraced: list[Refusal] = []
     seen: set[int] = set()
     queue: list[tuple[str, nn.Module]] = [("", model)]
-    with no_mark(model) as snapshot:
+    with patched(), no_mark(model) as snapshot:
         while queue:
             path, module = queue.pop(0)
             if id(module) in seen or not _worth_tracing(module):
@@ -199,9 +200,10 @@ def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] =
     constants = {t: tracer._attribute(t) for t in targets - set(tracer.names.values())}
     reached = [root.get_submodule(at) for at in tracer.opaque]
     pinned = {id(inner) for leaf in reached for inner in leaf.modules() if inner is not leaf} | tracer.pinned
-    stateful = {id(m) for m in root.modules() if next(iter(m.state_dict()), None) is not None}
+    inside = [m for m in root.modules() if id(m) in pinned]
+    stateful = {id(m) for m in inside if next(iter(m.state_dict()), None) is not None}
     return Unit(
-        path, root, graph, tracer.calls, constants, tracer.opaque, pinned & stateful, tracer.read_names,
+        path, root, graph, tracer.calls, constants, tracer.opaque, stateful, tracer.read_names,
         tracer.fixed, frozenset(tracer.asked), others,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import builtins
 import dis
 import functools
 import inspect
+import operator
 import sys
 import types
 from collections import deque
@@ -241,10 +242,10 @@ def same_items(now: Any, before: Any) -> bool:
     if len(now) != len(before):
         return False
     if isinstance(now, dict):
-        return now.keys() == before.keys() and all(now[k] is before[k] for k in before)
+        return now.keys() == before.keys() and all(map(operator.is_, map(now.__getitem__, before), before.values()))
     if isinstance(now, (set, frozenset)):
         return {id(v) for v in now} == {id(v) for v in before}
-    return all(a is b for a, b in zip(now, before, strict=True))
+    return all(map(operator.is_, now, before))
 
 
 def refill(container: Any, content: Any) -> None:

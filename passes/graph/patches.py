@@ -19,12 +19,12 @@ from types import FunctionType
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.fx import _symbolic_trace as fx_trace
 
 from passes.graph.outside import FOREIGN
 
-__all__ = ["Interceptor", "active", "intercept_function", "intercept_type", "intercepting", "suspended"]
+__all__ = ["Interceptor", "active", "intercept_function", "intercept_type", "intercepting", "patched", "suspended"]
 
 _local = threading.local()
 _lock = threading.RLock()
@@ -53,18 +53,27 @@ def active() -> Interceptor | None:
 
 
 @contextmanager
-def intercepting(tracer: Interceptor) -> Iterator[None]:
-    """Let ``tracer`` hear what this thread does."""
-    before = active()
+def patched() -> Iterator[None]:
+    """Leave everything replaced until the end: to put all names back takes as long as to trace a small module."""
     with _lock:
         _Patches.enter()
-    _local.tracer = tracer
     try:
         yield
     finally:
-        _local.tracer = before
         with _lock:
             _Patches.leave()
+
+
+@contextmanager
+def intercepting(tracer: Interceptor) -> Iterator[None]:
+    """Let ``tracer`` hear what this thread does."""
+    before = active()
+    with patched():
+        _local.tracer = tracer
+        try:
+            yield
+        finally:
+            _local.tracer = before
 
 
 @contextmanager
@@ -182,7 +191,13 @@ def _asked(value: Any) -> Interceptor | None:
     return None if caller.partition(".")[0] in ("torch", "passes") else tracer
 
 
+_PLAIN = frozenset({bool, int, float, str, tuple, list, dict, slice, type(None), fx.Node})
+"""Classes of what is asked for most, by torch.fx itself: nobody else answers for these."""
+
+
 def _isinstance(value: Any, kinds: Any, /) -> bool:
+    if type(value) in _PLAIN:
+        return _real_isinstance(value, kinds)
     tracer = _asked(value)
     if tracer is None and _real_isinstance(value, nn.Module):
         _note_class_asked(value)
