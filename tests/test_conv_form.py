@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from passes.algebra import conv_form
+from passes.algebra import conv_form, grid, kernels
 from passes.algebra.conv_form import ConvForm, Ints
 from passes.refusal import Reason, RefusalError
 
@@ -273,7 +273,7 @@ def test_conv_is_torchs_convolution(case: Case) -> None:
     g, x = case.first, case.input()
     form = g.form()
     if form.n == 0:
-        dense = form._widen(1)
+        dense = form.widen(1)
         expected = F.linear(x, dense.weight, dense.bias)
     else:
         padded = pad(x, g.padding, g.mode)
@@ -550,7 +550,7 @@ def test_channel_shuffle_and_back_is_the_identity_on_forms(groups: int) -> None:
     form = conv(4, 6, (3, 3), groups=groups, padding=1)
     order = [0, 3, 1, 4, 2, 5]
     back = form.rows(order).rows([order.index(i) for i in range(6)])
-    assert torch.equal(back.weight, form._widen(1).weight)
+    assert torch.equal(back.weight, form.widen(1).weight)
     assert torch.equal(back.bias, form.bias)
 
 
@@ -653,7 +653,8 @@ def test_refusal(name: str) -> None:
 
 
 def test_every_refusal_of_the_algebra_is_listed() -> None:
-    written = set(re.findall(r"Reason\.([A-Z_]+)", inspect.getsource(conv_form)))
+    source = "".join(map(inspect.getsource, (conv_form, grid, kernels)))
+    written = set(re.findall(r"Reason\.([A-Z_]+)", source))
     assert written == {reason.name for reason, _ in REFUSALS.values()}
 
 

@@ -29,7 +29,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product as product_of
 from typing import Any
 
 import torch
@@ -37,6 +36,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from passes.algebra.grid import common_grid
+from passes.algebra.kernels import (
+    block_diagonal,
+    channel_product,
+    convolve,
+    divisors,
+    pad_or_crop,
+    passed_on,
+    swap_in_out,
+)  # fmt: skip
 from passes.algebra.opaque import OpaqueForm
 from passes.refusal import Reason, RefusalError
 
@@ -121,7 +130,7 @@ class ConvForm:
         d, p, op = (tuple(per_dim(v, n)) for v in (dilation, padding, output_padding))
         lead = tuple(d[i] * (kernel[i] - 1) - p[i] for i in range(n))
         return ConvForm(
-            _swap_in_out(weight, groups).flip(tuple(range(2, 2 + n))),
+            swap_in_out(weight, groups).flip(tuple(range(2, 2 + n))),
             bias,
             stride=(1,) * n,
             dilation=d,
@@ -237,7 +246,7 @@ class ConvForm:
         """More groups than this a widened form cannot have."""
         channels = math.gcd(self.in_channels, self.out_channels)
         inputs, outputs = self.tied
-        fits = (g for g in _divisors(channels) if g * inputs <= self.in_channels and g * outputs <= self.out_channels)
+        fits = (g for g in divisors(channels) if g * inputs <= self.in_channels and g * outputs <= self.out_channels)
         return max(fits, default=1)
 
     def same_size(self, other: object) -> bool:
@@ -278,10 +287,10 @@ class ConvForm:
                 f"cannot add {self.in_channels}->{self.out_channels} "
                 f"and {other.in_channels}->{other.out_channels} channels",
             )
-        grid = _common_grid([self, other])
+        grid = common_grid([self, other])
         inner, outer = (self, other) if other.kernel == grid.kernel else (other, self)
         bias = other.bias if self.bias is None else self.bias if other.bias is None else self.bias + other.bias
-        whole, small = grid.embed(outer), inner._widen(grid.groups)
+        whole, small = grid.embed(outer), inner.widen(grid.groups)
         if small.kernel == grid.kernel:
             weight = whole.weight + small.weight
         elif torch.is_grad_enabled():  # every change in place would cost autograd a copy of the whole kernel
@@ -348,7 +357,7 @@ class ConvForm:
         order = list(index)
         if order == list(range(self.out_channels)):
             return self
-        dense = self._widen(1)
+        dense = self.widen(1)
         rows = torch.tensor(order, device=dense.weight.device)
         bias = None if dense.bias is None else dense.bias[rows]
         # Rows may be taken from anywhere: each has the inputs of its group, if all groups are alike.
@@ -361,8 +370,8 @@ class ConvForm:
         if len({f.in_channels for f in given}) != 1:
             raise RefusalError(Reason.CHANNELS, "concatenated maps read different numbers of channels")
         forms = [f.refuse() if isinstance(f, OpaqueForm) else f for f in given]
-        dense = [f._widen(1) for f in forms]
-        grid = _common_grid(dense)
+        dense = [f.widen(1) for f in forms]
+        grid = common_grid(dense)
         aligned = [grid.embed(f) for f in dense]
         bias = None
         if any(f.bias is not None for f in aligned):
@@ -375,9 +384,9 @@ class ConvForm:
         """The same map with the largest number of groups its zeros allow."""
         if not self.widened or self.weight.device.type == "meta":
             return self
-        dense = self._widen(1)
+        dense = self.widen(1)
         used = (dense.weight.detach() != 0).flatten(2).any(-1) if dense.n else dense.weight.detach() != 0
-        for groups in sorted(_divisors(math.gcd(self.in_channels, self.out_channels)), reverse=True):
+        for groups in sorted(divisors(math.gcd(self.in_channels, self.out_channels)), reverse=True):
             blocks = used.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).any(3).any(1)
             if not bool((blocks & ~torch.eye(groups, dtype=torch.bool, device=blocks.device)).any()):
                 return replace(self._regroup_from_dense(dense, groups), widened=False, ties=None)
@@ -407,7 +416,7 @@ class ConvForm:
                 stuffed[(slice(None),) * (2 + axis) + (slice(None, None, up),)] = x
                 x = stuffed
         pads = [p for pair in zip(reversed(self.lead), reversed(self.trail), strict=True) for p in pair]
-        x = _pad(x, pads, "constant" if self.mode == "zeros" else self.mode)
+        x = pad_or_crop(x, pads, "constant" if self.mode == "zeros" else self.mode)
         conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[self.n - 1]
         return conv(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
@@ -437,11 +446,11 @@ class ConvForm:
         extent = tuple(e - a - b for e, a, b in zip(self.extent, self.lead, self.trail, strict=True))
         return replace(self, offset=(0,) * self.n, extent=extent, mode="zeros")
 
-    def _widen(self, groups: int) -> ConvForm:
+    def widen(self, groups: int) -> ConvForm:
         """The same map written with fewer groups; ``groups`` divides the present number."""
         if groups == self.groups:
             return self
-        return replace(self, weight=_block_diagonal(self.weight, self.groups, groups), groups=groups)
+        return replace(self, weight=block_diagonal(self.weight, self.groups, groups), groups=groups)
 
     @staticmethod
     def _regroup_from_dense(dense: ConvForm, groups: int) -> ConvForm:
@@ -454,74 +463,10 @@ Form = ConvForm | OpaqueForm
 """What a linear layer may be."""
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """The taps on which several branches can be written, so that weights can be added or stacked (F2, F8)."""
-
-    offset: Ints
-    dilation: Ints
-    kernel: Ints
-    groups: int
-    mode: str
-
-    def place(self, form: ConvForm) -> tuple[slice, ...]:
-        """Where the form's taps lie in a weight of this grid."""
-        place = [slice(None), slice(None)]
-        for i in range(form.n):
-            start = (form.offset[i] - self.offset[i]) // self.dilation[i]
-            step = form.dilation[i] // self.dilation[i] if form.kernel[i] > 1 else 1
-            place.append(slice(start, start + step * (form.kernel[i] - 1) + 1, step))
-        return tuple(place)
-
-    def embed(self, form: ConvForm) -> ConvForm:
-        """The form written on this grid, zeros at the taps it does not have."""
-        wide = form._widen(self.groups)
-        weight = wide.weight
-        if form.kernel != self.kernel:  # a kernel of the same size has the same taps
-            taps = self.place(form)[2:]
-            for axis, at in enumerate(taps, start=2):
-                weight = _spread(weight, axis, at.step)
-            ends = [(at.start, k - at.stop) for at, k in zip(taps, self.kernel, strict=True)]
-            weight = F.pad(weight, [p for pair in reversed(ends) for p in pair])
-        return replace(wide, weight=weight, offset=self.offset, dilation=self.dilation, mode=self.mode)
-
-
-def _spread(weight: Tensor, axis: int, step: int) -> Tensor:
-    """``step - 1`` zeros between the taps of one axis (F8); not in place, so that it can be recorded and derived."""
-    if step == 1:
-        return weight
-    apart = F.pad(weight.movedim(axis, -1).unsqueeze(-1), (0, step - 1)).flatten(-2)
-    return apart[..., : apart.shape[-1] - step + 1].movedim(-1, axis)
-
-
-def _common_grid(forms: Sequence[ConvForm]) -> _Grid:
-    first = forms[0]
-    for other in forms[1:]:
-        if (other.stride, other.extent, other.up) != (first.stride, first.extent, first.up):
-            raise RefusalError(
-                Reason.GEOMETRY,
-                f"stride {first.stride}, extent {first.extent} and stride {other.stride}, extent {other.extent} "
-                "give outputs of different sizes",
-            )
-    modes = {f.mode for f in forms if f.reads_outside}
-    if len(modes) > 1:
-        raise RefusalError(Reason.PAD_MODE, f"branches pad in the modes {', '.join(sorted(modes))}")
-    offset = tuple(min(f.offset[i] for f in forms) for i in range(first.n))
-    dilation, kernel = [], []
-    for i in range(first.n):
-        gaps = [f.offset[i] - offset[i] for f in forms] + [f.dilation[i] for f in forms if f.kernel[i] > 1]
-        step = math.gcd(*gaps) or 1
-        far = max(f.offset[i] - offset[i] + f.dilation[i] * (f.kernel[i] - 1) for f in forms)
-        dilation.append(step)
-        kernel.append(far // step + 1)
-    groups = math.gcd(*(f.groups for f in forms))
-    return _Grid(offset, tuple(dilation), tuple(kernel), groups, modes.pop() if modes else first.mode)
-
-
 def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:
     """``outer`` after ``inner`` where ``outer`` never reads outside: kernels convolved group by group."""
     n = inner.n
-    groups, product = _channel_product(inner, outer)
+    groups, product = channel_product(inner, outer)
     scale = [outer.dilation[i] * inner.stride[i] if outer.up[i] == 1 else outer.dilation[i] for i in range(n)]
     dilation, kernel, outer_step, inner_step = [], [], [], []
     for i in range(n):
@@ -536,8 +481,8 @@ def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:
         weight = inner.weight.new_empty((outer.out_channels, inner.in_channels // groups, *kernel))
         bias = outer.bias if inner.bias is None else inner.weight.new_empty(outer.out_channels)
     else:
-        weight = _convolve(inner.weight, outer.weight, tuple(kernel), inner_step, outer_step, product)
-        bias = _passed_on(inner, outer)
+        weight = convolve(inner.weight, outer.weight, tuple(kernel), inner_step, outer_step, product)
+        bias = passed_on(inner, outer)
     widened = inner.widened or outer.widened
     return ConvForm(
         weight,
@@ -555,127 +500,9 @@ def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:
     )
 
 
-def _passed_on(inner: ConvForm, outer: ConvForm) -> Tensor | None:
-    """The bias of ``outer`` after ``inner``, whose own is the same at every tap."""
-    if inner.bias is None:
-        return outer.bias
-    per_group = outer.weight.flatten(2).sum(-1) if inner.n else outer.weight
-    passed = torch.einsum(
-        "goi,gi->go", per_group.unflatten(0, (outer.groups, -1)), inner.bias.unflatten(0, (outer.groups, -1))
-    ).flatten()
-    return passed if outer.bias is None else passed + outer.bias
-
-
 def _ties(*forms: ConvForm) -> tuple[int, int]:
     """What is tied in one of several branches over the same input is tied in all of them together."""
     return max(f.tied[0] for f in forms), max(f.tied[1] for f in forms)
-
-
-Product = Callable[[Tensor, Tensor], Tensor]
-
-
-def _channel_product(inner: ConvForm, outer: ConvForm) -> tuple[int, Product]:
-    """Groups of the composed map, and the product of channels that belongs to them.
-
-    The product takes ``(O, M / g_outer, t)`` and ``(M, I / g_inner, u)`` with t = 1 or u = 1 taps and gives
-    ``(O, I / groups, max(t, u))``. Depthwise maps are multiplied as diagonals, and groups inside groups one by one,
-    never as dense matrices.
-    """
-    if inner.is_depthwise:
-
-        def scale_inputs(b: Tensor, a: Tensor) -> Tensor:
-            per_group = a.reshape(outer.groups, 1, -1, a.shape[-1])
-            scaled: Tensor = b.unflatten(0, (outer.groups, -1)) * per_group
-            return scaled.flatten(0, 1)
-
-        return outer.groups, scale_inputs
-    if outer.groups == outer.in_channels:
-
-        def scale_outputs(b: Tensor, a: Tensor) -> Tensor:
-            return b * a.repeat_interleave(outer.out_channels // outer.in_channels, 0)
-
-        return inner.groups, scale_outputs
-    if inner.groups % outer.groups == 0 and inner.groups > outer.groups:
-
-        def group_by_group(b: Tensor, a: Tensor) -> Tensor:
-            left = b.unflatten(0, (outer.groups, -1)).unflatten(2, (inner.groups // outer.groups, -1))  # g, o, q, m, t
-            right = a.unflatten(0, (inner.groups, -1))  # g * q, m, i, u
-            rows = left.permute(0, 2, 1, 4, 3).flatten(0, 1).flatten(1, 2)  # g * q, o * t, m
-            flat = torch.bmm(rows, right.flatten(2)).unflatten(1, (-1, b.shape[-1])).unflatten(3, right.shape[2:])
-            y = flat.unflatten(0, (outer.groups, -1)).permute(0, 2, 1, 4, 3, 5)  # g, o, q, i, t, u
-            whole: Tensor = y.contiguous().flatten(4).flatten(2, 3).flatten(0, 1)
-            return whole
-
-        return outer.groups, group_by_group
-    groups = math.gcd(inner.groups, outer.groups)
-
-    def matrix(b: Tensor, a: Tensor) -> Tensor:
-        left = _block_diagonal(b, outer.groups, groups).unflatten(0, (groups, -1))  # g, o, m, t
-        right = _block_diagonal(a, inner.groups, groups).unflatten(0, (groups, -1))  # g, m, i, u
-        taps_first = left.movedim(3, 2).flatten(1, 2)  # g, o * t, m
-        flat = torch.bmm(taps_first, right.flatten(2))  # g, o * t, i * u
-        y: Tensor = flat.unflatten(1, (left.shape[1], -1)).unflatten(3, right.shape[2:])  # g, o, t, i, u
-        # In the order of a kernel at once: whatever follows is the faster for it, in both directions.
-        return y.movedim(2, 3).contiguous().flatten(3).flatten(0, 1)
-
-    return groups, matrix
-
-
-def _block_diagonal(weight: Tensor, have: int, want: int) -> Tensor:
-    """A weight of ``have`` groups written with ``want`` groups, zeros between; ``want`` divides ``have``."""
-    if have == want:
-        return weight
-    ratio = have // want
-    blocks: Tensor = weight.unflatten(0, (want, ratio, -1)).unsqueeze(3)  # g, r, o, 1, i, k
-    eye = torch.eye(ratio, dtype=weight.dtype, device=weight.device)
-    wide = blocks * eye.reshape(1, ratio, 1, ratio, *(1,) * (weight.dim() - 1))  # g, r, o, r, i, k
-    return wide.flatten(3, 4).flatten(0, 2)
-
-
-def _convolve(
-    inner: Tensor, outer: Tensor, kernel: Ints, inner_step: list[int], outer_step: list[int], product: Product
-) -> Tensor:
-    """``weight[j * outer_step + k * inner_step] += outer[j] inner[k]``: one product per tap of the smaller kernel."""
-    a, b = inner.flatten(2) if kernel else inner.unsqueeze(-1), outer.flatten(2) if kernel else outer.unsqueeze(-1)
-    if a.shape[-1] == 1 or b.shape[-1] == 1:
-        whole = product(b, a)
-        return whole.reshape(*whole.shape[:2], *kernel)
-    swap = a.shape[-1] < b.shape[-1]
-    few, few_step = (inner, inner_step) if swap else (outer, outer_step)
-    many, many_step = (outer, outer_step) if swap else (inner, inner_step)
-    weight: Tensor | None = None
-    for tap, at in enumerate(_grid(few.shape[2:])):
-        part = product(b, a[..., tap : tap + 1]) if swap else product(b[..., tap : tap + 1], a)
-        if weight is None:
-            weight = part.new_zeros((*part.shape[:2], *kernel))
-        place: list[slice] = [slice(None), slice(None)]
-        for i, size in enumerate(many.shape[2:]):
-            start, step = at[i] * few_step[i], max(many_step[i], 1)
-            place.append(slice(start, start + step * (size - 1) + 1, step))
-        weight[tuple(place)].add_(part.unflatten(-1, many.shape[2:]))
-    assert weight is not None
-    return weight
-
-
-def _swap_in_out(weight: Tensor, groups: int) -> Tensor:
-    """``(I, O / g, k)`` to ``(O, I / g, k)`` and back."""
-    blocks: Tensor = weight.unflatten(0, (groups, -1))
-    return blocks.transpose(1, 2).flatten(0, 1)
-
-
-def _pad(x: Tensor, pads: list[int], mode: str) -> Tensor:
-    """Pad, then crop where negative: the whole input is continued, also where the other end is cropped."""
-    if any(p > 0 for p in pads):
-        x = F.pad(x, [max(p, 0) for p in pads], mode=mode)
-    return F.pad(x, [min(p, 0) for p in pads]) if any(p < 0 for p in pads) else x
-
-
-def _grid(shape: Sequence[int]) -> list[Ints]:
-    return list(product_of(*(range(s) for s in shape)))
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def _placed(like: Tensor | None) -> dict[str, Any]:

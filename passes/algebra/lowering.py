@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.algebra.conv_form import ConvForm, Form, _swap_in_out
+from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.geometry import CONVS, PADS
+from passes.algebra.kernels import swap_in_out
 from passes.algebra.opaque import OpaqueForm
 from passes.refusal import Reason, RefusalError
 
@@ -57,7 +58,7 @@ def emit(form: Form, target: Target) -> nn.Module:
         layer = nn.Linear(form.in_channels, form.out_channels, device="meta")
     elif any(u != 1 for u in form.up):
         layer = _transposed(form)
-        weight = _swap_in_out(weight.flip(tuple(range(2, 2 + form.n))), form.groups).contiguous()
+        weight = swap_in_out(weight.flip(tuple(range(2, 2 + form.n))), form.groups).contiguous()
     else:
         return _conv(form, weight, bias, target)
     return _fill(layer, weight, bias, target)
