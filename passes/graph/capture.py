@@ -20,19 +20,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from passes.graph.call import Call
+from passes.graph.errors import NotCapturedError, RejectedError, refusal_of
 from passes.graph.generators import states
+from passes.graph.leaf import has_hooks, inherits_forward, is_based_on_layer
 from passes.graph.marks import Snapshot, no_mark
 from passes.graph.patches import patched
-from passes.graph.tracer import (
-    Call,
-    NotCapturedError,
-    RejectedError,
-    Tracer,
-    has_hooks,
-    inherits_forward,
-    is_based_on_layer,
-    refusal_of,
-)  # fmt: skip
+from passes.graph.tracer import Tracer
 from passes.refusal import UNREAD, Reason, Refusal
 
 __all__ = [

@@ -63,3 +63,17 @@ def parts_of(value: Any) -> Iterator[tuple[Any, Any, Any]]:
         yield from ((operator.getitem, i, part) for i, part in enumerate(value))
     elif isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
         yield from parts_of(Made(value.target, value.args, value.kwargs))
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What plain containers and slices hold, in order."""
+    if isinstance(value, (tuple, list, set)):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, slice):
+        yield from leaves((value.start, value.stop, value.step))
+    else:
+        yield value

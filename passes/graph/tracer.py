@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import dis
 import functools
 import gc
 import inspect
@@ -18,78 +17,35 @@ import math
 import sys
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FrameType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import TracerBase
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
-from passes.graph.answers import Answers, DependsError, UnknownError
+from passes.graph.answers import Answers
+from passes.graph.call import Call, context
+from passes.graph.errors import NotCapturedError, RejectedError, is_raised, refusal_of
 from passes.graph.generators import states
+from passes.graph.leaf import leaf_refusal, library_leaves
 from passes.graph.memory import shared_by, written_by
-from passes.graph.methods import MethodCall, noting_methods
-from passes.graph.nodes import LAYERS, is_constant, is_query, surely_tensor
-from passes.graph.opset import Kind, base_operation, operation_of, operation_of_layer
+from passes.graph.methods import noting_methods
+from passes.graph.nodes import is_constant, is_query
+from passes.graph.opset import operation_of
 from passes.graph.outside import Outside
-from passes.graph.patches import active, intercept_function, intercept_type, intercepting
-from passes.graph.proxies import Attribute, Held, Value, is_value
-from passes.graph.structures import structure
+from passes.graph.patches import intercept_function, intercept_type, intercepting
+from passes.graph.proxies import Held, Value, is_value
+from passes.graph.questions import Questions
+from passes.graph.structures import leaves, structure
+from passes.graph.torch_calls import TorchCalls
 from passes.refusal import Reason, Refusal
 
-__all__ = [
-    "Call",
-    "NotCapturedError",
-    "RejectedError",
-    "Tracer",
-    "has_hooks",
-    "inherits_forward",
-    "is_based_on_layer",
-    "refusal_of",
-]
+__all__ = ["Tracer"]
 
 
-@dataclass(eq=False)
-class Call:
-    """One call of a module that was traced through: who was called, with what, and what came back."""
-
-    path: str
-    module: nn.Module
-    parent: Call | None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
-    context: Any = None
-    methods: list[MethodCall] = field(default_factory=list)
-    after: fx.Node | None = None
-    """The last node before it."""
-
-    def chain(self) -> Iterator[Call]:
-        """This call and those around it, innermost first."""
-        call: Call | None = self
-        while call is not None:
-            yield call
-            call = call.parent
-
-
-class NotCapturedError(Exception):
-    """Code does what a graph cannot say; the module around it becomes one opaque call."""
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-class RejectedError(Exception):
-    """The forward raises an error of its own."""
-
-
-class Tracer(TracerBase):
+class Tracer(Questions):
     """Records what one module's forward does.
 
     Args:
@@ -118,34 +74,25 @@ class Tracer(TracerBase):
         forks: bool = False,
         forced: tuple[bool, ...] = (),
     ) -> None:
-        super().__init__()
-        self.forks, self.forced = forks, forced
-        self.either: list[tuple[Call, bool]] = []
+        super().__init__(root, Answers(self._attribute, root, inputs, numbers), forks=forks, forced=forced)
         self.outside = outside
         self.root, self.leaves, self.given, self.careful = root, leaves, given or {}, careful
         self.inputs = inputs
-        self.leaf_types = tuple(t for t in _library_leaves("get_notrace_modules") if isinstance(t, type))
+        self.leaf_types = tuple(t for t in library_leaves("get_notrace_modules") if isinstance(t, type))
         self._buffers = {name for name, _ in root.named_buffers()}
-        self._modules = dict(root.named_modules())
         self.paths = {id(module): path for path, module in root.named_modules()}
         self.names = {id(t): name for name, t in [*root.named_buffers(), *root.named_parameters()]}
         self.graph = fx.Graph()
-        self.current = Call("", root, None, context=_context())
         self.calls: list[Call] = [self.current]
         self.opaque: dict[str, Refusal] = {}
         self.read_names: set[str] = set()
         self.constants: dict[str, Any] = {}
-        self.fixed: dict[Call, Refusal] = {}
         self.kept: list[fx.Node] = []
-        self.functions: set[Any] = {*_MATH, *filter(callable, _library_leaves("get_notrace_functions"))}
+        self.functions: set[Any] = {*_MATH, *filter(callable, library_leaves("get_notrace_functions"))}
         self._searched: set[int] = set()
         self.pinned: set[int] = set()
-        self.asked: set[int] = set()
-        self.answers = Answers(self._attribute, root, inputs, numbers)
-        self._asked: set[fx.Node] = set()
         self._writes: list[tuple[nn.Module, str, Any]] = []
         self._alive: list[weakref.ref[Value]] = []
-        self._pending: Exception | None = None
         self._constant_names: dict[int, str] = {}
         self._base: dict[fx.Node, fx.Node] = {}
         self._copies: dict[fx.Node, fx.Node] = {}
@@ -154,7 +101,7 @@ class Tracer(TracerBase):
 
     def trace(self) -> fx.Graph:
         """Run the root's forward. Raises whatever it raises, if no opaque function can be made of the culprit."""
-        with intercepting(self), _Functions(self):
+        with intercepting(self), TorchCalls(self):
             while True:
                 call = self._entry()
                 args, kwargs = self._arguments(call)
@@ -234,9 +181,7 @@ class Tracer(TracerBase):
             return self.create_proxy("call_module", path, args, kwargs)
         while True:
             last, count, writes = self._last(), len(self.calls), len(self._writes)
-            call = Call(
-                path, module, self.current, self._plain(args), self._plain(kwargs), None, _context(), after=last
-            )
+            call = Call(path, module, self.current, self._plain(args), self._plain(kwargs), None, context(), after=last)
             self.calls.append(call)
             self.current = call
             try:
@@ -259,24 +204,11 @@ class Tracer(TracerBase):
 
     def _leaf(self, module: nn.Module) -> Refusal | None:
         """Why a module is one call in the graph; without a message for layers that the laws know."""
-        if id(module) in self.leaves:
-            return self.leaves[id(module)]
-        plain = type(module) in LAYERS or inherits_forward(module)
-        if has_hooks(module):
-            told = Reason.HOOK.value if plain else "compiled on its own: it has a hook"
-            return Refusal(Reason.HOOK, told)
-        if plain:
-            return Refusal(Reason.UNTRACEABLE, "")
-        if isinstance(module, torch.jit.ScriptModule):
-            return Refusal(Reason.UNTRACEABLE, "compiled on its own: it is a script")
-        if isinstance(module, self.leaf_types) and not is_based_on_layer(module):
-            # A norm that activates or a conv that standardises its weight is read through.
-            return Refusal(Reason.UNTRACEABLE, "compiled on its own: its library says that it cannot be traced")
-        return None
+        return self.leaves.get(id(module)) or leaf_refusal(module, self.leaf_types)
 
     def _reject(self, error: Exception) -> None:
         """Whether the code itself raises where a question is answered the other way: it does not take such sizes."""
-        if self.forced and len(self.either) >= len(self.forced) and _is_raised(error):
+        if self.forced and len(self.either) >= len(self.forced) and is_raised(error):
             raise RejectedError from error
 
     def _last(self) -> fx.Node | None:
@@ -325,11 +257,11 @@ class Tracer(TracerBase):
 
     def wraps(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call of this function is one node."""
-        return function in self.functions and any(map(self.is_value, _leaves((args, kwargs))))
+        return function in self.functions and any(map(self.is_value, leaves((args, kwargs))))
 
     def call_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One node for a function's call; modules among its arguments are called by code that nobody reads."""
-        for value in _leaves((args, kwargs)):
+        for value in leaves((args, kwargs)):
             if isinstance(value, nn.Module):
                 self.pinned |= {id(m) for m in value.modules()}
         return self.create_proxy("call_function", function, args, kwargs)
@@ -347,11 +279,11 @@ class Tracer(TracerBase):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:
         node = self.graph.create_node(kind, target, args, kwargs, *rest, **named)
         node.meta["call"] = self.current
-        if _context() != self.current.context:
+        if context() != self.current.context:
             self.mark(Reason.CONTEXT, "its forward enters a context")
         if self.outside is not None and self.outside.small:  # what is set back before the call ends
             self._look_outside(self.current)
-        module = self._called(node)
+        module = self.called(node)
         operation = operation_of(node, module)
         changed = written_by(node, operation, module)
         shared = changed or shared_by(node, operation)
@@ -365,8 +297,8 @@ class Tracer(TracerBase):
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)
-        if kind in (Value, Attribute, Held):
-            return self._own(a)
+        if is_value(a):
+            return self.own(a)
         if isinstance(a, Tensor):
             return self.create_node("get_attr", self._name(a), (), {})
         if isinstance(a, nn.Module):
@@ -391,7 +323,7 @@ class Tracer(TracerBase):
             return self.create_node("call_function", kind, ([(k, self.create_arg(v)) for k, v in a.items()],), {})
         self.stop(Reason.UNTRACEABLE, f"gives a {kind.__name__}, which cannot be made again")
 
-    def _own(self, value: Value) -> fx.Node:
+    def own(self, value: Value) -> fx.Node:
         node = value.node
         if value.tracer is not self and value.tracer.root is self.root and is_constant(node) and not node._erased:
             return self._again(value.tracer, node)  # kept from an earlier call, and the same in each
@@ -444,13 +376,9 @@ class Tracer(TracerBase):
 
     def _plain(self, a: Any) -> Any:
         """Arguments or results with nodes for values; nothing is added to the graph for their containers."""
-        return structure(a, lambda each: self._own(each) if is_value(each) else each)
+        return structure(a, lambda each: self.own(each) if is_value(each) else each)
 
     # ---------------------------------------------------------------- what a forward does beside its graph
-
-    def mark(self, reason: Reason, message: str) -> None:
-        """The forward that runs now does something that no graph says: its code must stay."""
-        self.fixed.setdefault(self.current, Refusal(reason, message))
 
     def write(self, module: nn.Module, name: str, value: Any) -> None:
         """A forward sets an attribute of a module."""
@@ -461,7 +389,7 @@ class Tracer(TracerBase):
             return  # made in the forward
         self._writes.append((module, name, module.__dict__.get(name, ...)))
         self.mark(Reason.EFFECT, f"its forward sets the attribute {name}")
-        self.kept += [v.node for v in _leaves(value) if is_value(v)]
+        self.kept += [v.node for v in leaves(value) if is_value(v)]
 
     def _look_outside(self, call: Call | None) -> None:
         """Mark the call whose code has run since this was last asked, if it has changed something elsewhere."""
@@ -486,7 +414,7 @@ class Tracer(TracerBase):
         self.mark(Reason.CONTEXT, f"its forward enters {what}")
 
     def _check_context(self) -> None:
-        if _context() != self.current.context:
+        if context() != self.current.context:
             self.mark(Reason.CONTEXT, "its forward enters a context")
 
     def _escaped(self) -> list[fx.Node]:
@@ -504,117 +432,6 @@ class Tracer(TracerBase):
         """Nodes of values that somebody still holds."""
         alive = [value.node for ref in self._alive if (value := ref()) is not None]
         return [node for node in alive if not node._erased and _is_computed(node)]
-
-    # ---------------------------------------------------------------- questions
-
-    def stop(self, reason: Reason, message: str) -> Any:
-        """Stop tracing the forward that runs now, also if it catches what is raised here."""
-        self._pending = NotCapturedError(reason, message)
-        raise self._pending
-
-    def refuse(self, what: str) -> Any:
-        self.stop(Reason.QUESTION, f"a value {what}")
-
-    def _called(self, node: fx.Node) -> nn.Module | None:
-        return self._modules.get(str(node.target)) if node.op == "call_module" else None
-
-    def _is_tensor(self, node: fx.Node) -> bool:
-        return surely_tensor(node, self._called)
-
-    def _ask(self, value: Value, question: Callable[[Any], Any], what: str) -> Any:
-        node = self._own(value)
-        self._asked.add(node)
-        if node.op == "placeholder" and what == "type":
-            self.stop(Reason.INPUT_TYPE, Reason.INPUT_TYPE.value)
-        if isinstance(self.current.module, _ConvNd) and self.current.parent is not None:
-            # A convolution that pads by a rule of its own is one layer, whatever answer would suit some sizes.
-            self.stop(Reason.QUESTION, f"asks for the {what} of a value")
-        try:
-            answer = self.answers.ask(node, question)
-        except DependsError as error:
-            if type(error.answer) is not bool or what != "truth" or not self.forks:
-                self.stop(Reason.QUESTION, f"asks for the {what} of a value: {error}")
-            return self._either(error.answer)
-        except UnknownError as error:
-            self.stop(Reason.QUESTION, f"asks for the {what} of a value: {error}")
-        # The question may run any code of the network on fake tensors.
-        except Exception as error:
-            self.stop(Reason.QUESTION, f"asks for the {what} of a value: {type(error).__name__}: {error}")
-        return answer
-
-    def _either(self, answer: bool) -> bool:
-        """An answer that some sizes give; the forward is traced with the other one as well."""
-        number = len(self.either)
-        answer = self.forced[number] if number < len(self.forced) else answer
-        self.either.append((self.current, answer))
-        return answer
-
-    def to_bool(self, obj: Any) -> bool:
-        return bool(self._ask(obj, _truth, "truth"))
-
-    def length(self, value: Value) -> int:
-        return int(self._ask(value, len, "length"))
-
-    def number(self, value: Value, kind: type) -> Any:
-        return self._ask(value, lambda v: _number(v, kind), "number")
-
-    def text(self, value: Value, question: Callable[[Any], str]) -> str:
-        """A value as text: mostly the message of an assertion that holds; but a forward may decide by it."""
-        if active() is not self:
-            return repr(value)
-        try:
-            return self.answers.ask(self._own(value), question)
-        # The question may run any code of the network on fake tensors.
-        except Exception:
-            self.mark(Reason.QUESTION, "its forward makes text of a value")
-            return repr(value)
-
-    def hash_of(self, value: Value) -> int:
-        """A number of dimensions is looked up in dictionaries; anything else is only itself."""
-        rank = value.attr == "ndim" if isinstance(value, Attribute) else value.node.target == "dim"
-        return hash(self._ask(value, int, "number")) if rank else object.__hash__(value)
-
-    def contains(self, value: Value, item: Any) -> bool:
-        if is_value(item):
-            self.refuse("is looked for in another")
-        return bool(self._ask(value, lambda v: item in v and not isinstance(v, Tensor), "members"))
-
-    def lacks(self, value: Value, name: str) -> bool:
-        """Whether a value is known to be a tensor, which has no such attribute."""
-        if isinstance(value, Held) or self._is_tensor(value.node):
-            return True
-        if value.node.op == "placeholder":
-            return False
-        try:
-            return not self.answers.ask(value.node, lambda v: hasattr(v, name))
-        # Any code of the network may run, on fake tensors; where it fails nothing is known.
-        except Exception:
-            return False
-
-    def is_value(self, value: Any) -> bool:
-        return is_value(value)
-
-    def is_instance(self, value: Any, kinds: Any) -> bool:
-        if isinstance(value, Held) or self._is_tensor(value.node):
-            return isinstance(_TENSOR, kinds)
-        return bool(self._ask(value, lambda v: isinstance(v, kinds), "type"))
-
-    def type_of(self, value: Any) -> type:
-        if isinstance(value, Held):
-            return type(value.tensor)
-        if self._is_tensor(value.node):
-            return Tensor
-        kind: type = self._ask(value, lambda v: Tensor if isinstance(v, Tensor) else type(v), "type")
-        return kind
-
-    def note_class_asked(self, module: nn.Module) -> None:
-        """The code looks at the class of a module, which another in its place would not have."""
-        self.asked.add(id(module))
-
-    def has_attribute(self, value: Any, name: str) -> bool:
-        if isinstance(value, Held) or self._is_tensor(value.node):
-            return hasattr(_TENSOR, name)
-        return bool(self._ask(value, lambda v: hasattr(v, name), "type"))
 
     def _forget_questions(self) -> None:
         """Drop nodes that nothing reads but questions that have been answered, and weights that were only looked at."""
@@ -636,59 +453,6 @@ _RUN = Tracer._run.__code__
 _MATH = tuple(f for name, f in vars(math).items() if callable(f) and not name.startswith("_"))
 _FUNCTION_TYPES = (FunctionType, BuiltinFunctionType)
 _TENSOR = torch.empty(0)
-
-
-class _Functions(TorchFunctionMode):
-    """Torch's functions as the traced code calls them: random ones become calls of the graph."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if active() is not self.tracer:
-            return func(*args, **kwargs)
-        values = [v for v in _leaves((args, kwargs)) if is_value(v)]
-        if values:
-            return fx.Proxy.__torch_function__(func, types, args, kwargs)
-        if func in _RANDOM:
-            return self.tracer.create_proxy("call_function", func, args, kwargs)
-        if not self.tracer.careful:
-            return func(*args, **kwargs)
-        before = torch.get_rng_state()
-        result = func(*args, **kwargs)
-        if not torch.equal(before, torch.get_rng_state()):
-            self.tracer.stop(Reason.RANDOM, f"draws random numbers: {getattr(func, '__name__', func)}")
-        return result
-
-
-_RANDOM = {
-    torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.randint_like,
-    torch.normal, torch.bernoulli, torch.multinomial, torch.poisson,
-}  # fmt: skip
-
-
-_INHERITED = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR, Kind.NORM)
-
-
-def inherits_forward(module: nn.Module) -> bool:
-    """Whether a subclass of torch's convolutions, linear layers or norms computes just what its base computes."""
-    operation = operation_of_layer(module)
-    return operation is not None and operation.kind in _INHERITED
-
-
-def is_based_on_layer(module: nn.Module) -> bool:
-    """Whether a module is a convolution, linear layer or norm of torch, or of a class derived from one."""
-    operation = base_operation(module)
-    return operation is not None and operation.kind in _INHERITED
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether user code runs around this module's forward or backward; torch's own weight_norm is none."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for name in names for hook in getattr(module, name, {}).values()]
-    return not all(hasattr(hook, "compute_weight") for hook in hooks)
 
 
 def _wanted(root: nn.Module, given: dict[str, Any], inputs: Any) -> list[tuple[str, bool]]:
@@ -714,71 +478,3 @@ def _global_function(caller: FrameType, frame: FrameType) -> tuple[dict[str, Any
             if isinstance(function, FunctionType) and function.__code__ is frame.f_code:
                 return space, name, function
     return None
-
-
-def refusal_of(error: Exception) -> Refusal:
-    """Why a module is not read, with the place in its code."""
-    text = str(error).strip().splitlines()
-    reason = error.reason if isinstance(error, NotCapturedError) else Reason.UNTRACEABLE
-    at = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if _is_theirs(f.filename)), None)
-    where = f" ({at.filename.rpartition('/')[2]}:{at.lineno})" if at is not None else ""
-    if isinstance(error, NotCapturedError):
-        return Refusal(reason, f"{text[0] if text else reason.value}{where}"[:240])
-    return Refusal(reason, f"{reason.value}: {type(error).__name__}: {text[0] if text else ''}"[:200] + where)
-
-
-def _is_raised(error: Exception) -> bool:
-    """Whether code of a person raises this, or asserts what does not hold."""
-    if isinstance(error, NotCapturedError) or error.__traceback__ is None:
-        return False
-    at = error.__traceback__
-    while at.tb_next is not None:
-        at = at.tb_next
-    frame = at.tb_frame
-    if frame.f_code is torch._assert.__code__:
-        return True
-    return _is_theirs(frame.f_code.co_filename) and dis.opname[frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
-
-
-def _is_theirs(filename: str) -> bool:
-    return "/torch/" not in filename and "/passes/graph/" not in filename and not filename.startswith("<frozen")
-
-
-def _context() -> tuple[Any, ...]:
-    """What a context manager of torch may have changed."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-        torch.is_inference_mode_enabled(),
-        torch.get_default_dtype(),
-    )
-
-
-def _library_leaves(which: str) -> list[Any]:
-    """Timm's own list of what FX must not enter, when timm is loaded; a timm model implies that it is."""
-    fx_module = sys.modules.get("timm.layers._fx")
-    return list(getattr(fx_module, which)()) if fx_module is not None else []
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, (tuple, list, set)):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, slice):
-        yield from _leaves((value.start, value.stop, value.step))
-    else:
-        yield value
-
-
-def _truth(value: Any) -> bool:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise UnknownError("a tensor of several elements")
-    return bool(value)
-
-
-def _number(value: Any, kind: type) -> Any:
-    return kind(value)

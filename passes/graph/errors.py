@@ -1,0 +1,52 @@
+"""Why a forward is not read, as errors while it is traced and as the refusal that a person is told."""
+
+from __future__ import annotations
+
+import dis
+import traceback
+
+import torch
+
+from passes.refusal import Reason, Refusal
+
+__all__ = ["NotCapturedError", "RejectedError", "is_raised", "refusal_of"]
+
+
+class NotCapturedError(Exception):
+    """Code does what a graph cannot say; the module around it becomes one opaque call."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class RejectedError(Exception):
+    """The forward raises an error of its own."""
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Why a module is not read, with the place in its code."""
+    text = str(error).strip().splitlines()
+    reason = error.reason if isinstance(error, NotCapturedError) else Reason.UNTRACEABLE
+    at = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if _is_theirs(f.filename)), None)
+    where = f" ({at.filename.rpartition('/')[2]}:{at.lineno})" if at is not None else ""
+    if isinstance(error, NotCapturedError):
+        return Refusal(reason, f"{text[0] if text else reason.value}{where}"[:240])
+    return Refusal(reason, f"{reason.value}: {type(error).__name__}: {text[0] if text else ''}"[:200] + where)
+
+
+def is_raised(error: Exception) -> bool:
+    """Whether code of a person raises this, or asserts what does not hold."""
+    if isinstance(error, NotCapturedError) or error.__traceback__ is None:
+        return False
+    at = error.__traceback__
+    while at.tb_next is not None:
+        at = at.tb_next
+    frame = at.tb_frame
+    if frame.f_code is torch._assert.__code__:
+        return True
+    return _is_theirs(frame.f_code.co_filename) and dis.opname[frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _is_theirs(filename: str) -> bool:
+    return "/torch/" not in filename and "/passes/graph/" not in filename and not filename.startswith("<frozen")

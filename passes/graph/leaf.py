@@ -1,0 +1,58 @@
+"""Which modules are one call in a graph, whatever their forward does."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes.graph.nodes import LAYERS
+from passes.graph.opset import Kind, base_operation, operation_of_layer
+from passes.refusal import Reason, Refusal
+
+__all__ = ["has_hooks", "inherits_forward", "is_based_on_layer", "leaf_refusal", "library_leaves"]
+
+_INHERITED = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR, Kind.NORM)
+
+
+def inherits_forward(module: nn.Module) -> bool:
+    """Whether a subclass of torch's convolutions, linear layers or norms computes just what its base computes."""
+    operation = operation_of_layer(module)
+    return operation is not None and operation.kind in _INHERITED
+
+
+def is_based_on_layer(module: nn.Module) -> bool:
+    """Whether a module is a convolution, linear layer or norm of torch, or of a class derived from one."""
+    operation = base_operation(module)
+    return operation is not None and operation.kind in _INHERITED
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether user code runs around this module's forward or backward; torch's own weight_norm is none."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for name in names for hook in getattr(module, name, {}).values()]
+    return not all(hasattr(hook, "compute_weight") for hook in hooks)
+
+
+def library_leaves(which: str) -> list[Any]:
+    """Timm's own list of what FX must not enter, when timm is loaded; a timm model implies that it is."""
+    fx_module = sys.modules.get("timm.layers._fx")
+    return list(getattr(fx_module, which)()) if fx_module is not None else []
+
+
+def leaf_refusal(module: nn.Module, leaf_types: tuple[type, ...]) -> Refusal | None:
+    """Why a module is one call in the graph; without a message for layers that the laws know."""
+    plain = type(module) in LAYERS or inherits_forward(module)
+    if has_hooks(module):
+        told = Reason.HOOK.value if plain else "compiled on its own: it has a hook"
+        return Refusal(Reason.HOOK, told)
+    if plain:
+        return Refusal(Reason.UNTRACEABLE, "")
+    if isinstance(module, torch.jit.ScriptModule):
+        return Refusal(Reason.UNTRACEABLE, "compiled on its own: it is a script")
+    if isinstance(module, leaf_types) and not is_based_on_layer(module):
+        # A norm that activates or a conv that standardises its weight is read through.
+        return Refusal(Reason.UNTRACEABLE, "compiled on its own: its library says that it cannot be traced")
+    return None
