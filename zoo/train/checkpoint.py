@@ -3,9 +3,10 @@
     run.json                configuration, network, data, versions, machine, date
     log.csv                 one row for each epoch
     last.safetensors        the training state after the last epoch: tensors ``model.*``, ``optimizer.*``, ``ema.*``;
-                            as metadata the note of :mod:`reparam.files`, the configuration, the rows of the log and
-                            the optimizer's settings
+                            as metadata the note of :mod:`reparam.files`, the configuration, the rows of the log, the
+                            optimizer's settings, and a digest of all of it
     previous.safetensors    the state after the epoch before, for when the last one is damaged
+    next.safetensors        the last state before it has its name; there only after a run that was killed right then
     best.safetensors        the weights of the best evaluation, as :mod:`reparam.files` writes them
     best.ema.safetensors    the averaged weights of their own best evaluation, if the run averages
     result.json             the result, once the run is finished
@@ -23,28 +24,21 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from reparam import ReparamError
-from reparam.files import load_state, misfit
+from reparam.files import load_state
 from reparam.recipe import Recipe
 from reparam.saving import FileError, replace_file, safetensors_torch
 from zoo.train.config import Config
 from zoo.train.result import Epoch
+from zoo.train.state import DIGEST, Parts, State, StateError, check_digest, digest, parsed
 
-__all__ = [
-    "CheckpointError",
-    "Folder",
-    "State",
-    "pack_optimizer",
-    "unpack_optimizer",
-]
+__all__ = ["CheckpointError", "Folder"]
 
 log = logging.getLogger("reparam.train")
 
@@ -58,27 +52,6 @@ class CheckpointError(ReparamError):
     """A checkpoint that a run cannot go on from; the message names it, the reason and the way out."""
 
 
-@dataclass(frozen=True)
-class State:
-    """What the next epoch goes on from.
-
-    Args:
-        tensors: ``model.*``, ``optimizer.*`` and, where weights are averaged, ``ema.*``; on the CPU.
-        epochs: the log so far.
-        settings: of the optimizer and the loss scaler, as JSON can hold them.
-    """
-
-    tensors: dict[str, Tensor]
-    epochs: tuple[Epoch, ...]
-    settings: dict[str, Any]
-
-    def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors ``name.*``, without that prefix."""
-        return {
-            key.removeprefix(f"{name}."): value for key, value in self.tensors.items() if key.startswith(f"{name}.")
-        }
-
-
 class Folder:
     """The files of a run; the folder is made when the first one is written.
 
@@ -90,6 +63,7 @@ class Folder:
         self.path = Path(path)
         self.last = self.path / "last.safetensors"
         self.previous = self.path / "previous.safetensors"
+        self.upcoming = self.path / "next.safetensors"
         self.best = self.path / "best.safetensors"
         self.best_ema = self.path / "best.ema.safetensors"
 
@@ -110,20 +84,19 @@ class Folder:
             "source": source,
             "collapsed": "no",
             "config": config.to_json(),
-            "epochs": json.dumps([dataclasses.astuple(epoch) for epoch in state.epochs]),
-            "settings": json.dumps(state.settings),
+            **state.note(),
         }
         if expanded is not None:
             note["expanded"] = expanded.to_text()
         # safetensors refuses tensors that share memory, as tied weights do; loading both copies into them is the same.
         tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.tensors.items()}
+        note[DIGEST] = digest(tensors, note)
         write = safetensors_torch(self.last).save_file
         # Under a name of its own first: at no moment is there less than one whole state.
-        upcoming = self.path / "next.safetensors"
-        replace_file(upcoming, partial(write, tensors, metadata=note))
+        replace_file(self.upcoming, partial(write, tensors, metadata=note))
         if self.last.exists():
             os.replace(self.last, self.previous)
-        os.replace(upcoming, self.last)
+        os.replace(self.upcoming, self.last)
         self.write_log(state.epochs)
 
     def write_log(self, epochs: Sequence[Epoch]) -> None:
@@ -134,33 +107,36 @@ class Folder:
         writer.writerows(dataclasses.astuple(epoch) for epoch in epochs)
         self._write_text(self.path / "log.csv", text.getvalue())
 
-    def read_state(self, config: Config, model: nn.Module) -> State | None:
+    def read_state(self, config: Config, parts: Parts) -> State | None:
         """The newest state of this run, or None if there is none.
 
         A state that is damaged, or of another run, is passed over with a warning that says why.
 
         Args:
             config: of the run that is to go on.
-            model: of that run; its names and shapes are compared.
+            parts: of that run, which have to be able to go on from it.
 
         Raises:
             CheckpointError: there are states, and none can be used.
         """
-        refused: list[str] = []
-        for path in (self.last, self.previous):
+        refused: list[tuple[Path, str]] = []
+        for path in (self.upcoming, self.last, self.previous):
+            if path.is_dir():
+                raise CheckpointError(f"{path} is a folder where a run has a file; remove it, and the run goes on")
             if not path.exists():
                 continue
             try:
-                state = _read_state(path, config, model)
+                state = _read_state(path, config, parts)
             except (CheckpointError, FileError) as error:
-                refused.append(str(error))
+                refused.append((path, str(error)))
                 continue
-            for reason in refused:
+            for _, reason in refused:
                 log.warning("%s. Going on from %s, after epoch %d", reason, path.name, len(state.epochs))
             return state
         if refused:
-            also = f", and {self.previous.name} cannot be used either" if len(refused) > 1 else ""
-            raise CheckpointError(f"{refused[0]}{also}. Train into another folder with --out, or remove {self.path}")
+            (_, reason), *others = refused
+            also = "".join(f", and {path.name} cannot be used either" for path, _ in others)
+            raise CheckpointError(f"{reason}{also}. Train into another folder with --out, or remove {self.path}")
         return None
 
     def sweep(self) -> None:
@@ -173,22 +149,21 @@ class Folder:
         replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _read_state(path: Path, config: Config, model: nn.Module) -> State:
+def _read_state(path: Path, config: Config, parts: Parts) -> State:
     """The state in a file. Raises :class:`FileError` or :class:`CheckpointError` with its name and what is wrong."""
     content = load_state(path)
-    if not content.metadata.keys() >= {"config", "epochs", "settings"}:
+    note = content.metadata
+    if not note.keys() & {"config", "epochs", "settings"}:
         raise CheckpointError(f"{path} is not a checkpoint of `reparam train`")
-    differences = _differences(json.loads(content.metadata["config"]), json.loads(config.to_json()))
-    if differences:
-        raise CheckpointError(f"{path} is of another run: {'; '.join(differences)}")
     try:
-        rows = json.loads(content.metadata["epochs"])
-        state = State(content.tensors, tuple(Epoch(*row) for row in rows), json.loads(content.metadata["settings"]))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} was written by another version ({type(error).__name__}: {error})") from error
-    problem = misfit(model, state.part("model"))
-    if problem:
-        raise CheckpointError(f"{path} is of another network than {config.model} is now: {problem}")
+        check_digest(content.tensors, note)
+        differences = _differences(parsed(note, "config", dict[str, Any]), json.loads(config.to_json()))
+        if differences:
+            raise CheckpointError(f"{path} is of another run: {'; '.join(differences)}")
+        state = State.read(content.tensors, note)
+        parts.check(state)
+    except StateError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
     return state
 
 
@@ -198,29 +173,3 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     found = [name for name in names if there.get(name) != here.get(name)]
     words = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in found[:SHOWN]]
     return words + [f"{len(found) - SHOWN} more"] if len(found) > SHOWN else words
-
-
-# ------------------------------------------------------------------------------------------------- optimizer
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors ``INDEX.NAME`` on the CPU, and all else as JSON can hold it."""
-    content = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    others: dict[str, Any] = {}
-    for index, values in content["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu()
-            else:
-                others[f"{index}.{name}"] = value
-    return tensors, {"groups": content["param_groups"], "others": others}
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Give an optimizer of the same parameters what :func:`pack_optimizer` took."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **settings["others"]}.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": settings["groups"]})

@@ -18,9 +18,10 @@ from reparam.files import AVERAGED, FileError, StateFile, is_file_name, load_sta
 from reparam.networks import Network, UsageError, load
 from reparam.recipe import Recipe, parse_blocks, parse_where
 from zoo.networks import find_spec
-from zoo.train.checkpoint import Folder, State
+from zoo.train.checkpoint import Folder
 from zoo.train.config import Config
 from zoo.train.data import DATA_SETS, Data, load_data
+from zoo.train.state import State, StateError, check_digest
 
 __all__ = [
     "Averaged",
@@ -140,6 +141,10 @@ def _which(target: str, averaged: bool, ema: bool | None) -> tuple[str, ...]:
 
 def _part(target: str, content: StateFile, ema: bool | None) -> tuple[StateFile, tuple[str, ...]]:
     """The network's tensors in a training state: ``model.*`` or ``ema.*``."""
+    try:
+        check_digest(content.tensors, content.metadata)
+    except StateError as error:
+        raise FileError(f"{target} cannot be used: {error}") from error
     state = State(content.tensors, (), {})
     averaged = state.part("ema")
     if ema and not averaged:

@@ -32,9 +32,10 @@ from reparam.saving import save_model
 from zoo import memory
 from zoo.render import provenance
 from zoo.train import build
-from zoo.train.checkpoint import Folder, State, pack_optimizer, unpack_optimizer
+from zoo.train.checkpoint import Folder
 from zoo.train.config import Config
 from zoo.train.result import Epoch, Result
+from zoo.train.state import Parts
 from zoo.train.sync import SharedNorms
 
 __all__ = ["Epoch", "Result", "Training", "TrainingError", "train"]
@@ -144,6 +145,11 @@ class Training:
         return DistributedDataParallel(self.model, device_ids=None if device.type == "cpu" else [device])
 
     @property
+    def _parts(self) -> Parts:
+        averaged = None if self.averaged is None else self.averaged.module
+        return Parts(self.model, averaged, self.optimizer, self.accelerator.scaler)
+
+    @property
     def _shares_norms(self) -> bool:
         return self.config.sync_norms and self.accelerator.num_processes > 1
 
@@ -151,18 +157,13 @@ class Training:
         """Take up the state that the folder holds, if any."""
         if self.folder is not None and self.main:
             self.folder.sweep()
-        state = None if self.folder is None else self.folder.read_state(self.config, self.model)
+        state = None if self.folder is None else self.folder.read_state(self.config, self._parts)
         done = torch.tensor([0 if state is None else len(state.epochs)], device=self.accelerator.device)
         if len(set(self.accelerator.gather(done).tolist())) > 1:
             raise TrainingError("the processes see different folders: --out must be on a disk that all of them share")
         if state is None:
             return
-        self.model.load_state_dict(state.part("model"))
-        if self.averaged is not None:
-            self.averaged.module.load_state_dict(state.part("ema"))
-        unpack_optimizer(self.optimizer, state.part("optimizer"), state.settings["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state.settings["scaler"])
+        self._parts.take(state)
         self.log = list(state.epochs)
 
     def _begin(self) -> None:
@@ -319,7 +320,7 @@ class Training:
             and _is_record(result.averaged_evaluations)
         ):
             self._save(self.averaged.module, self.folder.best_ema)
-        self.folder.write_state(self._state(), self.config, self.source, self.expansion)
+        self.folder.write_state(self._parts.pack(self.log), self.config, self.source, self.expansion)
         if self.finished:
             self.folder.write_json("result.json", result.to_json())
         self._show(epoch)
@@ -338,16 +339,6 @@ class Training:
         self._board.flush()
         if self.finished:
             self._board.close()
-
-    def _state(self) -> State:
-        optimizer, settings = pack_optimizer(self.optimizer)
-        parts = {"model": self.model.state_dict(), "optimizer": optimizer}
-        if self.averaged is not None:
-            parts["ema"] = self.averaged.module.state_dict()
-        tensors = {f"{part}.{name}": value.cpu() for part, state in parts.items() for name, value in state.items()}
-        scaler = self.accelerator.scaler
-        kept = {"optimizer": settings, "scaler": None if scaler is None else scaler.state_dict()}
-        return State(tensors, tuple(self.log), kept)
 
 
 # ------------------------------------------------------------------------------------------------- parts

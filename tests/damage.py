@@ -1,0 +1,136 @@
+"""Damage to files, for the tests and for ``damage_files.py``: bytes by place and kind, values by type."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reparam import ReparamError
+from zoo.train.state import DIGEST, digest
+
+# ------------------------------------------------------------------------------------------------ bytes
+
+
+def _noise(content: bytes, at: int, rng: random.Random) -> bytes:
+    more = rng.randrange(1, 64)
+    return content[:at] + bytes(rng.randrange(256) for _ in range(more)) + content[at + more :]
+
+
+def _doubled(content: bytes, at: int, rng: random.Random) -> bytes:
+    more = rng.randrange(1, 64)
+    return content[:at] + content[at : at + more] * 2 + content[at + more :]
+
+
+def _zeroed(content: bytes, at: int, rng: random.Random) -> bytes:
+    more = rng.randrange(1, 64)
+    return content[:at] + bytes(len(content[at : at + more])) + content[at + more :]
+
+
+def _flipped(content: bytes, at: int, rng: random.Random) -> bytes:
+    return content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :]
+
+
+KINDS: Mapping[str, Callable[[bytes, int, random.Random], bytes]] = {
+    "cut off": lambda content, at, rng: content[:at],
+    "noise": _noise,
+    "doubled": _doubled,
+    "zeroed": _zeroed,
+    "one bit": _flipped,
+}
+"""What is done to the bytes of a file at a place."""
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """Any damage; near the ends, where tables are, as often as anywhere."""
+    at = rng.randrange(rng.choice([16, 200, len(content)]))
+    at = rng.choice([at, len(content) - 1 - rng.randrange(400)])  # a zip file's table is at its end
+    return rng.choice(list(KINDS.values()))(content, at, rng)
+
+
+def parts(content: bytes, suffix: str) -> dict[str, range]:
+    """The parts of a file in which damage means different things."""
+    end = len(content)
+    if suffix == ".safetensors":
+        header = 8 + int.from_bytes(content[:8], "little")
+        return {
+            "header length": range(8),
+            "header": range(8, header),
+            "tensors": range(header, end - 64),
+            "end": range(end - 64, end),
+        }
+    if suffix == ".pt":
+        table = content.rindex(b"PK\x01\x02", 0, end) if b"PK\x01\x02" in content else end // 2
+        first = content.index(b"PK\x01\x02")
+        return {"pickle": range(first // 8), "tensors": range(first // 8, first), "table": range(first, table)} | {
+            "end": range(table, end)
+        }
+    if suffix == ".h5":
+        return {"superblock": range(96), "middle": range(96, end - 400), "end": range(end - 400, end)}
+    line = content.index(b"\n") + 1
+    last = content.rindex(b"\n", 0, end - 1) + 1
+    return {"first line": range(line), "middle": range(line, last), "last line": range(last, end)}
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+JUNK: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    1e400,
+    "",
+    "x\x1b[2J",
+    [],
+    {},
+    [[]],
+    {"a": []},
+    10**400,
+    "../../etc/passwd",
+    ["x"],
+)
+"""What may stand in JSON where something else belongs."""
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in a JSON value with a key of it."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield value, key
+        yield from places(item)
+
+
+def with_junk(value: Any, rng: random.Random) -> Any:
+    """A copy of a JSON value with one value of another type, or one missing."""
+    changed = copy.deepcopy(value)
+    container, key = rng.choice(list(places(changed)))
+    if rng.random() < 0.2:
+        del container[key]
+    else:
+        container[key] = rng.choice(JUNK)
+    return changed
+
+
+def sealed(path: Path, tensors: dict[str, Tensor], note: dict[str, str]) -> None:
+    """Write a training state whose digest is right, whatever is in it."""
+    save_file(tensors, path, metadata=note | {DIGEST: digest(tensors, note)})
+
+
+# ------------------------------------------------------------------------------------------------ what comes of it
+
+
+def outcome(read: Callable[[], Any]) -> str:
+    """``loaded``, ``refused`` for an error of ours in one line, else the exception in words."""
+    try:
+        read()
+    except ReparamError as error:
+        return "refused" if "\n" not in str(error).strip() else f"several lines: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
