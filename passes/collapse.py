@@ -6,52 +6,35 @@ every edit back.
 
 from __future__ import annotations
 
-import gc
 import logging
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.lowering import all_finite
-from passes.edits.apply import Undo, apply
+from passes.compiler import compile_model, timed
+from passes.edits.apply import Undo
 from passes.edits.edit import remember
-from passes.fold.aliasing import Memory
-from passes.fold.candidates import Candidate, Key, layers_of
-from passes.fold.edits import Edited, edits_of
-from passes.fold.folds import Fold, folded
-from passes.fold.layout import Layout
-from passes.fold.placement import Placement, place
-from passes.fold.reasons import worth_saying
-from passes.fold.selection import Guard, select
-from passes.graph.capture import Unit, join, trace_units
+from passes.graph.capture import join
 from passes.graph.copies import deep_copy, independent, shadow
-from passes.graph.dataflow import Flow
-from passes.graph.inputs import Example, observed_ranks
+from passes.graph.inputs import Example
 from passes.graph.modes import evaluate, has_own_modes, kept_modes
-from passes.graph.variants import OtherCalls
 from passes.proof.check import Checked, explained
-from passes.proof.compare import EquivalenceError, Verdict
-from passes.proof.hold import Before, Exact, FoldKey, Ledger, check_against, place_of
-from passes.proof.prove import prove
+from passes.proof.compare import Verdict
+from passes.proof.hold import Before, Exact, Ledger, check_against, place_of
 from passes.proof.run import outputs, runner_of
-from passes.refusal import Reason, Refusal, RefusalError, ReparamError
+from passes.refusal import ReparamError
 from passes.report import Counts, Explanation
-from passes.report import Fold as Record
 
 __all__ = ["check_model", "collapse_model", "explain_model"]
 
 log = logging.getLogger("reparam")
-
-ROUNDS = 8
-"""How often the candidates of one unit are selected again because some failed, before whole layers are given up."""
 
 
 def collapse_model(
@@ -127,8 +110,7 @@ def _attempt(model: nn.Module, example: Example | None, ledger: Ledger, *, inpla
         uneval()
 
     with _Attempt(result, explanation, undo).undone_on_error():
-        with _no_collection():
-            _compile(result, example, explanation, undos, ledger)
+        compile_model(result, example, explanation, undos, ledger)
         if not inplace:
             result = independent(result, model)
     return _Attempt(result, explanation, undo)
@@ -191,10 +173,7 @@ def explain_model(model: nn.Module, example: Example | None = None) -> Explanati
     with kept_modes(model, training=None):
         if model.training:
             evaluate(model)
-        units = _traced(model, explanation, example)
-        ranks = _ranks(model, units, example)
-        for unit in units:
-            _compile_unit(model, unit, ranks.get(unit, []), explanation, None, Ledger(prove=False))
+        compile_model(model, example, explanation, None, Ledger(prove=False))
     return explanation
 
 
@@ -236,201 +215,3 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
         buffers = module.named_buffers(recurse=False) if isinstance(module, _NormBase) else ()
         for name, tensor in [*module.named_parameters(recurse=False), *buffers]:
             yield join(path, name), tensor, module
-
-
-# ------------------------------------------------------------------ one model
-
-
-def _compile(
-    model: nn.Module,
-    example: Example | None,
-    explanation: Explanation,
-    undos: list[Undo],
-    ledger: Ledger,
-) -> None:
-    while True:
-        before, shared = len(explanation.folds), False
-        explanation.refusals.clear()
-        units = _traced(model, explanation, example)
-        ranks = _ranks(model, units, example)
-        for unit in units:
-            if all(unit.root is not m for m in model.modules()):
-                continue  # inside a module that was probed and folded
-            shared |= any(refusal.reason is Reason.SHARED for refusal in unit.opaque.values())
-            _compile_unit(model, unit, ranks.get(unit, []), explanation, undos, ledger)
-        # A container that is called twice may be one layer by now, and its surroundings can be read through it.
-        if not shared or len(explanation.folds) == before:
-            return
-
-
-def _compile_unit(
-    model: nn.Module,
-    unit: Unit,
-    ranks: list[int | None],
-    explanation: Explanation,
-    undos: list[Undo] | None,
-    ledger: Ledger,
-) -> None:
-    """Select, fold and edit one unit; without ``undos``, everything is decided and nothing done.
-
-    A candidate that fails is banned with its reason, and the selection is made again among the others. After
-    ``ROUNDS`` of these, the nodes of what fails stay for good: every further round is one of fewer nodes.
-    """
-    with _clock(explanation, "plan"):
-        flow = Flow(unit, _owners(model), ranks)
-        layout = Layout(flow, model)
-        guard = _guard(flow, layout)
-    banned: dict[Key, Refusal] = {}
-    staying: set[fx.Node] = set()
-    made: dict[Key, Fold] = {}
-    for attempt in range(ROUNDS + len(flow.nodes) + 1):
-        with _clock(explanation, "plan"):
-            selection = select(flow, guard, banned.keys(), staying)
-        edited, failed = Edited(), dict[Candidate, Refusal]()
-        for candidate, placement in selection.chosen:
-            outcome = _fold(flow, candidate, placement, made, explanation, ledger)
-            if isinstance(outcome, Refusal):
-                failed[candidate] = outcome
-        folds = [made[candidate.key] for candidate, _ in selection.chosen if candidate not in failed]
-        if not failed:
-            with _clock(explanation, "fold"):
-                edited, failed = _edited(layout, folds)
-        if not failed:
-            break
-        banned.update({candidate.key: refusal for candidate, refusal in failed.items()})
-        if attempt >= ROUNDS:
-            staying.update(node for candidate in failed for node in candidate.dying)
-    said = [refusal for refusal in banned.values() if refusal.reason is not Reason.TAKEN_BACK]
-    explanation.refusals += dict.fromkeys([*worth_saying(flow, selection), *said])
-    for fold in folds:
-        where = "" if undos is None else edited.paths[fold.candidate]
-        explanation.folds.append(Record.of(flow, fold.candidate, fold.form, where, fold.error))
-        if undos is not None:
-            edits = [*fold.placement.slots, *(rewrite.call.path for rewrite in fold.placement.rewrites)]
-            key = _fold_key(flow, fold.candidate)
-            ledger.touched[key] = where, *(join(unit.path, path) for path in edits)
-            ledger.layers[key] = ", ".join(layers_of(flow, fold.candidate))
-    explanation.edits += edited.edits
-    explanation.notes += edited.notes
-    if undos is not None:
-        undos.append(apply(model, edited.edits, edited.layers))
-
-
-def _owners(model: nn.Module) -> Counter[int]:
-    """How many places of the model register each tensor."""
-    owners: Counter[int] = Counter()
-    for module in model.modules():
-        tensors = [*module._parameters.values(), *module._buffers.values()]
-        owners.update(id(t) for t in tensors if t is not None)
-    return owners
-
-
-def _guard(flow: Flow, layout: Layout) -> Guard:
-    memory, calls = Memory(flow), OtherCalls(flow.unit)
-
-    def place_safely(candidate: Candidate) -> Placement | Refusal:
-        try:
-            found = memory.refusal(candidate) or place(layout, candidate)
-        except RefusalError as error:
-            return error.refusal
-        # A forward that is written anew says itself which arguments it was made for.
-        anew = isinstance(found, Placement) and any(rewrite.call.parent is None for rewrite in found.rewrites)
-        if isinstance(found, Refusal) or anew:
-            return found
-        return calls.refusal([*candidate.dying, *candidate.constants], candidate.result) or found
-
-    return place_safely
-
-
-def _fold(
-    flow: Flow,
-    candidate: Candidate,
-    placement: Placement,
-    made: dict[Key, Fold],
-    explanation: Explanation,
-    ledger: Ledger,
-) -> Refusal | None:
-    """Enter the proven fold of a candidate into ``made``, which holds those of earlier rounds, or say why not."""
-    names, key = layers_of(flow, candidate), _fold_key(flow, candidate)
-    layers = ", ".join(names)
-    if ledger.refuses(key, names):
-        return Refusal(Reason.TAKEN_BACK, Reason.TAKEN_BACK.value, layers)
-    fold = made.get(candidate.key)
-    try:
-        if fold is None:
-            with _clock(explanation, "fold"):
-                fold = folded(flow, candidate, placement)
-            if ledger.prove:
-                with _clock(explanation, "proof"):
-                    fold = replace(fold, error=prove(flow, candidate, fold.form, fold.layer, layers))
-            if ledger.exact is not None:
-                sources = [t for n in (*candidate.dying, *candidate.constants) for t in flow.tensors.get(n, ())]
-                ledger.exact.note(fold.layer, fold.form, sources)
-            fold = replace(fold, form=fold.form.to("meta"))  # the numbers are in the layer now
-    except RefusalError as refused:
-        if refused.refusal.reason is Reason.NOT_FINITE:
-            raise ReparamError(f"{layers}: {refused.refusal.message}") from refused
-        return refused.refusal.at(layers)
-    except EquivalenceError as error:
-        if ledger.strict:
-            raise
-        return ledger.take_back(key, layers, str(error).removeprefix(f"{layers}: "))
-    made[candidate.key] = replace(fold, candidate=candidate, placement=placement)
-    return candidate.costs(fold.form)
-
-
-def _fold_key(flow: Flow, candidate: Candidate) -> FoldKey:
-    """What finds a fold again in another trace of the same unit."""
-    names = sorted(node.name for node in candidate.dying)
-    return flow.unit.path, candidate.entry.name, candidate.result.name, *names
-
-
-def _edited(layout: Layout, folds: list[Fold]) -> tuple[Edited, dict[Candidate, Refusal]]:
-    """The edits that put the folded layers in place, or which of them have no place after all."""
-    try:
-        return edits_of(layout, folds), {}
-    except RefusalError as error:
-        rewriting = [fold for fold in folds if fold.placement.rewrites] or folds
-        return Edited(), {fold.candidate: error.refusal for fold in rewriting}
-
-
-def _traced(model: nn.Module, explanation: Explanation, example: Example | None) -> list[Unit]:
-    with _clock(explanation, "trace"):
-        units, explanation.untraced = trace_units(model, None if example is None else example.args)
-    return units
-
-
-def _ranks(model: nn.Module, units: list[Unit], example: Example | None) -> dict[Unit, list[int | None]]:
-    """Numbers of dimensions of what each unit is given, where an example shows them."""
-    if example is None:
-        return {}
-    if len(units) == 1 and units[0].root is model:
-        return {units[0]: [x.dim() if isinstance(x, Tensor) else None for x in example.args]}
-    seen = observed_ranks(model, [unit.path for unit in units], example)
-    return {unit: seen.get(unit.path, []) for unit in units}
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Put off garbage collection: graphs are many small objects, and one full pass takes longer than the planning."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _clock(explanation: Explanation, stage: str) -> AbstractContextManager[None]:
-    return timed(explanation.seconds, stage)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the time spent inside to a stage's."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -20,7 +20,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import Geometry
 from passes.algebra.lowering import Target, emit, target_of
-from passes.collapse import collapse_model, timed
+from passes.collapse import collapse_model
+from passes.compiler import timed
 from passes.fold.candidates import layers_of
 from passes.graph.capture import join, trace_units
 from passes.graph.copies import deep_copy

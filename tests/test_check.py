@@ -18,6 +18,7 @@ from small_networks import unchanged as is_unchanged
 from torch import Tensor, nn
 
 import passes.collapse
+import passes.compiler
 import reparam
 from passes.edits.edit import Edit
 from passes.graph.inputs import Example, as_call, likely
@@ -286,7 +287,7 @@ def test_a_network_that_refuses_float64_is_run_as_it_is() -> None:
 
 def plant(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Any, list[Edit]], None]) -> None:
     """Let the compiler damage the model that it has edited."""
-    apply = passes.collapse.apply
+    apply = passes.compiler.apply
 
     def damaged(model: nn.Module, edits: list[Edit], layers: Any) -> Any:
         undo = apply(model, edits, layers)
@@ -303,7 +304,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Any, list[Edit]], N
 
         return take_back
 
-    monkeypatch.setattr(passes.collapse, "apply", damaged)
+    monkeypatch.setattr(passes.compiler, "apply", damaged)
 
 
 def norm_forgotten(model: Any, edits: list[Edit]) -> None:
@@ -346,7 +347,7 @@ def test_strict_raises_and_leaves_the_model(inplace: bool, monkeypatch: pytest.M
 
 
 def test_a_fold_whose_own_proof_fails_is_taken_back_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    prove, seen = passes.collapse.prove, []
+    prove, seen = passes.compiler.prove, []
 
     def failing(*args: Any) -> float:
         seen.append(args[-1])
@@ -354,7 +355,7 @@ def test_a_fold_whose_own_proof_fails_is_taken_back_alone(monkeypatch: pytest.Mo
             raise EquivalenceError(f"{args[-1]}: the fold is off", layer=args[-1])
         return prove(*args)
 
-    monkeypatch.setattr(passes.collapse, "prove", failing)
+    monkeypatch.setattr(passes.compiler, "prove", failing)
     result, report = reparam.collapse_with_report(ready(Net()))
     assert [refusal.layer for refusal in report.taken_back] == ["stem.conv, stem.norm"]
     assert "the fold is off" in report.taken_back[0].message

@@ -264,7 +264,7 @@ def test_failure_in_place_takes_the_models_own_eval_back(monkeypatch: pytest.Mon
         assert model.merged
         raise RuntimeError("half-way")
 
-    monkeypatch.setattr("passes.collapse._compile", fails)
+    monkeypatch.setattr("passes.collapse.compile_model", fails)
     with pytest.raises(RuntimeError, match="half-way"):
         reparam.collapse(model, inplace=True)
     assert unchanged(model, before)

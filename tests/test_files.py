@@ -114,7 +114,7 @@ def test_a_collapsed_network_is_read_without_compiling(
     for place in (
         "reparam.collapse",
         "reparam.expand",
-        "passes.collapse.trace_units",
+        "passes.compiler.trace_units",
         "passes.graph.capture.trace_units",
     ):
         monkeypatch.setattr(place, never)

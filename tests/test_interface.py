@@ -28,6 +28,7 @@ from small_networks import unchanged as is_unchanged
 from torch import Tensor, nn
 
 import passes.collapse
+import passes.compiler
 import passes.fold.folds
 import reparam
 from reparam import Counts, EquivalenceError, Reason, ReparamError
@@ -237,13 +238,13 @@ def test_failure_midway_leaves_the_model_untouched(stage: str, inplace: bool, mo
         return counted
 
     places: dict[str, tuple[Any, str, int]] = {
-        "trace": (passes.collapse, "trace_units", 0),
-        "plan": (passes.collapse, "select", 0),
+        "trace": (passes.compiler, "trace_units", 0),
+        "plan": (passes.compiler, "select", 0),
         "emit": (passes.fold.folds, "emit", 3),
-        "prove": (passes.collapse, "prove", 3),
+        "prove": (passes.compiler, "prove", 3),
         "edit": (passes.edits.apply, "_inherit", 3),
         "rewrite": (passes.edits.apply, "rewrite", 0),
-        "second unit": (passes.collapse, "apply", 1),
+        "second unit": (passes.compiler, "apply", 1),
         "compare": (passes.collapse, "check_against", 0),
     }
     owner, name, call = places[stage]

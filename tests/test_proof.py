@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import passes.collapse
+import passes.compiler
 import passes.fold.folds
 import reparam
 from passes.algebra.conv_form import ConvForm
@@ -254,7 +255,7 @@ def test_wrong_surgery(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def swapped(layout: Any, folds: list[Any]) -> Any:
         return edits_of(layout, [replace(a, layer=b.layer) for a, b in zip(folds, folds[::-1], strict=True)])
 
-    monkeypatch.setattr(passes.collapse, "edits_of", swapped)
+    monkeypatch.setattr(passes.compiler, "edits_of", swapped)
     with pytest.raises(EquivalenceError, match=r"differ" if inplace else r"first at convs\.0"):
         reparam.collapse(model, example_inputs=maps(), inplace=inplace, strict=True)
     assert is_unchanged(model, before)
