@@ -278,6 +278,7 @@ def _check_output(path: Path) -> None:
         files.check_target(path)
     except files.FileError as error:
         raise typer.BadParameter(str(error)) from error
+    files.check_writable(path)
 
 
 def _write(

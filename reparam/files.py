@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import reparam
+from reparam.disk import FileError, check_writable, replace_file
 from reparam.rebuilding import shells, with_room
 from reparam.recipe import Recipe, RecipeError
 from reparam.saving import (
@@ -37,9 +38,7 @@ from reparam.saving import (
     SAFE,
     TORCH,
     UNWRITTEN,
-    FileError,
     check_target,
-    replace_file,
     safetensors_torch,
     save_model,
 )
@@ -51,6 +50,7 @@ __all__ = [
     "StateFile",
     "cast_like",
     "check_target",
+    "check_writable",
     "is_file_name",
     "load_into",
     "load_model",
@@ -160,7 +160,7 @@ def load_state(path: str | os.PathLike[str], *, key: str | None = None, allow_op
     kind = source.suffix.lower()
     if not is_file_name(str(source)):
         raise FileError(f"{source}: unknown kind of file {kind!r}; use {', '.join(SAFE + TORCH + HDF5)}")
-    if not source.is_file():
+    if not os.path.isfile(source):  # which is no error where one may not look
         raise FileError(f"{source}: no such file")
     if kind not in TORCH and key is not None:
         raise FileError(f"{source} is a plain list of tensors: it has no key {key!r}")

@@ -19,7 +19,7 @@ from passes.edits.errors import EditError
 from passes.edits.text import from_text
 from passes.training.build import rebuilt
 from reparam import ReparamError
-from reparam.saving import FileError
+from reparam.disk import FileError
 
 if TYPE_CHECKING:
     from reparam.files import StateFile

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from passes.edits.edit import Edit, made_by
 from passes.edits.errors import EditError
 from passes.edits.text import to_text
-from reparam import ReparamError
+from reparam.disk import FileError, replace_file, told
 from reparam.recipe import Recipe
 
 __all__ = [
@@ -23,9 +22,7 @@ __all__ = [
     "SAFE",
     "TORCH",
     "UNWRITTEN",
-    "FileError",
     "check_target",
-    "replace_file",
     "safetensors_torch",
     "save_model",
 ]
@@ -40,10 +37,6 @@ NOTE = ("source", "collapsed", "edits", "expanded", "shape", "reparam", "torch")
 
 UNWRITTEN = "not written: "
 """How the note on edits begins where a file cannot hold them; the reason follows."""
-
-
-class FileError(ReparamError):
-    """A file that cannot be written, or that is not what it should be; the message names it and the fix."""
 
 
 def save_model(
@@ -91,7 +84,7 @@ def save_model(
     else:
         # torch.save keeps views of one storage together, so shared tensors stay shared under all their names.
         whole = tensors | {name: tensors[stored] for name, stored in aliases.items()}
-        replace_file(target, lambda temporary: torch.save({"state_dict": whole, "metadata": note}, temporary))
+        replace_file(target, lambda temporary: _save_torch({"state_dict": whole, "metadata": note}, temporary))
     log.info("wrote %s (%d tensors)", target, len(tensors))
     return target
 
@@ -114,36 +107,17 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix.lower() not in SAFE + TORCH:
         raise FileError(f"{target}: cannot write this kind of file, {target.suffix!r}; use {', '.join(SAFE + TORCH)}")
-    if not target.parent.is_dir():
+    with told(target):  # who may not look into a folder above it
+        there = target.parent.is_dir()
+    if not there:
         raise FileError(f"{target}: the folder {target.parent} does not exist")
     return target
 
 
-def replace_file(target: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target, flush to the disk, rename; on any failure the target is as it was.
-
-    Args:
-        target: its folder must exist.
-        write: given the path of an empty file, fills it.
-
-    Raises:
-        FileError: the file system refuses.
-    """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        write(temporary)
-        # safetensors makes a private file; the permissions are to be those of any new file.
-        temporary.chmod(mode)
-        _flush(temporary)
-        os.replace(temporary, target)
-        if os.name == "posix":
-            _flush(target.parent)
-    except OSError as error:
-        raise FileError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def _save_torch(content: Any, path: Path) -> None:
+    """``torch.save`` to a file of Python's: where the disk is full, torch's own does not say that it was."""
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def safetensors_torch(path: Path) -> Any:
@@ -194,15 +168,6 @@ def _share(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]
         storages.add(memory)
         tensors[name] = value.clone(memory_format=torch.contiguous_format) if part else value.contiguous()
     return tensors, aliases
-
-
-def _flush(path: Path) -> None:
-    """Flush a file, or a folder (which makes a rename inside it durable)."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _version() -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reparam import ReparamError
-from reparam.saving import FileError
+from reparam.disk import FileError
 from reparam.sources import parse
 
 __all__ = ["ALLOWED", "check_names", "check_size", "check_spec", "odd_kind", "printable"]

@@ -24,6 +24,7 @@ from typing import Any
 from distributed import Client, Future, KilledWorker, Reschedule, Status, Worker, as_completed, get_worker
 
 from reparam import ReparamError
+from reparam.disk import reason_of
 from reparam.networks import UsageError
 from zoo.job import Job, one_line, remove_files, versions
 from zoo.journal import JournalError
@@ -116,7 +117,7 @@ def _check_files(client: Client, jobs: Sequence[Job]) -> None:
             with tempfile.NamedTemporaryFile(dir=path, prefix=".shared-", suffix=".tmp") as token:
                 _check_seen(client, [token.name], path, "--out")
         except OSError as error:
-            raise JournalError(f"{folder} cannot be written: {error.strerror or error}") from error
+            raise JournalError(f"{folder} cannot be written: {reason_of(error)}") from error
 
 
 def _check_seen(client: Client, paths: Sequence[str], folder: str, option: str) -> None:

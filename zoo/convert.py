@@ -26,6 +26,7 @@ from passes.blocks.kit.layers import is_block
 from passes.proof.compare import coarsest_dtype, distance, tolerance
 from passes.refusal import Reason
 from reparam import Explanation, Plan, ReparamError, files, sources
+from reparam.disk import make_folder
 from reparam.recipe import Recipe, parse_block
 from zoo.draw import Drawings, draw, sketch
 from zoo.inputs import View, find_view, native_view
@@ -191,7 +192,7 @@ class Conversion(Work):
         path = self.job.path(f".{block.name}.safetensors")
         if path is not None and self.job.settings.save:
             with self.clock("save"):
-                _make_folder(path)
+                make_folder(path.parent)
                 files.save_model(model, path, source=self.job.spec, expanded=Recipe(block))
         return plan
 
@@ -287,7 +288,7 @@ class Conversion(Work):
             if view is None or proof.outputs != "whole":
                 self.notes.append("no ONNX file: the network's whole outputs could not be compared")
                 return None
-            _make_folder(path)
+            make_folder(path.parent)
             try:
                 note = write_onnx(folded, view, proof.allowed, path)
             except ExportError as error:
@@ -302,7 +303,7 @@ class Conversion(Work):
         if path is None or not self.job.settings.save:
             return {"file": None, "expanded_file": None, "file_bytes": size_of(folded).bytes}
         with self.clock("save"):
-            _make_folder(path)
+            make_folder(path.parent)
             files.save_model(folded, path, source=self.job.spec, collapsed=True)
         block = parse_block(self.job.settings.block).name if self.job.settings.block else ""
         return {
@@ -422,10 +423,3 @@ def _fold(fold: reparam.Fold, number: int | None) -> dict[str, Any]:
 def _refusal(refusal: Any) -> dict[str, str]:
     reason: Reason = refusal.reason
     return {"layer": refusal.layer, "reason": reason.name, "text": reason.value, "message": refusal.message}
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise files.FileError(f"{path.parent} cannot be made: {error.strerror or error}") from error

@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -205,7 +205,8 @@ def remove_files(job: Job) -> None:
     for suffix in (".safetensors", f"{block}.safetensors", ".onnx", ".json"):
         path = job.path(suffix)
         if path is not None:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that has become read-only keeps it; without details it does not count
+                path.unlink(missing_ok=True)
 
 
 def one_line(error: BaseException, width: int = 300, *, named: bool = True) -> str:

@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from passes.edits.typed import fits
 from reparam import ReparamError
+from reparam.disk import reason_of
 from zoo.outcome import Outcome, from_json, refuse_constant
 
 __all__ = ["Folder", "Journal", "JournalError", "read"]
@@ -160,7 +161,7 @@ class Journal:
             self._sweep()
         except OSError as error:
             self.close()
-            raise JournalError(f"{self.folder.path} cannot be written: {error.strerror or error}") from error
+            raise JournalError(f"{self.folder.path} cannot be written: {reason_of(error)}") from error
         except JournalError:
             self.close()
             raise

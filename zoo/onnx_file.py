@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from passes.proof.compare import distance
 from reparam import ReparamError
+from reparam.disk import replace_file
 from reparam.networks import UsageError
-from reparam.saving import replace_file
 from zoo.inputs import View, native_view
 from zoo.job import Ended, one_line
 from zoo.measure import size_of

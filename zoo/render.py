@@ -16,8 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from reparam import Counts
-from reparam.files import FileError
-from reparam.saving import replace_file
+from reparam.disk import make_folder, replace_file
 from zoo.measure import Row
 
 __all__ = [
@@ -101,10 +100,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         FileError: the file system refuses.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"{path.parent} cannot be made: {error.strerror or error}") from error
+    make_folder(path.parent)
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -120,7 +116,7 @@ def insert_between_markers(path: Path, name: str, text: str) -> None:
     _, closed, tail = rest.partition(end)
     if not opened or not closed:
         raise ValueError(f"{path} has no {start} followed by {end}")
-    path.write_text(f"{head}{start}\n{text.strip()}\n{end}{tail}", encoding="utf-8")
+    write_text(path, f"{head}{start}\n{text.strip()}\n{end}{tail}")
 
 
 def _cells(row: Row) -> list[str]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from reparam import ReparamError
+from reparam.disk import make_folder
 from zoo import memory
 from zoo.convert import convert
 from zoo.job import Job, one_line, remove_files, versions
@@ -151,7 +152,7 @@ def _start(context: Any, job: Job) -> Running:
     ours, theirs = context.Pipe(duplex=False)
     log = _log_of(job)
     if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log.parent)
     process = context.Process(target=_child, args=(job, theirs, log, dict(os.environ)), daemon=False, name=job.spec)
     process.start()
     theirs.close()
@@ -252,7 +253,8 @@ def _clear(each: Running) -> None:
     each.pipe.close()
     each.process.close()
     if each.log is not None:
-        each.log.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that has become read-only; the next run removes it
+            each.log.unlink(missing_ok=True)
 
 
 def last_words(job: Job) -> str:
@@ -325,7 +327,11 @@ def _send_output_to(log: Path | None) -> None:
     """Libraries write to the terminal as they like; here that goes into a file, which is read if the process dies."""
     sys.stdout.flush()
     sys.stderr.flush()
-    target = os.open(os.devnull if log is None else log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        target = os.open(os.devnull if log is None else log, how, 0o644)
+    except OSError:  # the disk is full: what they write is lost, the model need not be
+        target = os.open(os.devnull, how, 0o644)
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)

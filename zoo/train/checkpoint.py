@@ -31,9 +31,11 @@ from typing import Any
 import torch
 
 from reparam import ReparamError
+from reparam.disk import FileError, check_writable, move_file, replace_file, told
 from reparam.files import load_state
 from reparam.recipe import Recipe
-from reparam.saving import FileError, replace_file, safetensors_torch
+from reparam.saving import safetensors_torch
+from zoo.render import write_text
 from zoo.train.config import Config
 from zoo.train.result import Epoch
 from zoo.train.state import DIGEST, Parts, State, StateError, check_digest, digest, parsed
@@ -69,7 +71,7 @@ class Folder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write ``name`` (``run.json``, ``result.json``)."""
-        self._write_text(self.path / name, json.dumps(content, indent=1) + "\n")
+        write_text(self.path / name, json.dumps(content, indent=1) + "\n")
 
     def write_state(self, state: State, config: Config, source: str, expanded: Recipe | None) -> None:
         """Write the log and the state; the state that was the last becomes the previous one.
@@ -95,8 +97,8 @@ class Folder:
         # Under a name of its own first: at no moment is there less than one whole state.
         replace_file(self.upcoming, partial(write, tensors, metadata=note))
         if self.last.exists():
-            os.replace(self.last, self.previous)
-        os.replace(self.upcoming, self.last)
+            move_file(self.last, self.previous)
+        move_file(self.upcoming, self.last)
         self.write_log(state.epochs)
 
     def write_log(self, epochs: Sequence[Epoch]) -> None:
@@ -105,7 +107,7 @@ class Folder:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(field.name for field in dataclasses.fields(Epoch))
         writer.writerows(dataclasses.astuple(epoch) for epoch in epochs)
-        self._write_text(self.path / "log.csv", text.getvalue())
+        write_text(self.path / "log.csv", text.getvalue())
 
     def read_state(self, config: Config, parts: Parts) -> State | None:
         """The newest state of this run, or None if there is none.
@@ -140,13 +142,12 @@ class Folder:
         return None
 
     def sweep(self) -> None:
-        """Remove what a killed run left half written."""
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-
-    def _write_text(self, path: Path, text: str) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        """Ask whether this run can write here at all, and remove what a killed one left half written."""
+        with told(self.path):
+            if self.path.exists():
+                check_writable(self.last)
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
 
 
 def _read_state(path: Path, config: Config, parts: Parts) -> State:

@@ -22,11 +22,10 @@ from torch import nn
 
 import reparam
 from reparam import Counts, files
-from reparam.saving import replace_file
 from zoo.inputs import View
 from zoo.latency import race
 from zoo.measure import one_thread
-from zoo.render import provenance
+from zoo.render import provenance, write_text
 from zoo.train import build
 from zoo.train.comparison import CompareError, Comparison, Deployment, read_comparison, run_folder
 from zoo.train.config import Config, variant
@@ -139,5 +138,4 @@ def _command(config: Config, variants: Sequence[str], seeds: int, out: Path) -> 
 
 def _write(path: Path, content: Any) -> None:
     """JSON, renamed into place: a file that is there is whole."""
-    text = json.dumps(content, indent=1) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -7,7 +7,6 @@ trained one does, both in float64, or no file is left.
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +19,7 @@ from torch import nn
 import reparam
 from reparam import Counts, Explanation
 from reparam.commands import Blocks, Online, Where
+from reparam.disk import FileError, check_writable, move_file, told
 from reparam.files import check_target, load_model, save_model
 from reparam.networks import Network, UsageError
 from reparam.tables import counts_table
@@ -134,6 +134,7 @@ def convert(
     no file is left. --model, --block, --where and --online describe checkpoints that do not say their network.
     """
     check_target(output)
+    check_writable(output)
     subject = find(checkpoint, model=model, recipe=expansion(block, where, online), ema=ema)
     network = subject.network
     if network.collapsed:
@@ -150,9 +151,15 @@ def convert(
         errors = [fold.error for fold in explanation.folds if fold.error is not None]
         error = f", max relative error {max(errors):.1e}" if errors else ""
         terminal.print(f"proven: {len(errors)} of {len(explanation.folds)} folds{error}", soft_wrap=True)
-    with TemporaryDirectory(prefix=".convert-", dir=output.parent) as folder:
+    with told(output):
+        scratch = TemporaryDirectory(prefix=".convert-", dir=output.parent, ignore_cleanup_errors=True)
+    with scratch as folder:
         shape = network.shape if chosen is None else chosen.shape
-        draft = save_model(made, Path(folder) / output.name, source=network.source, collapsed=fold_norms, shape=shape)
+        draft = Path(folder) / output.name
+        try:
+            save_model(made, draft, source=network.source, collapsed=fold_norms, shape=shape)
+        except FileError as error:
+            raise FileError(str(error).replace(str(draft), str(output))) from error
         # What is judged is the file, not the network that was written to it.
         rebuilt = load_model(draft)
         if chosen is None:
@@ -162,7 +169,7 @@ def convert(
                 found = agreement(network.model, rebuilt, chosen, batch=batch)
             for line in _verdict(found, checkpoint, chosen):
                 terminal.print(line, soft_wrap=True, markup=False)
-        os.replace(draft, output)
+        move_file(draft, output)
     terminal.print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)", soft_wrap=True, markup=False)
     if not fold_norms:
         terminal.print(f"it loads with strict=True into {network.source}", soft_wrap=True, markup=False)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reparam import ReparamError
+from reparam.disk import make_folder, replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -235,9 +236,9 @@ def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, st
 
 
 def _save(figure: Figure, stem: Path) -> tuple[Path, Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(stem.parent)
     # Not with_suffix: a stem such as resnet18.acb has a dot of its own.
     files = Path(f"{stem}.svg"), Path(f"{stem}.png")
-    figure.savefig(files[0], metadata={"Date": None})
-    figure.savefig(files[1], dpi=150)
+    replace_file(files[0], lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+    replace_file(files[1], lambda path: figure.savefig(path, format="png", dpi=150))
     return files

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from reparam import ReparamError
+from reparam.disk import told
 from reparam.saving import save_model
 from zoo import memory
 from zoo.render import provenance
@@ -331,14 +332,16 @@ class Training:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        if self._board is None:
-            self._board = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=epoch.epoch)
-        for name, value in asdict(epoch).items():
-            if value is not None and name != "epoch":
-                self._board.add_scalar(name, value, epoch.epoch)
-        self._board.flush()
-        if self.finished:
-            self._board.close()
+        path = self.folder.path / "tensorboard"
+        with told(path):
+            if self._board is None:
+                self._board = SummaryWriter(str(path), purge_step=epoch.epoch)
+            for name, value in asdict(epoch).items():
+                if value is not None and name != "epoch":
+                    self._board.add_scalar(name, value, epoch.epoch)
+            self._board.flush()
+            if self.finished:
+                self._board.close()
 
 
 # ------------------------------------------------------------------------------------------------- parts

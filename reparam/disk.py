@@ -1,0 +1,119 @@
+"""Files are written whole or not at all; where that fails, one line names the file, the reason and the fix."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from reparam import ReparamError
+
+__all__ = ["FileError", "check_writable", "make_folder", "move_file", "reason_of", "replace_file", "told"]
+
+FULL = "make room there, or write to another disk"
+FIXES: dict[int, str] = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EROFS: "write to a disk that is not read-only",
+    errno.EACCES: "write where you have the right to, or ask for it",
+    errno.EPERM: "write where you have the right to, or ask for it",
+    errno.EISDIR: "it is a folder; give the file another name",
+    errno.ENOTDIR: "a part of its path is a file; give another path",
+    errno.ENAMETOOLONG: "give it a shorter name",
+}
+OTHERWISE = "check the disk, or write to another one"
+
+
+class FileError(ReparamError):
+    """A file that cannot be written, or that is not what it should be; the message names it and the fix."""
+
+
+def replace_file(target: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside the target, flush to the disk, rename; on any failure the target is as it was.
+
+    Args:
+        target: its folder must exist.
+        write: given the path of an empty file, fills it.
+
+    Raises:
+        FileError: the file system refuses.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    with told(target):
+        try:
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
+            write(temporary)
+            # safetensors makes a private file; the permissions are to be those of any new file.
+            temporary.chmod(mode)
+            _flush(temporary)
+            move_file(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)  # which a read-only disk refuses even if it is not there
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Rename a file of the same disk over another, durably. Raises :class:`FileError`."""
+    with told(target):
+        os.replace(source, target)
+        if os.name == "posix":
+            _flush(target.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, if it is not there, and those above it. Raises :class:`FileError`."""
+    with told(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def check_writable(target: Path) -> None:
+    """Ask before the work whether a file can be written at all. Raises :class:`FileError`."""
+    with told(target):
+        if not os.access(target.parent, os.W_OK):
+            read_only = os.statvfs(target.parent).f_flag & os.ST_RDONLY if os.name == "posix" else False
+            number = errno.EROFS if read_only else errno.EACCES
+            raise OSError(number, os.strerror(number))
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Raise :class:`FileError` for what the file system refuses inside, where ``path`` is being written."""
+    try:
+        yield
+    except ReparamError:
+        raise
+    except Exception as error:
+        cause = _cause(error)
+        if cause is None:
+            raise
+        raise FileError(f"{path} cannot be written: {reason_of(cause)}") from error
+
+
+def reason_of(error: OSError) -> str:
+    """What a file system says, and what can be done."""
+    return f"{error.strerror or error}; {FIXES.get(error.errno or 0, OTHERWISE)}"
+
+
+def _cause(error: BaseException | None) -> OSError | None:
+    """The refusal of the file system behind an exception: libraries that write wrap it into classes of their own."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, which is written in Rust
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or a folder (which makes a rename inside it durable)."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
