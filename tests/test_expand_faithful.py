@@ -706,7 +706,9 @@ def test_what_could_not_be_tried_is_said() -> None:
     assert [text[:28] for text in single.compared] == ["whole network, example_input", "not run in training: the mod"]
     with torch.device("meta"):
         meta = ConvBN()
-    assert reparam.plan(meta, "acb").compared == ("not run: the model is on the meta device",)
+    why, *code = reparam.plan(meta, "acb").compared
+    assert why == "not run: the model is on the meta device"
+    assert [text[:25] for text in code] == ["code of the whole network"] * 2
 
 
 def test_a_model_that_differs_from_itself() -> None:

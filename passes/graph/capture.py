@@ -12,9 +12,10 @@ if the graphs differ, it keeps something between calls, and no single graph says
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "Call",
     "Unit",
     "call_of",
+    "first_difference",
     "has_hooks",
     "inherits_forward",
     "join",
@@ -98,7 +100,11 @@ def join(*parts: str) -> str:
 
 
 def trace_units(
-    model: nn.Module, inputs: tuple[Any, ...] | None = None, *, numbers: bool = True
+    model: nn.Module,
+    inputs: tuple[Any, ...] | None = None,
+    *,
+    numbers: bool = True,
+    leaves: Iterable[nn.Module] = (),
 ) -> tuple[list[Unit], list[Refusal]]:
     """All units of ``model``, outermost first, and what could not be traced.
 
@@ -108,7 +114,9 @@ def trace_units(
         model: any module.
         inputs: example inputs of the whole model, which help to answer questions about shapes.
         numbers: whether the numbers of parameters may decide which way the code goes; not while training.
+        leaves: modules that are one call each, whatever their forward does.
     """
+    whole = {id(leaf): Refusal(Reason.UNTRACEABLE, "") for leaf in leaves}
     units: list[Unit] = []
     untraced: list[Refusal] = []
     seen: set[int] = set()
@@ -116,14 +124,14 @@ def trace_units(
     with patched(), no_mark(model) as snapshot:
         while queue:
             path, module = queue.pop(0)
-            if id(module) in seen or not _worth_tracing(module):
+            if id(module) in seen or id(module) in whole or not _worth_tracing(module):
                 continue
             seen.add(id(module))
             if not _has_forward(module):
                 queue += _children(path, module)
                 continue
             try:
-                unit = _trace_unit(path, module, snapshot, None if path else inputs, numbers)
+                unit = _trace_unit(path, module, snapshot, None if path else inputs, numbers, whole)
             # Any exception at all may come out of user code that runs on proxies; it becomes a refusal.
             except Exception as error:
                 untraced.append(replace(refusal_of(error), layer=path))
@@ -143,7 +151,7 @@ def trace_variant(unit: Unit, given: Mapping[str, Any]) -> Unit:
     Raises whatever the forward raises on proxies.
     """
     with no_mark(unit.root) as snapshot:
-        return _trace_unit(unit.path, unit.root, snapshot, None, True, dict(given))
+        return _trace_unit(unit.path, unit.root, snapshot, None, True, given=dict(given))
 
 
 def _trace_unit(
@@ -152,9 +160,10 @@ def _trace_unit(
     snapshot: Snapshot,
     inputs: tuple[Any, ...] | None,
     numbers: bool,
+    leaves: Mapping[int, Refusal] = MappingProxyType({}),
     given: dict[str, Any] | None = None,
 ) -> Unit:
-    leaves: dict[int, Refusal] = {}
+    leaves = dict(leaves)
     careful = False
     while True:
         before = torch.get_rng_state(), states()
@@ -256,7 +265,7 @@ def _forks(
                 raise NotCapturedError(told.reason, told.message)
             return {id(call.module): told}, ()
         todo += _other_ways(other)
-        if _first_difference(graph, flipped) is not None:
+        if first_difference(graph, flipped) is not None:
             others.append(_unit(path, other, flipped))
             for asked in first.calls:
                 if asked.path == call.path:
@@ -297,7 +306,7 @@ def _states(
     second = Tracer(root, leaves, inputs=inputs, given=given, numbers=numbers)
     other = second.trace()
     found = {id(root.get_submodule(at)): why for at, why in second.opaque.items() if at not in first.opaque}
-    if not found and (node := _first_difference(graph, other)) is not None:
+    if not found and (node := first_difference(graph, other)) is not None:
         call = next((c for c in call_of(node).chain() if c in first.fixed), call_of(node))
         found[id(call.module)] = Refusal(Reason.STATE, "a second call does something else than the first")
     if id(root) in found:
@@ -305,7 +314,7 @@ def _states(
     return found
 
 
-def _first_difference(graph: fx.Graph, other: fx.Graph) -> fx.Node | None:
+def first_difference(graph: fx.Graph, other: fx.Graph) -> fx.Node | None:
     """The first node of ``graph`` that computes something else in ``other``."""
     for (node, a), (_, b) in zip_longest(_steps(graph), _steps(other), fillvalue=(None, "")):
         if a != b:

@@ -247,6 +247,8 @@ def likely_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         n = len(conv.kernel_size)
         for size in (SMALL[n], USUAL[n], LEAST.get(n, SMALL[n])):
             yield (conv.in_channels, *size)
+        for parts in (2, 3, 4):  # its layers share the channels out between them
+            yield (parts * conv.in_channels, *SMALL[n])
     if linear is not None:
         flat, tokens = (linear.in_features,), (7, linear.in_features)
         spread = any(p.dim() == 3 and p.shape[-1] == linear.in_features for p in model.parameters())

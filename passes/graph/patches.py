@@ -139,6 +139,8 @@ class _Patches:
         cls.attribute(nn.Module, "__call__", _module_call)
         cls.attribute(nn.Module, "__getattr__", _module_getattr)
         cls.attribute(nn.Module, "__setattr__", _module_setattr)
+        cls.attribute(nn.Module, "get_parameter", _getter(nn.Module.get_parameter))
+        cls.attribute(nn.Module, "get_buffer", _getter(nn.Module.get_buffer))
         cls.item(vars(builtins), "isinstance", _isinstance)
         cls.item(vars(builtins), "hasattr", _hasattr)
         cls.item(vars(torch), "is_tensor", _is_tensor)
@@ -173,6 +175,17 @@ def _module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _module_getattr(module: nn.Module, name: str) -> Any:
     value, tracer = _getattr(module, name), active()
     return value if tracer is None else tracer.read(module, name, value)
+
+
+def _getter(get: Any) -> Any:
+    @functools.wraps(get)
+    def intercepted(module: nn.Module, target: str) -> Any:
+        with suspended():  # it looks whether what it finds is a parameter
+            value = get(module, target)
+        tracer = active()
+        return value if tracer is None else tracer.read(module, target, value)
+
+    return intercepted
 
 
 def _module_setattr(module: nn.Module, name: str, value: Any) -> None:

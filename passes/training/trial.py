@@ -21,6 +21,7 @@ from passes.graph.modes import has_own_modes
 from passes.proof.check import Checked, NoInputError, Observed, check, first_line, observe
 from passes.proof.compare import Difference, Verdict
 from passes.refusal import Reason, Refusal, ReparamError
+from passes.training.retrace import traced_alike
 
 __all__ = ["Outcome", "try_blocks"]
 
@@ -88,8 +89,11 @@ def try_blocks(
         seen, why = _observed(model, example)
         if seen and not exact_in_training:
             seen, why = seen[:1], [*why, "not compared in training, where a block is exact only up to eps"]
-        if not seen and not has_own_modes(model):
-            return Outcome(tuple(rows), {}, {}, tuple(why))
+        if not seen:
+            try:
+                shadow(model)
+            except ReparamError:  # it is edited in place, and nothing can be seen before
+                return Outcome(tuple(rows), {}, {}, tuple(why))
         trial = _Trial(model, seen, put, expected)
         return trial.settle(list(rows), smaller, why)
 
@@ -176,8 +180,9 @@ class _Trial(Generic[Row]):
                 continue
             wrong = next((c for c in checks if not c.ok), None)
             if wrong is None:
-                idle = [row for row in rows if row.layer not in self.ran]
-                said = [c.compared for c in checks] + why
+                idle = [row for row in rows if self.seen and row.layer not in self.ran]
+                said = [c.compared for c in checks]
+                said = [*said, *why] if self.seen else [*why, *said]
                 said += [f"{len(idle)} blocks did not run, nor did their convolutions before"] if idle else []
                 return Outcome(tuple(rows), taken_back, changed, tuple(said))
             if not self.equal([]):
@@ -200,6 +205,9 @@ class _Trial(Generic[Row]):
         moved = self.put(trial, rows)
         everywhere = {old: new for paths in moved.values() for old, new in paths.items()}
         checks = [check(seen, trial, training=seen.training, moved=everywhere) for seen in self.seen]
+        if not self.seen:
+            replaced = [row.layer for row in rows] + [old for old, new in everywhere.items() if old != new]
+            checks = [traced_alike(self.model, trial, replaced, training=training) for training in (False, True)]
         if not self.modes:
             return checks, {}
         try:
