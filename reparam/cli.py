@@ -21,6 +21,8 @@ from typer.core import TyperGroup
 import reparam
 from reparam import commands
 from reparam.commands import console, errors
+from reparam.disk import FileError
+from reparam.exhausted import WORDS, was_exhausted
 from reparam.networks import UsageError
 from reparam.recipe import RecipeError
 from reparam.sources import UnknownNameError
@@ -70,6 +72,8 @@ class Commands(TyperGroup):
                 raise
             ours = isinstance(error, reparam.ReparamError)
             text = str(error) if ours else f"{type(error).__name__}: {error} (--debug before the command shows where)"
+            if was_exhausted(error) and not isinstance(error, FileError):  # which names the file that takes it
+                text = WORDS
             errors.print(f"[red]error:[/red] {escape(printable(text))}", soft_wrap=True)
             raise typer.Exit(2 if isinstance(error, WRONG_USAGE) else 1) from error
 

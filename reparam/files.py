@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.disk import FileError, check_writable, replace_file
+from reparam.exhausted import was_exhausted
 from reparam.rebuilding import shells, with_room
 from reparam.recipe import Recipe, RecipeError
 from reparam.saving import (
@@ -167,10 +168,12 @@ def load_state(path: str | os.PathLike[str], *, key: str | None = None, allow_op
     try:
         read = _load_torch(source, key) if kind in TORCH else _load_safe(source) if kind in SAFE else _load_hdf5(source)
         check_names([*read.tensors, *read.others])
-    except MemoryError as error:
-        raise FileError(f"{source} is larger than the memory of this machine") from error
-    except FileError as error:
-        raise error if str(source) in str(error) else FileError(f"{source}: {error}") from error
+    except Exception as error:
+        if was_exhausted(error):
+            raise FileError(f"{source} needs more memory than there is, or is damaged") from error
+        if not isinstance(error, FileError) or str(source) in str(error):
+            raise
+        raise FileError(f"{source}: {error}") from error
     return replace(read, allow_options=ALLOWED.get() if allow_options is None else allow_options)
 
 

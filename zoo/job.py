@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reparam import EquivalenceError, ReparamError
+from reparam.exhausted import was_exhausted
 from reparam.recipe import parse_block
 from zoo import memory
 from zoo.journal import Folder
@@ -180,7 +181,7 @@ def attempt(work: Work) -> Outcome:
         return Mismatch(**work.common(), error=error.error, layer=error.layer, message=message)
     # One network that fails, however it does, is one outcome; the run goes on.
     except Exception as error:
-        if isinstance(error, MemoryError) or "not enough memory" in str(error):
+        if was_exhausted(error):
             return OutOfMemory(**work.common(), stage=work.stage, message="the system gave no more memory")
         if isinstance(error, ReparamError) and work.stage in ("expand", "collapse", "roundtrip"):
             return Refused(**work.common(), reason=one_line(error, named=False))

@@ -24,6 +24,7 @@ from typing import Any
 
 from reparam import ReparamError
 from reparam.disk import make_folder
+from reparam.exhausted import says_exhausted
 from zoo import memory
 from zoo.convert import convert
 from zoo.job import Job, one_line, remove_files, versions
@@ -204,14 +205,16 @@ def _receive(each: Running) -> None:
 
 def _died(each: Running) -> Outcome:
     """What a process's end without an outcome means."""
-    code = each.process.exitcode
+    code, words = each.process.exitcode, last_words(each.job)
     if code == -signal.SIGKILL:
         message = "killed by the system, which does so when memory runs out"
         return OutOfMemory(**_common(each), stage=each.stage, message=message)
     text = f"exit status {code}"
     if code is not None and code < 0:
         text = f"killed by {signal.Signals(-code).name}"
-    return Failed(**_common(each), stage=each.stage, error=f"its process ended: {text}", traceback=last_words(each.job))
+    if says_exhausted(words):
+        return OutOfMemory(**_common(each), stage=each.stage, message=f"its process ended for want of memory: {text}")
+    return Failed(**_common(each), stage=each.stage, error=f"its process ended: {text}", traceback=words)
 
 
 def _common(each: Running) -> dict[str, Any]:
