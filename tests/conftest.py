@@ -15,6 +15,7 @@ from hypothesis import settings
 
 import reparam
 from passes.blocks.kit.registry import unregister
+from passes.training import equivalent
 
 # No deadline: the first call of a torch operation is slow. In CI the same examples every time.
 settings.register_profile("dev", deadline=None, print_blob=True)
@@ -40,6 +41,16 @@ def registry() -> Iterator[None]:
     for name in set(reparam.blocks()) - known:
         unregister(name)
     assert set(reparam.blocks()) == known
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep recorded kernels, under the same keys: recording is most of what tests of online blocks would do.
+
+    The library forgets them with the last block that runs them. Where coverage asks which test runs which line, each
+    test records its own.
+    """
+    if not config.getoption("cov_context", None):
+        equivalent._PROGRAMS = {}  # type: ignore[assignment]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

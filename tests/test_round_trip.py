@@ -143,9 +143,9 @@ def test_collapse_gives_back_what_was_expanded(block: Any, online: bool, dtype: 
 def test_collapse_after_training(block: Any, online: bool, dtype: torch.dtype) -> None:
     """Trained from the published initialisation, where every branch weighs in."""
     model, x = plain(dtype), images(dtype=dtype)
-    expanded = train(reparam.expand(model, block, online=online, init="paper"))
+    expanded = train(reparam.expand(model, block, online=online, init="paper", verify=False))
     assert not agrees(expanded, model, x)
-    assert agrees(reparam.collapse(expanded), expanded, x)
+    assert agrees(reparam.collapse(expanded, verify=False), expanded, x)  # compared here; the way into stock code both
     check_restored(reparam.collapse(expanded, like=Plain().to(dtype)), model, expanded, Plain().to(dtype), x)
 
 
@@ -277,8 +277,9 @@ def test_synchronised_norms(when: str, online: bool) -> None:
     assert len(norms) == 4 if online else len(norms) > 20
     assert all(isinstance(m, nn.SyncBatchNorm) for m in norms.values())
     ready(expanded, seed=1)
-    assert expanded.state_dict().keys() == reparam.expand(model, "dbb", online=online).state_dict().keys()
-    assert agrees(reparam.collapse(expanded), expanded, x)
+    again = reparam.expand(model, "dbb", online=online, verify=False)
+    assert expanded.state_dict().keys() == again.state_dict().keys()
+    assert agrees(reparam.collapse(expanded, verify=False), expanded, x)
     check_restored(reparam.collapse(expanded, like=model), model, expanded, Plain(), x)
 
 
@@ -360,23 +361,23 @@ def free_port() -> int:
 
 @each_form
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
-def test_compiles_without_a_graph_break(backend: str, online: bool) -> None:
+@pytest.mark.parametrize("block", ["dbb", pytest.param("doconv", marks=pytest.mark.slow)])
+def test_compiles_without_a_graph_break(block: str, backend: str, online: bool) -> None:
     """The compiled model trains like the plain call, forward and gradients; the model inside collapses."""
     model, x = plain(), images(4)
-    for block in ("dbb", "doconv"):
-        expanded = reparam.expand(model, block, online=online, where=["stem", "bare"]).train()
-        reference = copy.deepcopy(expanded)
-        torch._dynamo.reset()
-        compiled = torch.compile(expanded, backend=backend, fullgraph=True)
-        outputs = [net(x) for net in (compiled, reference)]
-        assert torch.allclose(*outputs, atol=1e-5)
-        for output in outputs:
-            output.square().sum().backward()
-        for ours, theirs in zip(expanded.parameters(), reference.parameters(), strict=True):
-            assert (ours.grad is None) == (theirs.grad is None)
-            assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, atol=1e-4, rtol=1e-3)
-        for trained in (compiled, expanded):
-            check_restored(reparam.collapse(trained, like=model), model, expanded, Plain(), images())
+    expanded = reparam.expand(model, block, online=online, where=["stem", "bare"], verify=False).train()
+    reference = copy.deepcopy(expanded)
+    torch._dynamo.reset()
+    compiled = torch.compile(expanded, backend=backend, fullgraph=True)
+    outputs = [net(x) for net in (compiled, reference)]
+    assert torch.allclose(*outputs, atol=1e-5)
+    for output in outputs:
+        output.square().sum().backward()
+    for ours, theirs in zip(expanded.parameters(), reference.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, atol=1e-4, rtol=1e-3)
+    for trained in (compiled, expanded):
+        check_restored(reparam.collapse(trained, like=model, verify=False), model, expanded, Plain(), images())
 
 
 @few_blocks
@@ -481,11 +482,11 @@ torch.set_num_threads(1)
 online = sys.argv[1] == "True"
 saved = torch.load(sys.argv[2])
 for block, state in saved["states"].items():
-    model = reparam.expand(Plain(), block, online=online)
+    model = reparam.expand(Plain(), block, online=online, verify=False)
     model.load_state_dict(state, strict=True)
     with torch.no_grad():
         assert torch.equal(model.eval()(images()), saved["outputs"][block]), block
-    result = reparam.collapse(model, like=Plain())
+    result = reparam.collapse(model, like=Plain(), verify=False)
     assert torch.allclose(result(images()), saved["outputs"][block], atol=1e-5), block
 whole = torch.load(sys.argv[3], weights_only=False)
 assert torch.equal(whole(images()), saved["outputs"]["dbb"])
@@ -497,7 +498,7 @@ def test_reload_in_a_fresh_process(online: bool, tmp_path: Path) -> None:
     """Expanded the same way there, the state dict loads strictly and gives the same outputs; the whole module too."""
     saved: dict[str, Any] = {"states": {}, "outputs": {}}
     for block in ("dbb", "doconv"):
-        expanded = train(reparam.expand(plain(), block, online=online, init="paper"), steps=1)
+        expanded = train(reparam.expand(plain(), block, online=online, init="paper", verify=False), steps=1)
         saved["states"][block] = expanded.state_dict()
         saved["outputs"][block] = expanded(images()).detach()
         if block == "dbb":
@@ -733,7 +734,7 @@ class Auxiliary(Plain):
 def test_heads_that_only_run_in_training(online: bool) -> None:
     """They come back too: in training mode, the returned network computes them from the folded kernels."""
     model, x = ready(Auxiliary()), images()
-    expanded = reparam.expand(model, "dbb", online=online, init="paper").train()
+    expanded = reparam.expand(model, "dbb", online=online, init="paper", verify=False).train()
     assert is_block(expanded.aux[0])
     y, aux = expanded(images(4))
     (y.square().sum() + aux.square().sum()).backward()
@@ -743,7 +744,7 @@ def test_heads_that_only_run_in_training(online: bool) -> None:
     check_restored(result, model, expanded, Auxiliary(), x)
     features = images(2, 6, WIDTH)
     assert torch.allclose(result.aux(features), expanded.aux(features), atol=1e-5)
-    assert torch.allclose(reparam.collapse(expanded).aux(features), expanded.aux(features), atol=1e-5)
+    assert torch.allclose(reparam.collapse(expanded, verify=False).aux(features), expanded.aux(features), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -788,9 +789,9 @@ class Mixed(nn.Module):
 def test_norms_of_every_kind_come_back(block: str, online: bool) -> None:
     """Among them one without a shift, which takes the folded bias into its mean."""
     model, x = ready(Mixed()), images()
-    expanded = train(reparam.expand(model, block, online=online, init="paper"))
+    expanded = train(reparam.expand(model, block, online=online, init="paper", verify=False))
     assert all(is_block(m) for m in (expanded.bare, expanded.fixed, expanded.acting))
-    assert agrees(reparam.collapse(expanded), expanded, x)
+    assert agrees(reparam.collapse(expanded, verify=False), expanded, x)
     result = reparam.collapse(expanded, like=model)
     shapes = {key: t.shape for key, t in model.state_dict().items()}
     assert {key: t.shape for key, t in result.state_dict().items()} == shapes
