@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import passes.collapse
 import passes.compiler
+import passes.fold.candidates
 import passes.fold.folds
 import reparam
 from passes.algebra.conv_form import ConvForm
@@ -522,3 +523,26 @@ def test_a_fold_that_is_part_of_a_larger_one_is_no_fold_of_its_own() -> None:
     result, report = collapse_with_report(NETWORKS["pools_called"]()[0])
     assert len(report.folds) == 1
     assert [name for name, _ in result.named_children()] == [report.folds[0].where]
+
+
+def test_a_long_chain_is_searched_only_around_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Chain(nn.Module):
+        def __init__(self, length: int) -> None:
+            super().__init__()
+            self.conv, self.length = nn.Conv2d(2, 2, 3), length
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x)
+            for _ in range(self.length):
+                y = y * 1.01
+            return y
+
+    def searched(length: int) -> int:
+        asked = []
+        with monkeypatch.context() as patch:
+            views = passes.fold.candidates.views
+            patch.setattr(passes.fold.candidates, "views", lambda *given: asked.append(given) or views(*given))  # type: ignore[func-returns-value]
+            assert len(reparam.explain(Chain(length).eval()).folds) == 1
+        return len(asked)
+
+    assert searched(400) <= 5 * searched(100)

@@ -81,7 +81,7 @@ def find_candidates(graph: Contraction, changed: set[fx.Node] | None) -> tuple[l
     interpreters: dict[fx.Node, list[Interpreter]] = {}
     found: list[Candidate] = []
     refusals: list[Refusal] = []
-    near = _reach(graph, changed) if changed is not None else None
+    near = _reach(graph, changed, dominator) if changed is not None else None
     for result in flow.nodes:
         if result not in flow.affine or result not in dominator or (near is not None and result not in near):
             continue
@@ -125,15 +125,24 @@ def _final(value: object) -> bool:
 _FINAL = {Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.NOT_A_CONVOLUTION}
 
 
-def _reach(graph: Contraction, changed: set[fx.Node]) -> set[fx.Node]:
-    """Affine nodes that lie behind a changed node with only affine nodes between."""
-    reached, todo = set(changed), list(changed)
-    while todo:
-        for user in graph.readers(todo.pop()):
-            if user in graph.flow.affine and user not in reached:
-                reached.add(user)
-                todo.append(user)
-    return reached
+def _reach(graph: Contraction, changed: set[fx.Node], dominator: dict[fx.Node, fx.Node | None]) -> set[fx.Node]:
+    """Affine nodes behind a changed node, affine nodes between, whose walk up comes as far as to that one.
+
+    A region around the changed node begins at a dominator of it, so not deeper than it lies itself; from further behind
+    the walk ends before. Without this bound a long chain would be searched to its end for each fold in it.
+    """
+    depth: dict[fx.Node | None, int] = {None: 0}
+    deepest: dict[fx.Node, int] = {}
+    for node in graph.flow.nodes:
+        if node not in dominator:
+            continue
+        depth[node] = depth[dominator[node]] + 1
+        above = [deepest[source] for source in graph.sources(node) if source in deepest]
+        if node in changed:
+            above.append(depth[node])
+        if above and (node in changed or node in graph.flow.affine):
+            deepest[node] = max(above)
+    return {node for node, most in deepest.items() if depth[node] <= most + MAX_CLIMB}
 
 
 # ------------------------------------------------------------------ one region
@@ -196,7 +205,7 @@ def _stays_in_code(flow: Flow, node: fx.Node) -> bool:
 
 
 def _in_order(flow: Flow, *groups: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
-    return tuple(sorted({n for group in groups for n in group}, key=lambda n: flow.order[n]))
+    return tuple(sorted({n for group in groups for n in group}, key=flow.order.__getitem__))
 
 
 def _is_planned(graph: Contraction, dying: list[fx.Node], entry: fx.Node) -> bool:
@@ -222,7 +231,7 @@ def _between(graph: Contraction, entry: fx.Node, result: fx.Node) -> list[fx.Nod
             if source is not entry and source not in seen and source not in graph.flow.constant:
                 seen.add(source)
                 todo.append(source)
-    return sorted(seen, key=lambda n: graph.flow.order[n])
+    return sorted(seen, key=graph.flow.order.__getitem__)
 
 
 def _dying(interpreter: Interpreter, between: list[fx.Node], result: fx.Node, form: Form) -> list[fx.Node]:
