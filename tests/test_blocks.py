@@ -218,10 +218,12 @@ def test_published_start_on_every_geometry_folds_into_the_original_convolution(b
     assert counts["expanded"] > 2 * counts["refused"] or GRID
 
 
+# The branches' geometry is that of the published start, where every pair of values meets: here every value is enough.
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["values", "pairs"])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_preserving_start_changes_nothing_in_evaluation_and_in_training(block: str) -> None:
+def test_preserving_start_changes_nothing_in_evaluation_and_in_training(block: str, small: bool) -> None:
     """Exactly; QARepVGG has a norm behind a norm: up to rounding in evaluation, and up to eps in training."""
-    for some, model, x in batches(sample(block, seed=1)):
+    for some, model, x in batches(sample(block, seed=1, small=small)):
         planned = reparam.plan(model, block, online=False)
         assert all((row.refusal is None) == applies(block, p) for p, row in zip(some, planned.rows, strict=True))
         expanded: Any = planned.apply()

@@ -217,8 +217,21 @@ def test_inplace_returns_the_same_object() -> None:
     assert close(plain(images()), wanted)
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
-@pytest.mark.parametrize("stage", ["trace", "plan", "emit", "prove", "edit", "rewrite", "second unit", "compare"])
+STAGES = ("trace", "plan", "emit", "prove", "edit", "rewrite", "second unit", "compare")
+
+
+LATE = ("edit", "second unit", "compare")
+
+
+# In place at each stage; on a copy, which shares tensors with the model while it is made, where something has changed.
+@pytest.mark.parametrize(
+    ("stage", "inplace"),
+    [pytest.param(stage, True, id=f"{stage}-inplace") for stage in STAGES]
+    + [
+        pytest.param(stage, False, id=f"{stage}-copy", marks=[] if stage in LATE else [pytest.mark.slow])
+        for stage in STAGES
+    ],
+)
 def test_failure_midway_leaves_the_model_untouched(stage: str, inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is raised wherever, the model comes back as it was, and the error itself comes through."""
 
@@ -449,7 +462,7 @@ def test_methods_beside_forward_still_work(resnet: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0"])
+@pytest.mark.parametrize("name", ["levit_128s", pytest.param("efficientvit_m0", marks=pytest.mark.slow)])
 def test_tracing_leaves_no_mark_on_attention_caches(name: str) -> None:
     """These keep an attention bias of their last forward; a Proxy left there would break the caller's model."""
     timm = pytest.importorskip("timm")
@@ -619,6 +632,10 @@ def test_like_keeps_the_dtype_it_was_given() -> None:
 # ------------------------------------------------------------------ import
 
 
+QUICK = 0.15
+"""Seconds; the least of up to three tries counts."""
+
+
 @pytest.fixture(scope="module")
 def imported() -> dict[str, Any]:
     """What importing the package costs and loads, in a fresh process."""
@@ -631,8 +648,8 @@ import reparam
 seconds = time.process_time() - start
 print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before), "all": sorted(sys.modules)}))
 """
-    runs = []
-    for _ in range(3):
+    runs: list[dict[str, Any]] = []
+    while len(runs) < 3 and not any(run["seconds"] < QUICK for run in runs):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout))
     return min(runs, key=lambda run: run["seconds"])
@@ -646,7 +663,7 @@ def test_import_is_lean(name: str, imported: dict[str, Any]) -> None:
 
 def test_import_is_quick(imported: dict[str, Any]) -> None:
     """Under 50 ms of its own beyond torch's import; measured in processor time, with room for a slow machine."""
-    assert imported["seconds"] < 0.15
+    assert imported["seconds"] < QUICK
 
 
 def test_all_names_exist() -> None:

@@ -34,7 +34,7 @@ def listed(label: str) -> Trained:
     ("label", "block"),
     [
         ("mobilenetv3_small_100", "acb"),  # depthwise, norms that activate
-        ("torchvision:shufflenet_v2_x0_5", "dbb"),  # split and shuffled channels
+        pytest.param("torchvision:shufflenet_v2_x0_5", "dbb", marks=pytest.mark.slow),  # split and shuffled channels
         ("torchvision:squeezenet1_1", "doconv"),  # biases, no batch norm
     ],
 )
