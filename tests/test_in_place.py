@@ -132,14 +132,28 @@ def written(pick: Callable[[Sequence[T]], T]) -> list[str]:
     return [*body, f"return {values[-1]}, {pick(('x', values[-1], pick(values)))}"]
 
 
-EXAMPLES = int(os.environ.get("REPARAM_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("REPARAM_EXAMPLES", "60"))
 
 
-@settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
-)
+def examples(count: int) -> settings:
+    checks = list(HealthCheck)
+    return settings(max_examples=count, deadline=None, suppress_health_check=checks, derandomize=True, database=None)
+
+
+@examples(EXAMPLES)
 @given(st.data())
 def test_random_changes(data: Any) -> None:
+    check_random_changes(data)
+
+
+@pytest.mark.slow
+@examples(3 * EXAMPLES)
+@given(st.data())
+def test_more_random_changes(data: Any) -> None:
+    check_random_changes(data)
+
+
+def check_random_changes(data: Any) -> None:
     body = written(lambda options: data.draw(st.sampled_from(list(options))))
     try:
         check(body)
