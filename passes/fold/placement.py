@@ -234,7 +234,7 @@ def _has_conv(layout: Layout, region: Candidate, item: fx.Node | Call) -> bool:
 
 def _items(region: Candidate, call: Call) -> list[fx.Node | Call] | None:
     """What ``call`` itself runs of the region: leaf modules and child calls, in order; None if bare operations too."""
-    items: list[fx.Node | Call] = []
+    items: dict[fx.Node | Call, None] = {}
     for node in region.dying:
         chain = list(call_of(node).chain())
         if call not in chain:
@@ -243,9 +243,8 @@ def _items(region: Candidate, call: Call) -> list[fx.Node | Call] | None:
         item: fx.Node | Call = node if at == 0 else chain[at - 1]
         if at == 0 and node.op != "call_module":
             return None
-        if item not in items:
-            items.append(item)
-    return items or None
+        items[item] = None
+    return list(items) or None
 
 
 def _only_feeds(layout: Layout, node: fx.Node, item: fx.Node | Call, call: Call) -> bool:
