@@ -72,9 +72,16 @@ def create(case: Case, library: str) -> nn.Module:
     return pytest.importorskip("torchvision").models.get_model(case.name, **case.options)
 
 
-CASES = [pytest.param(case, "timm", id=case.name) for case in TIMM] + [
-    pytest.param(case, "torchvision", id=f"torchvision-{case.name}") for case in TORCHVISION
-]
+LONG = ("ghostnetv3_050", "mobileone_s0", "resnet18", "ssdlite320_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large")
+"""Larger networks of a kind that another one here has: its blocks, its head."""
+
+
+def marked(case: Case, library: str) -> Any:
+    label = case.name if library == "timm" else f"torchvision-{case.name}"
+    return pytest.param(case, library, id=label, marks=[pytest.mark.slow] if case.name in LONG else [])
+
+
+CASES = [marked(case, "timm") for case in TIMM] + [marked(case, "torchvision") for case in TORCHVISION]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reparam
 
-EXAMPLES = int(os.environ.get("REPARAM_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("REPARAM_EXAMPLES", "50"))
 TOLERANCE = 1e-11
 """Relative to the largest output; deeper than one layer, so rounding adds up a little."""
 
@@ -380,6 +380,14 @@ def check(program: Program) -> None:
 @given(programs())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 def test_random_network(program: Program) -> None:
+    check(program)
+
+
+@pytest.mark.slow
+@settings(max_examples=3 * EXAMPLES, suppress_health_check=list(HealthCheck))
+@given(programs())
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+def test_more_random_networks(program: Program) -> None:
     check(program)
 
 
