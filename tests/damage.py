@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reparam import ReparamError
+from reparam import ReparamError, files, sources
 from zoo.train.state import DIGEST, digest
 
 # ------------------------------------------------------------------------------------------------ bytes
@@ -64,17 +65,31 @@ def parts(content: bytes, suffix: str) -> dict[str, range]:
             "tensors": range(header, end - 64),
             "end": range(end - 64, end),
         }
-    if suffix == ".pt":
-        table = content.rindex(b"PK\x01\x02", 0, end) if b"PK\x01\x02" in content else end // 2
-        first = content.index(b"PK\x01\x02")
-        return {"pickle": range(first // 8), "tensors": range(first // 8, first), "table": range(first, table)} | {
-            "end": range(table, end)
+    if suffix == ".pt":  # a zip file: the pickle first, a table of all members behind them
+        second = content.index(b"PK\x03\x04", 4)
+        table, last = content.index(b"PK\x01\x02", second), content.rindex(b"PK\x05\x06")
+        return {
+            "pickle": range(second),
+            "tensors": range(second, table),
+            "table": range(table, last),
+            "end": range(last, end),
         }
-    if suffix == ".h5":
-        return {"superblock": range(96), "middle": range(96, end - 400), "end": range(end - 400, end)}
-    line = content.index(b"\n") + 1
-    last = content.rindex(b"\n", 0, end - 1) + 1
-    return {"first line": range(line), "middle": range(line, last), "last line": range(last, end)}
+    if suffix == ".jsonl":
+        line, last = content.index(b"\n") + 1, content.rindex(b"\n", 0, end - 1) + 1
+        return {"first line": range(line), "middle": range(line, last), "last line": range(last, end)}
+    first, last = {".h5": (96, 400)}.get(suffix, (64, 64))  # the superblock of hdf5, its table of names
+    return {"start": range(first), "middle": range(first, end - last), "end": range(end - last, end)}
+
+
+def write_network(path: Path) -> Path:
+    """A file of a small network, of any kind that is read."""
+    model = sources.create("zoo:cifar_quick")
+    if path.suffix != ".h5":
+        return files.save_model(model, path, source="zoo:cifar_quick")
+    with h5py.File(path, "w") as file:
+        for name, value in model.state_dict().items():
+            file.create_dataset(name, data=value.numpy())
+    return path
 
 
 # ------------------------------------------------------------------------------------------------ values

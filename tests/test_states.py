@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import random
@@ -13,48 +12,13 @@ from typing import Any
 import pytest
 import torch
 from damage import KINDS, damaged, outcome, parts, sealed, with_junk
-from torch import Tensor, nn
+from small_run import CONFIG, fresh, row, step, write_run
+from torch import Tensor
 
 from reparam import files
 from zoo.train.checkpoint import CheckpointError, Folder
-from zoo.train.config import Config
-from zoo.train.result import Epoch
-from zoo.train.state import Parts, State
+from zoo.train.state import State
 from zoo.train.targets import find
-
-CONFIG = Config(epochs=3)
-
-
-def fresh(kind: str = "sgd") -> Parts:
-    """A run that has not begun: a small network, its average and an optimizer."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
-    make: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-        "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
-        "adamw": lambda p: torch.optim.AdamW(p, 0.1),
-    }
-    return Parts(model, copy.deepcopy(model), make[kind](model.parameters()))
-
-
-def row(number: int) -> Epoch:
-    return Epoch(number, 1.0, 0.1, 0.5, 0.5, 0.5, 0.5, None, 1000)
-
-
-def step(run: Parts) -> None:
-    run.optimizer.zero_grad()
-    run.model(torch.randn(4, 1, 4, 4)).square().sum().backward()
-    run.optimizer.step()
-
-
-def write_run(path: Path, kind: str = "sgd", epochs: int = 2) -> Folder:
-    """The folder of a run that was stopped after these epochs."""
-    folder, run, log = Folder(path), fresh(kind), list[Epoch]()
-    for number in range(1, epochs + 1):
-        step(run)
-        log.append(row(number))
-        folder.path.mkdir(exist_ok=True)
-        folder.write_state(run.pack(log), CONFIG, "zoo:mnist_toy", None)
-    return folder
 
 
 def equal(one: State, other: State) -> bool:

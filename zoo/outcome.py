@@ -226,6 +226,11 @@ class Planned(Outcome):
     left: Mapping[str, int] = field(default_factory=dict)
     others: Mapping[str, Mapping[str, int] | None] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, counts in self.others.items():
+            if counts is not None and not counts.keys() >= {"convs", "norms"}:
+                raise ValueError(f"others cannot have {counts!r:.40} of {name}")
+
     def sentence(self) -> str:
         text = f"{self.folds} folds, convs {self.before.convs} → {self.after.convs}"
         text += f", norms {self.before.norms} → {self.after.norms}"

@@ -33,6 +33,8 @@ def summary(folders: Sequence[Path]) -> str:
     parts = ["# What reparam does to a whole zoo\n"]
     for folder in folders:
         content = read(folder)
+        if not content.runs:
+            raise JournalError(f"{folder}: the line that says what was asked for is missing; run it again")
         left = missing(content)
         if left:
             raise JournalError(f"{folder}: {len(left)} models have no outcome yet; go on with --resume first")
