@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reparam import ReparamError
+from reparam.exhausted import causes
 
 __all__ = ["FileError", "check_writable", "make_folder", "move_file", "reason_of", "replace_file", "told"]
 
@@ -99,14 +100,13 @@ def reason_of(error: OSError) -> str:
     return f"{error.strerror or error}; {FIXES.get(error.errno or 0, OTHERWISE)}"
 
 
-def _cause(error: BaseException | None) -> OSError | None:
+def _cause(error: BaseException) -> OSError | None:
     """The refusal of the file system behind an exception: libraries that write wrap it into classes of their own."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, which is written in Rust
+    for each in causes(error):
+        if isinstance(each, OSError):
+            return each
+        if number := re.search(r"\(os error (\d+)\)", str(each)):  # safetensors, which is written in Rust
             return OSError(int(number[1]), os.strerror(int(number[1])))
-        error = error.__cause__ or error.__context__
     return None
 
 

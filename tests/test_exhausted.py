@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import safetensors
 import torch
 
 from reparam import ReparamError, files
-from reparam.exhausted import WORDS, was_exhausted
+from reparam.exhausted import WORDS, causes, was_exhausted
 from zoo import job as jobs
 from zoo import worker
 from zoo.job import Job, Work, attempt
@@ -43,6 +44,7 @@ EXHAUSTED: tuple[Exception, ...] = (
     RuntimeError(f"{TORCH} 34359738368 bytes. Error code 12 (Cannot allocate memory)"),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
     RuntimeError("std::bad_alloc"),
+    RuntimeError("could not create a primitive"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
     OSError(12, "Cannot allocate memory"),
 )
@@ -53,6 +55,14 @@ def test_what_libraries_raise_is_recognised_also_behind_errors_of_ours(error: Ex
     assert was_exhausted(error)
     assert was_exhausted(wrapped(error))
     assert not was_exhausted(wrapped(ValueError("out of cheese")))
+
+
+def test_an_error_that_is_its_own_cause_is_looked_at_once() -> None:
+    error, other = ValueError("out of cheese"), ValueError("out of wine")
+    error.__cause__, other.__cause__ = other, error
+    assert list(islice(causes(error), 9)) == [error, other]
+    error.__cause__ = error
+    assert not was_exhausted(error)
 
 
 @pytest.mark.parametrize("error", EXHAUSTED, ids=lambda error: type(error).__name__)
@@ -137,7 +147,7 @@ def collapse():
     return CliRunner().invoke(cli.app, ["collapse", spec, "-o", str(out), "--folds-only"])
 collapse()
 whole = out.read_bytes()
-for megabytes in (2, 30, 70, 1000):
+for megabytes in (2, 30, 70, 110, 1000):
     result = limited(megabytes, collapse)
     told = [line for line in result.output.splitlines() if not line.startswith("note")][-1]
     kept = out.read_bytes() == whole and len(list(out.parent.iterdir())) == 1
@@ -156,12 +166,16 @@ def test_under_a_real_limit_it_is_one_line_and_a_row(tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    *small, large = map(json.loads, done.stdout.splitlines())
-    assert len(small) == 3
-    for status, told, kept, kind, sentence in small:
-        assert (status, told, kept, kind) == (1, f"error: {WORDS}", True, "out_of_memory")
-        assert sentence.endswith("the system gave no more memory")
-    assert (large[0], large[3]) == (0, "converted")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    for status, told, kept, kind, sentence in lines:
+        assert kept or status == 0
+        assert told == f"error: {WORDS}" if status else "wrote" in told
+        assert kind in ("out_of_memory", "converted"), sentence
+    # How much is too little differs from machine to machine, but for the ends.
+    assert [(status, kind) for status, _, _, kind, _ in (lines[0], lines[-1])] == [
+        (1, "out_of_memory"),
+        (0, "converted"),
+    ]
 
 
 @pytest.mark.slow
