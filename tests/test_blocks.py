@@ -43,6 +43,13 @@ TOLERANCE = 1e-10
 BLOCKS = ("acb", "dbb", "doconv", "repvgg", "mobileone", "orepa", "ecb", "largekernel", "qarepvgg")
 ONE_TAP = "a kernel of one tap"
 
+KINDS = ("acb", "dbb", "doconv", "orepa", "qarepvgg")
+"""One of each kind for the quick tests: norms alone, sequences and pools, a computed kernel, scales, a norm behind."""
+
+every_kind = pytest.mark.parametrize(
+    "block", [block if block in KINDS else pytest.param(block, marks=pytest.mark.slow) for block in BLOCKS]
+)
+
 # ------------------------------------------------------------------ the grid
 
 
@@ -279,7 +286,7 @@ def test_counting_convolutions_counts_branches() -> None:
     assert convolutions(reparam.expand(model, "acb"), torch.randn(1, 4, 9, 9)) == 3
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@every_kind
 def test_online_runs_one_convolution_and_is_the_sum_of_its_branches(block: str) -> None:
     for some, model, x in batches(sample(block, seed=2, small=True)):
         planned = reparam.plan(model, block, init="paper", online=True, verify=False)
@@ -299,7 +306,7 @@ def test_online_runs_one_convolution_and_is_the_sum_of_its_branches(block: str) 
         check_folded(some, model, folded)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@every_kind
 def test_online_preserving_start_is_the_function_up_to_rounding(block: str) -> None:
     for some, model, x in batches(sample(block, seed=3, small=True)):
         expanded: Any = reparam.expand(model, block, online=True, verify=False)  # compared here, point by point
@@ -430,7 +437,7 @@ WITH_NORMS = ("acb", "dbb", "repvgg", "mobileone", "largekernel")
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b != "qarepvgg"])
-@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("online", [False, pytest.param(True, marks=pytest.mark.slow)])  # branches have no norms there
 def test_without_a_norm_branches_have_one_only_if_the_bias_has_a_place(block: str, bias: bool, online: bool) -> None:
     kernel = 5 if block == "largekernel" else 3
     for groups in (4,) if block == "largekernel" else (1, 2, 4):
@@ -987,7 +994,7 @@ def test_badly_named_or_missing_branches_are_errors() -> None:
 # ------------------------------------------------------------------ dtype, layout, what is frozen, names
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@every_kind
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
 def test_added_layers_have_the_dtype_the_mode_and_the_layout_of_the_original(block: str, dtype: torch.dtype) -> None:
     model = SmallNet().to(dtype).to(memory_format=torch.channels_last)
@@ -1008,7 +1015,7 @@ def test_added_layers_have_the_dtype_the_mode_and_the_layout_of_the_original(blo
 
 
 @pytest.mark.parametrize("online", [False, True])
-@pytest.mark.parametrize("block", BLOCKS)
+@every_kind
 def test_a_frozen_convolution_gets_frozen_branches(block: str, online: bool) -> None:
     model = SmallNet()
     for part in (model.stem, model.wide):
@@ -1022,7 +1029,7 @@ def test_a_frozen_convolution_gets_frozen_branches(block: str, online: bool) -> 
 
 
 @pytest.mark.parametrize("online", [False, True])
-@pytest.mark.parametrize("block", BLOCKS)
+@every_kind
 def test_state_dict_names_are_the_same_every_time_and_load_into_another_expansion(block: str, online: bool) -> None:
     size, groups = (5, 4) if block == "largekernel" else (3, 1)
     model = conv_bn(2, 4, 4, size, padding=1, groups=groups)

@@ -141,8 +141,15 @@ def test_blocks_lists_every_block_with_its_options() -> None:
         assert all(f"{option}=" in output for option in info.options)
 
 
-@pytest.mark.parametrize("online", ["--online", "--no-online"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    ("suffix", "online"),
+    [
+        (".safetensors", "--online"),
+        (".pt", "--no-online"),
+        pytest.param(".safetensors", "--no-online", marks=pytest.mark.slow),
+        pytest.param(".pt", "--online", marks=pytest.mark.slow),
+    ],
+)
 def test_an_expanded_file_goes_the_whole_way(toy: str, tmp_path: Path, suffix: str, online: str) -> None:
     expanded, tuned, deployed = (tmp_path / f"{name}{suffix}" for name in ("expanded", "tuned", "deployed"))
     output = run("expand", toy, "--block", "dbb", online, "-o", expanded)

@@ -92,7 +92,7 @@ def test_attributes_that_other_code_reads(asked: str, affine: bool) -> None:
 
 
 @pytest.mark.parametrize("block", ["dbb", "orepa"])
-@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("kernel", [3, pytest.param(5, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("groups", [1, WIDTH])
 def test_maps_smaller_than_the_kernel(kernel: int, groups: int, block: str) -> None:
     """Torch's 3-d pooling refuses them, the convolution does not."""
@@ -390,7 +390,7 @@ OTHER_CALLS: dict[str, tuple[type[nn.Module], tuple[Any, ...], dict[str, Any], s
 }
 
 
-@pytest.mark.parametrize("block", ["acb", "dbb", "doconv"])
+@pytest.mark.parametrize("block", ["acb", pytest.param("dbb", marks=pytest.mark.slow), "doconv"])
 @pytest.mark.parametrize("case", OTHER_CALLS)
 def test_a_norm_that_another_call_needs_stays(case: str, block: str) -> None:
     """The convolution gets a block, the norm stays outside, with the reason; both calls compute what they did."""

@@ -199,8 +199,7 @@ def test_trained_networks_load_into_stock_code(make: Any, block: str, online: bo
 # ------------------------------------------------------------------ what training code does
 
 
-@every_form
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize(("kind", "online"), [("SGD", False), ("AdamW", True)])  # neither asks for the other
 def test_optimizers_with_param_groups(kind: str, online: bool) -> None:
     model, x = plain(), images()
     expanded = reparam.expand(model, "dbb", online=online)
@@ -674,9 +673,15 @@ def tensors_of(value: Any) -> list[Tensor]:
     return list(module.parameters()) if isinstance(module, nn.Module) else []
 
 
-@every_form
-@few_blocks
-@pytest.mark.parametrize("init", ["preserve", "paper"])
+# Every pair of values.
+@pytest.mark.parametrize(
+    ("init", "block", "online"),
+    [
+        (init, block, (init == "paper") is (number % 2 == 0))
+        for number, block in enumerate(("acb", "dbb", "doconv"))
+        for init in ("preserve", "paper")
+    ],
+)
 def test_the_callers_model_is_untouched(block: Any, online: bool, init: str) -> None:
     """Bit for bit, with the training flag of every module; the copy has the flags as well."""
     model = ready(Net()).train()
@@ -784,8 +789,11 @@ class Mixed(nn.Module):
         return self.linear_bn(self.linear(x.mean((2, 3))))
 
 
-@every_form
-@few_blocks
+@pytest.mark.parametrize(
+    ("block", "online"),
+    [("acb", False), ("dbb", True), ("doconv", True)]
+    + [pytest.param(*each, marks=pytest.mark.slow) for each in (("acb", True), ("dbb", False), ("doconv", False))],
+)
 def test_norms_of_every_kind_come_back(block: str, online: bool) -> None:
     """Among them one without a shift, which takes the folded bias into its mean."""
     model, x = ready(Mixed()), images()
