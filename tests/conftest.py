@@ -5,6 +5,7 @@ torch's other defaults, the precision of float32 products among them, stay as a 
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -51,6 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if not config.getoption("cov_context", None):
         equivalent._PROGRAMS = {}  # type: ignore[assignment]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the collector of garbage leave out what the libraries hold: tracing calls it, each time for half a second."""
+    if hasattr(session.config, "workerinput"):  # one of the long runs, which load this sooner or later
+        import torch._dynamo  # noqa: F401
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

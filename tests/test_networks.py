@@ -72,8 +72,11 @@ def create(case: Case, library: str) -> nn.Module:
     return pytest.importorskip("torchvision").models.get_model(case.name, **case.options)
 
 
-LONG = ("ghostnetv3_050", "mobileone_s0", "resnet18", "ssdlite320_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large")
-"""Larger networks of a kind that another one here has: its blocks, its head."""
+LONG = (
+    *("ghostnetv3_050", "mobileone_s0", "resnet18", "r3d_18"),
+    *("ssdlite320_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"),
+)
+"""Larger networks of a kind that another one here has: its blocks, its head, in two dimensions for three."""
 
 
 def marked(case: Case, library: str) -> Any:

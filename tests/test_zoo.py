@@ -240,7 +240,7 @@ def test_training_learns_and_scoring_changes_nothing(data: Digits) -> None:
     assert after.accuracy > 0.6 > before.accuracy
 
 
-@pytest.mark.parametrize("block", ["acb", "dbb", "doconv"])
+@pytest.mark.parametrize("block", [pytest.param("acb", marks=pytest.mark.slow), "dbb", "doconv"])  # acb: the demo
 def test_a_trial_holds(data: Digits, block: str) -> None:
     trial = try_out(replace(SMALL, recipe=Recipe(block)), data)
     assert not trial.failure
@@ -266,7 +266,7 @@ def test_a_trial_fails_if_expanding_changes_the_function(data: Digits, monkeypat
     assert "before training" in try_out(SMALL, data).failure
 
 
-@pytest.mark.parametrize("by", [1e-3, 100.0])
+@pytest.mark.parametrize("by", [1e-3, pytest.param(100.0, marks=pytest.mark.slow)])
 def test_a_trial_fails_if_collapsing_changes_the_function(
     data: Digits, monkeypatch: pytest.MonkeyPatch, by: float
 ) -> None:
