@@ -453,6 +453,43 @@ def test_numbers_enter_as_they_were_before_rounding() -> None:
     assert report.checked.error < 1e-12
 
 
+class Chaos(ConvBN):
+    """Doubles every difference, again and again."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x).sigmoid()
+        for _ in range(self.times):
+            y = 3.99 * y * (1 - y)
+        return y
+
+
+@pytest.mark.parametrize(("times", "verdict"), [(2, Verdict.EQUAL), (16, Verdict.EQUAL), (80, Verdict.INCONCLUSIVE)])
+def test_a_network_that_amplifies_rounding_keeps_its_folds(times: int, verdict: Verdict) -> None:
+    """Nothing can be told of it as a whole, and that is no reason to take back what was proven one by one."""
+    report = reparam.collapse_with_report(ready(Chaos(times)))[1]
+    assert report.checked is not None
+    assert report.checked.verdict is verdict
+    assert (len(report.folds), report.taken_back) == (1, [])
+    assert ("tells nothing: rounding in float64 alone makes" in str(report.checked)) == (times == 80)
+
+
+@pytest.mark.parametrize(("noise", "verdict"), [(0.05, Verdict.EQUAL), (1.0, Verdict.INCONCLUSIVE)])
+def test_what_a_coarse_dtype_may_explain_has_a_ceiling(
+    monkeypatch: pytest.MonkeyPatch, noise: float, verdict: Verdict
+) -> None:
+    model = ready(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
+    off = copy.deepcopy(model)
+    for parameter in off.parameters():
+        parameter.data *= 1 + 0.08 * noise
+    coarse = {torch.float64: 1e-15, torch.float32: noise}
+    monkeypatch.setattr(passes.proof.check, "rounding", lambda *_, precision, **__: coarse[precision])
+    assert check(model, off).verdict is verdict
+
+
 def test_like_that_is_filled_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     """An identity that forgets its eps is off by a hair, in float32 too."""
     import passes.restore

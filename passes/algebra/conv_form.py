@@ -289,6 +289,12 @@ class ConvForm:
             )
         grid = common_grid([self, other])
         inner, outer = (self, other) if other.kernel == grid.kernel else (other, self)
+        widened = self.widened or other.widened
+        ties = _ties(self, other) if widened else None
+        if self.weight.is_meta:  # planning: torch would only find out the shapes, at a multiple of the cost
+            shape = self.out_channels, self.in_channels // grid.groups, *grid.kernel
+            bias = other.bias if self.bias is None else self.bias
+            return replace(grid.written(self, self.weight.new_empty(shape)), bias=bias, widened=widened, ties=ties)
         bias = other.bias if self.bias is None else self.bias if other.bias is None else self.bias + other.bias
         whole, small = grid.embed(outer), inner.widen(grid.groups)
         if small.kernel == grid.kernel:
@@ -298,8 +304,7 @@ class ConvForm:
         else:  # a branch that already fills the grid is copied once, and the other added in place
             weight = whole.weight.clone() if whole.weight is outer.weight else whole.weight
             weight[grid.place(small)].add_(small.weight)
-        widened = self.widened or other.widened
-        return replace(whole, weight=weight, bias=bias, widened=widened, ties=_ties(self, other) if widened else None)
+        return replace(whole, weight=weight, bias=bias, widened=widened, ties=ties)
 
     def then(self, outer: Form) -> ConvForm:
         """``outer`` applied to the result of this form."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from torch.nn import functional as F
 
 from passes.algebra.kernels import spread
@@ -47,7 +48,12 @@ class Grid:
                 weight = spread(weight, axis, at.step)
             ends = [(at.start, k - at.stop) for at, k in zip(taps, self.kernel, strict=True)]
             weight = F.pad(weight, [p for pair in reversed(ends) for p in pair])
-        return replace(wide, weight=weight, offset=self.offset, dilation=self.dilation, mode=self.mode)
+        return self.written(wide, weight)
+
+    def written(self, form: ConvForm, weight: Tensor) -> ConvForm:
+        """The form with a weight that has this grid's taps and groups."""
+        offset, dilation, mode = self.offset, self.dilation, self.mode
+        return replace(form, weight=weight, groups=self.groups, offset=offset, dilation=dilation, mode=mode)
 
 
 def common_grid(forms: Sequence[ConvForm]) -> Grid:

@@ -6,7 +6,7 @@ and ``Remove``. Numbers are no part of an edit: new layers come with theirs, or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,20 +162,22 @@ def remember(model: nn.Module, edits: Iterable[Edit]) -> None:
     """
     whole = [*(made_by(model) or ()), *edits]
     if whole:
-        vars(model)[_ATTRIBUTE] = tuple(e for i, e in enumerate(whole) if not _is_covered(e, whole[i + 1 :]))
+        vars(model)[_ATTRIBUTE] = tuple(reversed([*_showing(reversed(whole))]))
 
 
 _ATTRIBUTE = "reparam_edits"
 
 
-def _is_covered(edit: Edit, later: list[Edit]) -> bool:
-    """Whether nothing is left of an edit, since another module took the place of what it changed."""
-    for other in later:
-        if isinstance(other, Replace) and "like" not in str(other.layer.kind):
-            if edit.path.startswith(other.path + "."):
-                return True
-            if edit.path == other.path and isinstance(edit, (Replace, Block, Rewrite)):
-                return True
-        if isinstance(other, Delete) and isinstance(edit, Block) and edit.path == other.path:
-            return True
-    return False
+def _showing(backwards: Iterable[Edit]) -> Iterator[Edit]:
+    """The edits of which something is left: no later module took the place of what they changed."""
+    replaced, deleted = set[str](), set[str]()
+    for edit in backwards:
+        names = edit.path.split(".")
+        inside = any(".".join(names[:i]) in replaced for i in range(1, len(names)))
+        itself = edit.path in replaced and isinstance(edit, (Replace, Block, Rewrite))
+        if not (inside or itself or (edit.path in deleted and isinstance(edit, Block))):
+            yield edit
+        if isinstance(edit, Replace) and "like" not in str(edit.layer.kind):
+            replaced.add(edit.path)
+        elif isinstance(edit, Delete):
+            deleted.add(edit.path)

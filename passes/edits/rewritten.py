@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from passes.edits.program import Program
+from passes.graph.generated import forget_with
 from passes.refusal import ReparamError
 
 __all__ = ["Remainder", "Rewritten", "plain_class", "rewrite"]
@@ -87,6 +88,7 @@ def _function(program: Program, name: str) -> FunctionType:
     held = {str(node.target): nn.Identity() for node in graph.nodes if node.op in ("call_module", "get_attr")}
     made = type(fx.GraphModule(held, graph)).forward
     assert isinstance(made, FunctionType)
+    forget_with(made)
     made.__name__ = name
     made.__defaults__, made.__kwdefaults__ = program.defaults()
     return made

@@ -6,7 +6,7 @@ a larger candidate later; nothing is written anywhere for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,8 +52,9 @@ def select(flow: Flow, guard: Guard, banned: Set[Key] = frozenset(), staying: Se
         refusals += said
         chosen: list[Candidate] = []
         gone: set[fx.Node] = set()
+        entries: set[fx.Node] = set()
         for candidate in candidates:
-            stale = _is_stale(candidate, chosen, gone)
+            stale = _is_stale(candidate, entries, gone)
             if stale or candidate.key in refused or not staying.isdisjoint(candidate.dying):
                 continue
             outcome = _decide(flow, candidate, guard)
@@ -61,6 +62,7 @@ def select(flow: Flow, guard: Guard, banned: Set[Key] = frozenset(), staying: Se
                 candidate, placements[outcome[0]] = outcome
                 chosen.append(candidate)
                 gone.update(candidate.dying)
+                entries.add(candidate.entry)
                 continue
             refused.add(candidate.key)
             if outcome is not None:
@@ -71,11 +73,11 @@ def select(flow: Flow, guard: Guard, banned: Set[Key] = frozenset(), staying: Se
     return Selection(tuple((c, placements[c]) for c in kept), tuple(refusals))
 
 
-def _is_stale(candidate: Candidate, chosen: Iterable[Candidate], gone: set[fx.Node]) -> bool:
+def _is_stale(candidate: Candidate, entries: Set[fx.Node], gone: Set[fx.Node]) -> bool:
     """Whether something around it was chosen since it was found; the next round sees what is left."""
     if candidate.entry in gone or not gone.isdisjoint(candidate.dying):
         return True
-    return any(c.entry is not candidate.result and c.entry in candidate.dying for c in chosen)
+    return any(node in entries and node is not candidate.result for node in candidate.dying)
 
 
 def _decide(flow: Flow, candidate: Candidate, guard: Guard) -> tuple[Candidate, Placement] | Refusal | None:

@@ -12,7 +12,6 @@ draws has to be the same too.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +26,7 @@ from passes.proof.compare import (
     Difference,
     EquivalenceError,
     Verdict,
+    ceiling,
     coarsest_dtype,
     compared,
     tolerance,
@@ -38,7 +38,7 @@ from passes.refusal import ReparamError
 __all__ = ["Checked", "NoInputError", "Observed", "check", "explained", "first_line", "observe"]
 
 ROUNDING = 1e-6
-"""The most that rounding in float64 may explain in a network that amplifies it."""
+"""The most that rounding in float64 may explain in a network that amplifies it; beyond it, nothing can be told."""
 CONSTANTS = 0.1
 """Which part of a coarser dtype's rounding may come from constants that a network has computed in it."""
 CALLS = 3
@@ -313,11 +313,16 @@ def explained(found: Checked, observed: Observed, original: nn.Module, candidate
         return None
     dtype = coarsest_dtype(original)
     error = max([found.error, *(d.error for d in found.differences)])  # also of what is left behind
-    for precision, times, most in ((torch.float64, 10, ROUNDING), (dtype, CONSTANTS, math.inf)):
+    lost = ""
+    for precision, times, most in ((torch.float64, 10, ROUNDING), (dtype, CONSTANTS, ceiling(dtype))):
         noise = rounding(original, example, value, training, precision=precision)
-        if error <= times * noise <= most:
-            what = f"{found.compared}, no more than rounding in {_dtype(precision)} makes of it ({noise:.1g})"
+        what = f"{found.compared}, no more than rounding in {_dtype(precision)} makes of it ({noise:.1g})"
+        if error <= min(times * noise, most):
             return replace(found, verdict=Verdict.EQUAL, compared=what, differences=())
+        if error <= times * noise and not lost:
+            lost = f"{found.compared}, which tells nothing: rounding in {_dtype(precision)} alone makes {noise:.1g}"
+    if lost:
+        return replace(found, verdict=Verdict.INCONCLUSIVE, compared=lost, differences=())
     try:
         choices = Choices.of(runner_of(original, training=training), example), Choices.of(candidate, example)
     # A result that raises cannot be followed.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from passes.algebra.lowering import Target, emit
 from passes.algebra.opaque import OpaqueForm
 from passes.graph.copies import deep_copy
 from passes.graph.dataflow import Constants, Flow
+from passes.graph.opset import operation_of_layer
 from passes.laws.regions import Region
 from passes.proof.compare import FLOAT64_TOLERANCE, EquivalenceError
 from passes.refusal import Reason, RefusalError
@@ -44,7 +46,7 @@ def prove(flow: Flow, region: Region, form: Form, layer: nn.Module, name: str) -
     ]
     worst = 0.0
     with torch.no_grad():
-        wanted = [_original(flow, region, x) for x in inputs]
+        wanted = _original(flow, region, inputs)
         double = _exact(name, form, layer)
         for x, (want, peak) in zip(inputs, wanted, strict=True):
             _check_output(name, double(x), want, FLOAT64_TOLERANCE * peak)
@@ -139,31 +141,53 @@ def _least_rank(flow: Flow, region: Region) -> int:
     return max(2, *(value.dim() for c in read if isinstance(value := constants.value(c), Tensor)), 0)
 
 
-def _original(flow: Flow, region: Region, x: Tensor) -> tuple[Tensor, float]:
-    """Run the region's own layers on ``x`` in float64, module by module; also the largest magnitude on the way."""
-    constants = Constants(flow, torch.float64)
-    values: dict[fx.Node, Any] = {region.entry: x.clone()}  # it may be changed in place
+def _original(flow: Flow, region: Region, inputs: list[Tensor]) -> list[tuple[Tensor, float]]:
+    """Run the region's own layers on each input in float64; also the largest magnitude on the way.
 
-    def value(node: fx.Node) -> Any:
-        if node not in values:
-            values[node] = constants.value(node) if node in flow.constant else run(node)
-        return values[node]
-
-    def run(node: fx.Node) -> Any:
-        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
-        if node.op == "call_module":
-            return deep_copy(flow.modules[node]).to(x.device, torch.float64)(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "call_function" and callable(node.target):
-            return node.target(*args, **kwargs)
-        raise RefusalError(Reason.OTHER_INPUT, f"{node.name} is not part of the region")
-
+    All inputs pass a layer together: it is copied once, and its copy is gone before the next.
+    """
+    constants = [Constants(flow, torch.float64) for _ in inputs]
+    values: list[dict[fx.Node, Any]] = [{region.entry: x.clone()} for x in inputs]  # it may be changed in place
     for node in sorted(_needed(region), key=lambda n: flow.order[n]):  # in the original order: some work in place
-        value(node)
-    got = value(region.result)
-    computed = [t for t in values.values() if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
-    return got, max(float(t.abs().max()) for t in computed)
+        function = None if node in flow.constant else _function(flow, node, inputs[0].device)
+        for known, numbers in zip(values, constants, strict=True):
+            if function is None:
+                known[node] = numbers.value(node)
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+                known[node] = function(*args, **kwargs)
+    return [(known[region.result], _peak(known.values())) for known in values]
+
+
+def _function(flow: Flow, node: fx.Node, device: torch.device) -> Callable[..., Any]:
+    """What a node calls, a module in float64."""
+    if node.op == "call_module":
+        return _in_double(flow.modules[node], device)
+    if node.op == "call_method":
+        return lambda x, *args, **kwargs: getattr(x, str(node.target))(*args, **kwargs)
+    if node.op == "call_function" and callable(node.target):
+        return node.target
+    raise RefusalError(Reason.OTHER_INPUT, f"{node.name} is not part of the region")
+
+
+def _in_double(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy in float64; of a layer whose forward is torch's own, only what holds its numbers is copied."""
+    if module._modules or operation_of_layer(module) is None:
+        return deep_copy(module).to(device, torch.float64)
+    layer = copy.copy(module)
+    for name in ("_parameters", "_buffers"):
+        table: dict[str, Tensor | None] = vars(module)[name]
+        vars(layer)[name] = {key: None if t is None else _number(t, device) for key, t in table.items()}
+    return layer
+
+
+def _number(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _peak(values: Iterable[Any]) -> float:
+    computed = [t for t in values if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
+    return max(float(t.abs().max()) for t in computed)
 
 
 def _needed(region: Region) -> set[fx.Node]:

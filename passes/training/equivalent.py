@@ -19,6 +19,7 @@ from passes.algebra.opaque import OpaqueForm
 from passes.fold.candidates import Candidate
 from passes.graph.capture import trace_units
 from passes.graph.dataflow import Flow
+from passes.graph.generated import forget_with
 from passes.graph.modes import kept_modes
 from passes.laws.interpreter import Interpreter
 from passes.laws.layouts import views
@@ -136,6 +137,7 @@ class KernelProgram:
         # Without in-place operations, so that every value is a function of others wherever the code is read again.
         functional = torch.func.functionalize(kernel, remove="mutations")
         recorded = make_fx(functional, tracing_mode="fake")(*example)
+        forget_with(type(recorded).forward)
         for node in recorded.graph.nodes:
             if node.target is torch.ops.aten.clone.default and not node.kwargs:
                 node.replace_all_uses_with(node.args[0])  # nothing is changed in place: no copy is needed
@@ -144,6 +146,7 @@ class KernelProgram:
                 node.target = torch.ops.aten.reshape.default
         recorded.graph.eliminate_dead_code()
         recorded.recompile()
+        forget_with(type(recorded).forward)
         self._run: Any = recorded.forward  # plain code: not a module of its own, for whoever traces the caller
 
     @staticmethod
