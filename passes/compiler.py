@@ -8,9 +8,10 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -34,7 +35,9 @@ from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.report import Explanation
 from passes.report import Fold as Record
 
-__all__ = ["compile_model", "timed"]
+__all__ = ["clock", "compile_model", "decide", "timed"]
+
+Result = TypeVar("Result")
 
 ROUNDS = 8
 """How often the candidates of one unit are selected again because some failed, before whole layers are given up."""
@@ -92,37 +95,12 @@ def _compile_unit(
     undos: list[Undo] | None,
     ledger: Ledger,
 ) -> None:
-    """Select, fold and edit one unit; without ``undos``, everything is decided and nothing done.
-
-    A candidate that fails is banned with its reason, and the selection is made again among the others. After
-    ``ROUNDS`` of these, the nodes of what fails stay for good: every further round is one of fewer nodes.
-    """
-    with _clock(explanation, "plan"):
+    """Select, fold and edit one unit; without ``undos``, everything is decided and nothing done."""
+    with clock(explanation, "plan"):
         flow = Flow(unit, _owners(model), ranks)
         layout = Layout(flow, model)
         guard = _guard(flow, layout)
-    banned: dict[Key, Refusal] = {}
-    staying: set[fx.Node] = set()
-    made: dict[Key, Fold] = {}
-    for attempt in range(ROUNDS + len(flow.nodes) + 1):
-        with _clock(explanation, "plan"):
-            selection = select(flow, guard, banned.keys(), staying)
-        edited, failed = Edited(), dict[Candidate, Refusal]()
-        for candidate, placement in selection.chosen:
-            outcome = _fold(flow, candidate, placement, made, explanation, ledger)
-            if isinstance(outcome, Refusal):
-                failed[candidate] = outcome
-        folds = [made[candidate.key] for candidate, _ in selection.chosen if candidate not in failed]
-        if not failed:
-            with _clock(explanation, "fold"):
-                edited, failed = _edited(layout, folds)
-        if not failed:
-            break
-        banned.update({candidate.key: refusal for candidate, refusal in failed.items()})
-        if attempt >= ROUNDS:
-            staying.update(node for candidate in failed for node in candidate.dying)
-    said = [refusal for refusal in banned.values() if refusal.reason is not Reason.TAKEN_BACK]
-    explanation.refusals += dict.fromkeys([*worth_saying(flow, selection), *said])
+    folds, edited = decide(flow, guard, lambda folds: _edited(layout, folds), explanation, ledger)
     for fold in folds:
         where = "" if undos is None else edited.paths[fold.candidate]
         explanation.folds.append(Record.of(flow, fold.candidate, fold.form, where, fold.error))
@@ -135,6 +113,50 @@ def _compile_unit(
     explanation.notes += edited.notes
     if undos is not None:
         undos.append(apply(model, edited.edits, edited.layers))
+
+
+def decide(
+    flow: Flow,
+    guard: Guard,
+    edits: Callable[[list[Fold]], tuple[Result, dict[Candidate, Refusal]]],
+    explanation: Explanation,
+    ledger: Ledger,
+) -> tuple[list[Fold], Result]:
+    """The proven folds of a unit, and the edits that they ask for; ``explanation`` is told why others are not made.
+
+    A candidate that fails is banned with its reason, and the selection is made again among the others. After
+    ``ROUNDS`` of these, the nodes of what fails stay for good: every further round is one of fewer nodes.
+
+    Args:
+        flow: the dataflow of the unit.
+        guard: where the layer of a candidate goes, or why it can go nowhere.
+        edits: what puts folds in their places, or which of them have none after all.
+        explanation: its refusals and seconds are added to.
+        ledger: which folds are proven, and which were given up before.
+    """
+    banned: dict[Key, Refusal] = {}
+    staying: set[fx.Node] = set()
+    made: dict[Key, Fold] = {}
+    for attempt in range(ROUNDS + len(flow.nodes) + 1):
+        with clock(explanation, "plan"):
+            selection = select(flow, guard, banned.keys(), staying)
+        failed = dict[Candidate, Refusal]()
+        for candidate, placement in selection.chosen:
+            outcome = _fold(flow, candidate, placement, made, explanation, ledger)
+            if isinstance(outcome, Refusal):
+                failed[candidate] = outcome
+        if not failed:
+            folds = [made[candidate.key] for candidate, _ in selection.chosen]
+            with clock(explanation, "fold"):
+                edited, failed = edits(folds)
+        if not failed:
+            said = [refusal for refusal in banned.values() if refusal.reason is not Reason.TAKEN_BACK]
+            explanation.refusals += dict.fromkeys([*worth_saying(flow, selection), *said])
+            return folds, edited
+        banned.update({candidate.key: refusal for candidate, refusal in failed.items()})
+        if attempt >= ROUNDS:
+            staying.update(node for candidate in failed for node in candidate.dying)
+    raise AssertionError  # from some round on each leaves fewer nodes to choose from
 
 
 def _owners(model: nn.Module) -> Counter[int]:
@@ -179,10 +201,10 @@ def _fold(
     fold = made.get(candidate.key)
     try:
         if fold is None:
-            with _clock(explanation, "fold"):
+            with clock(explanation, "fold"):
                 fold = folded(flow, candidate, placement)
             if ledger.prove:
-                with _clock(explanation, "proof"):
+                with clock(explanation, "proof"):
                     fold = replace(fold, error=prove(flow, candidate, fold.form, fold.layer, layers))
             if ledger.exact is not None:
                 sources = [t for n in (*candidate.dying, *candidate.constants) for t in flow.tensors.get(n, ())]
@@ -216,7 +238,7 @@ def _edited(layout: Layout, folds: list[Fold]) -> tuple[Edited, dict[Candidate, 
 
 
 def _traced(model: nn.Module, explanation: Explanation, example: Example | None) -> list[Unit]:
-    with _clock(explanation, "trace"):
+    with clock(explanation, "trace"):
         units, explanation.untraced = trace_units(model, None if example is None else example.args)
     return units
 
@@ -231,7 +253,8 @@ def _ranks(model: nn.Module, units: list[Unit], example: Example | None) -> dict
     return {unit: seen.get(unit.path, []) for unit in units}
 
 
-def _clock(explanation: Explanation, stage: str) -> AbstractContextManager[None]:
+def clock(explanation: Explanation, stage: str) -> AbstractContextManager[None]:
+    """Add the time spent inside to one of the seconds that are reported."""
     return timed(explanation.seconds, stage)
 
 

@@ -26,6 +26,7 @@ from passes.collapse import check_model
 from passes.edits.apply import apply
 from passes.edits.edit import Block as BlockEdit
 from passes.edits.edit import Edit, Remove, remember
+from passes.exported import is_program
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
@@ -324,6 +325,10 @@ def _check(model: Any, init: Any, online: Any, verify: Any, inplace: bool) -> No
         raise ReparamError("a compiled model cannot be expanded: expand first, then torch.compile the result")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ReparamError(f"expand the model inside first, then wrap it in {type(model).__name__}")
+    if is_program(model):
+        raise ReparamError(
+            "an exported program has no layers that a block could replace: expand the module, then export"
+        )
     check_model(model, numbers=False)
     if isinstance(model, _ConvNd):
         raise ReparamError("the model is itself one layer: put it into torch.nn.Sequential, so that it can be replaced")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from passes.collapse import check_model, collapse_model, explain_model
+from passes.exported import Program, collapse_program, example_of, explain_program, is_program, module_of
 from passes.graph.inputs import Example, as_example, likely
 from passes.graph.outside import kept_outside
 from passes.proof.compare import Equivalence
@@ -22,15 +24,18 @@ from passes.restore import collapse_like
 __all__ = ["collapse", "collapse_with_report", "explain", "guess_inputs", "verify"]
 
 
+Network = TypeVar("Network", bound="nn.Module | ExportedProgram")
+
+
 def collapse(
-    model: nn.Module,
+    model: Network,
     *,
     example_inputs: Any = None,
     like: nn.Module | None = None,
     verify: bool | str = True,
     strict: bool = False,
     inplace: bool = False,
-) -> nn.Module:
+) -> Network:
     """Fold every region of ``model`` that acts as one convolution or linear layer into that one layer.
 
     Reads the traced graph, never class names: our own blocks, timm's RepVGG, MobileOne, FastViT and RepViT, DBB, ACB,
@@ -39,7 +44,10 @@ def collapse(
     everything untouched stay. Running statistics are folded, also those of a model in training mode.
 
     Args:
-        model: any module with floating-point parameters. Parts that torch.fx cannot trace are compiled inside.
+        model: any module with floating-point parameters. Parts that torch.fx cannot trace are compiled inside. Or an
+            exported program (``torch.export``), the module that it gives, any ``fx.GraphModule`` of aten calls: the
+            result is one of the same kind, its inputs, outputs, constraints and the names of all other values the same;
+            ``like`` and ``inplace`` are for modules.
         example_inputs: what to compare the whole network on: a tensor, a tuple of positional arguments,
             ``(args, kwargs)``, a mapping of keyword arguments, or a list where that is the one argument. Optional:
             inputs are made up otherwise. With it layers of unknown rank can be read.
@@ -65,14 +73,14 @@ def collapse(
 
 
 def collapse_with_report(
-    model: nn.Module,
+    model: Network,
     *,
     example_inputs: Any = None,
     like: nn.Module | None = None,
     verify: bool | str = True,
     strict: bool = False,
     inplace: bool = False,
-) -> tuple[nn.Module, Explanation]:
+) -> tuple[Network, Explanation]:
     """As :func:`collapse`, with what was folded, what was refused and why, counts, errors and seconds."""
     if verify not in (True, False, "folds"):
         raise ReparamError(f"verify= is True, 'folds' or False, got {verify!r}")
@@ -80,12 +88,25 @@ def collapse_with_report(
         raise ReparamError(f"like= takes the architecture as a torch.nn.Module, got {type(like).__name__}")
     if like is not None and inplace:
         raise ReparamError("like= returns a copy of that architecture, so inplace=True has nothing to edit; drop one")
-    check_model(model, numbers=bool(verify))
-    example = as_example(example_inputs, model)
-    with undisturbed(model):
-        if like is not None:
-            return collapse_like(model, like, example, verify=verify)
-        return collapse_model(model, example=example, verify=verify, strict=strict, inplace=inplace)
+    program, module = _read(model)
+    if program is not None and (like is not None or inplace):
+        raise ReparamError("an exported program is copied, and has no layers to fill: drop like= and inplace=")
+    check_model(module, numbers=bool(verify))
+    example = as_example(example_inputs, module)
+    found: Any
+    with undisturbed(module):
+        if program is not None:
+            found = collapse_program(program, example=example, verify=verify, strict=strict)
+        elif like is not None:
+            found = collapse_like(module, like, example, verify=verify)
+        else:
+            found = collapse_model(module, example=example, verify=verify, strict=strict, inplace=inplace)
+    return found  # type: ignore[no-any-return]
+
+
+def _read(model: Any) -> tuple[Program | None, nn.Module]:
+    """A program, if the model is one, and what it runs."""
+    return (model, module_of(model)) if is_program(model) else (None, model)
 
 
 @contextmanager
@@ -106,18 +127,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
+def explain(model: Network, example_inputs: Any = None) -> Explanation:
     """Which regions would fold, into what, and why the others do not; ``str()`` of it is a table.
 
     Decides as :func:`collapse` does and stops before surgery and proof; the model is not changed. Raises as
     :func:`collapse` does for bad input.
     """
-    check_model(model, numbers=False)
-    with undisturbed(model):
-        return explain_model(model, as_example(example_inputs, model))
+    program, module = _read(model)
+    check_model(module, numbers=False)
+    with undisturbed(module):
+        if program is not None:
+            return explain_program(program)
+        return explain_model(module, as_example(example_inputs, module))
 
 
-def verify(reference: nn.Module, candidate: nn.Module, example_inputs: Any = None) -> Equivalence:
+def verify(
+    reference: nn.Module | ExportedProgram, candidate: nn.Module | ExportedProgram, example_inputs: Any = None
+) -> Equivalence:
     """Compare two networks in float64 on ``example_inputs`` (made up from the reference's first layer if absent).
 
     Both are run on copies in eval mode, and all that they return counts: nested, complex, in dataclasses. The tolerance
@@ -130,12 +156,15 @@ def verify(reference: nn.Module, candidate: nn.Module, example_inputs: Any = Non
     Raises:
         ReparamError: either network rejects the inputs, or there is nothing to compare.
     """
-    check_model(reference)
-    check_model_shape(candidate)
-    example = as_example(example_inputs, reference) or Example(guess_inputs(reference), made_up=True)
+    program, first = _read(reference)
+    second = _read(candidate)[1]
+    check_model(first)
+    check_model_shape(second)
+    example = as_example(example_inputs, first) or (None if program is None else example_of(program))
+    example = example or Example(guess_inputs(first), made_up=True)
     try:
-        with undisturbed(reference):
-            return compare(reference, candidate, example)
+        with undisturbed(first):
+            return compare(first, second, example)
     except ReparamError:
         raise
     # Both models are user code: whatever they raise means that they do not take these inputs.

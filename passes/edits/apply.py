@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from passes.algebra.geometry import CONVS
-from passes.edits.edit import Add, Block, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite
+from passes.edits.edit import Add, Block, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite, Substitute
 from passes.edits.errors import EditError
 from passes.edits.holders import Holder, holders, substituted
 from passes.edits.layer import GEOMETRY
@@ -115,6 +115,8 @@ class _Editor:
                 _check_targets(module, edit)
                 self.undo.touch(module)
                 rewrite(module, edit.program, edit.method, edit.folded)
+            case Substitute():
+                raise EditError(f"{edit}: this is an edit of a graph of calls, and no module's")
 
     def _layer(self, edit: Replace | Add | Fill | Block) -> nn.Module:
         given = self.layers.get(edit.path)

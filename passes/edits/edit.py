@@ -15,7 +15,10 @@ from torch import nn
 from passes.edits.layer import Layer
 from passes.edits.program import Program, check_name
 
-__all__ = ["Add", "Block", "Clear", "Delete", "Edit", "Fill", "Remove", "Replace", "Rewrite", "made_by", "remember"]
+__all__ = [
+    "Add", "Block", "Clear", "Delete", "Edit", "Fill", "Remove", "Replace", "Rewrite", "Substitute", "made_by",
+    "remember",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,30 @@ class Block:
         return f"replace {self.path} by the block {self.block}" + (f"({options})" if options else "")
 
 
-Edit = Replace | Remove | Add | Fill | Delete | Clear | Rewrite | Block
+@dataclass(frozen=True)
+class Substitute:
+    """In a graph of calls, compute one value from another by one layer.
+
+    Args:
+        path: name of the value, which it keeps.
+        source: name of the value that it is computed from.
+        layer: the layer.
+        gone: names of the calls that are no longer made.
+        weight, bias: names of the layer's numbers in the state dict; without bias: empty.
+    """
+
+    path: str
+    source: str
+    layer: Layer
+    gone: tuple[str, ...]
+    weight: str
+    bias: str = ""
+
+    def __str__(self) -> str:
+        return f"compute {self.path} from {self.source} by {self.layer}"
+
+
+Edit = Replace | Remove | Add | Fill | Delete | Clear | Rewrite | Block | Substitute
 
 
 def made_by(model: nn.Module) -> tuple[Edit, ...] | None:

@@ -12,7 +12,7 @@ if the graphs differ, it keeps something between calls, and no single graph says
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from passes.graph.aten import retarget
 from passes.graph.call import Call
 from passes.graph.errors import NotCapturedError, RejectedError, refusal_of
 from passes.graph.generators import states
@@ -63,6 +64,9 @@ class Unit:
     """ids of modules whose class the code looks at."""
     others: tuple[Unit, ...] = ()
     """The unit as it is for sizes that answer a question the other way."""
+    replay: Callable[[fx.Node, fx.Node, list[Any]], list[tuple[Any, float]]] | None = None
+    """What computes the value of the second node from those of the first, in float64, and the largest magnitude on the
+    way; None where the nodes themselves can be run."""
 
     def attribute(self, target: str) -> Any:
         """What a ``get_attr`` node reads."""
@@ -79,6 +83,8 @@ class Unit:
 
     def name(self, node: fx.Node) -> str:
         """How a person finds this node: its layer's path in the model, and the operation where it is not a layer."""
+        if "name" in node.meta:
+            return str(node.meta["name"])
         if node.op == "call_module":
             return join(self.path, str(node.target))
         if node.op == "get_attr":
@@ -199,6 +205,8 @@ def _trace_unit(
 
 def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] = ()) -> Unit:
     root = tracer.root
+    if any(isinstance(node.target, torch._ops.OpOverload) for node in graph.nodes):
+        retarget(graph)
     targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     constants = {t: tracer._attribute(t) for t in targets - set(tracer.names.values())}
     reached = [root.get_submodule(at) for at in tracer.opaque]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from passes.refusal import ReparamError
@@ -21,12 +22,12 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def deep_copy(module: Module) -> Module:
     """A copy that shares nothing with ``module``. Raises :class:`ReparamError` if it cannot be copied."""
-    return _copied(module, _computed(module))
+    return _copied(module, {**_computed(module), **_described(module)})
 
 
 def shadow(module: Module) -> Module:
     """A copy that shares parameters and buffers with ``module``, to be edited but not written into; raises as above."""
-    return _copied(module, {**_tensors(module), **_computed(module)})
+    return _copied(module, {**_tensors(module), **_computed(module), **_described(module)})
 
 
 def _copied(module: Module, memo: dict[int, Any]) -> Module:
@@ -60,6 +61,11 @@ def _tensors(module: nn.Module) -> dict[int, Any]:
 
 def _attributes(module: nn.Module) -> list[Tensor]:
     """Tensors that modules hold outside of their tables of parameters and buffers."""
+    return [leaf for leaf in _held(module) if isinstance(leaf, Tensor)]
+
+
+def _held(module: nn.Module) -> list[Any]:
+    """What modules hold as plain attributes, themselves or in containers."""
     tables = ("_parameters", "_buffers", "_modules")
     values = [
         value
@@ -67,8 +73,13 @@ def _attributes(module: nn.Module) -> list[Tensor]:
         for name, value in m.__dict__.items()
         if name not in tables and (isinstance(value, Tensor) or (isinstance(value, (dict, list, tuple)) and value))
     ]
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+    return tree_leaves(values)
 
 
 def _computed(module: nn.Module) -> dict[int, Any]:
-    return {id(t): t.detach().clone() for t in _attributes(module) if not t.is_leaf}
+    return {id(t): t.detach().clone() for t in _attributes(module) if not t.is_leaf and not isinstance(t, FakeTensor)}
+
+
+def _described(module: nn.Module) -> dict[int, Any]:
+    """What only describes a graph, as modules that were unflattened from an export hold it: it stays the same."""
+    return {id(leaf): leaf for leaf in _held(module) if isinstance(leaf, (fx.Node, FakeTensor))}

@@ -495,7 +495,16 @@ OPERATIONS: tuple[Operation, ...] = (
     _move("repeat", "repeat", torch.tile, "tile", "aten.repeat.default", view=False, affine=False),
     _move("broadcast_tensors", torch.broadcast_tensors, torch.meshgrid, torch.atleast_1d, affine=False),
     _move("unfold", "unfold", "diagonal", torch.diagonal, "as_strided", torch.as_strided, affine=False),
-    _move("interpolate", nn.Upsample, F.interpolate, rank=Rank.SAME, resizes=False, view=False, affine=False),
+    _move(
+        "interpolate",
+        nn.Upsample,
+        F.interpolate,
+        *(f"aten.upsample_{mode}.vec" for mode in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d")),
+        rank=Rank.SAME,
+        resizes=False,
+        view=False,
+        affine=False,
+    ),
     Operation("setitem", Kind.MOVEMENT, in_place=(operator.setitem,), resizes=True),
     # Reductions.
     _reduce("mean", torch.mean, "aten.mean.dim", "aten.mean.default"),
@@ -599,8 +608,10 @@ def operation_of_function(target: Any) -> Operation | None:
     except TypeError:  # unhashable callables exist
         return None
     if found is None and not isinstance(target, str):
-        overload = isinstance(target, torch._ops.OpOverload)
-        return _BY_NAME.get(str(target) if overload else _full_name(target))
+        if isinstance(target, torch._ops.OpOverload):
+            text = str(target)
+            return _BY_NAME.get(text) or (_BY_NAME.get(text.replace("_.", ".")) if target._schema.is_mutable else None)
+        return _BY_NAME.get(_full_name(target))
     return found
 
 

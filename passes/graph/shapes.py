@@ -14,7 +14,16 @@ from torch import Tensor, fx, nn
 
 from passes.graph.opset import Kind, Operation, Rank, argument, base_operation
 
-__all__ = ["Shapes", "cast_to", "shapes_of"]
+__all__ = ["Known", "Shapes", "cast_to", "shapes_of"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a graph says itself of the tensor that a node gives, as its ``meta["known"]``; None where it does not."""
+
+    rank: int | None
+    channels: int | None
+    dtype: torch.dtype | None
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,14 @@ def shapes_of(
         operation, module = operations.get(node), modules.get(node)
         if node.op == "placeholder":
             found.rank[node] = given.pop(0) if given else None
+        known: Known | None = node.meta.get("known")
+        if known is not None:
+            found.rank[node] = known.rank
+            if known.channels is not None:
+                found.channels[node] = known.channels
+            if known.dtype is not None:
+                found.dtype[node] = known.dtype
+        if known is not None or node.op == "placeholder":
             continue
         if node.op == "get_attr":
             tensor = held[node]
