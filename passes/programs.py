@@ -118,6 +118,8 @@ class Compilation(ABC, Generic[Graph]):
         told.notes = [f"not read: {', '.join(unread)}"] if unread else []
 
     def _guard(self, candidate: Candidate) -> Placement | Refusal:
+        if candidate.entry not in self.names or candidate.result not in self.names:
+            return Refusal(Reason.LAYOUT, "begins or ends inside of one operation of the graph")
         found = self.memory.refusal(candidate)
         if found is not None:
             return found

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "OPERATIONS", "Kind", "Operation", "Rank", "argument", "base_operation", "is_shape_query", "is_torch", "named",
-    "operation_of", "operation_of_function", "operation_of_layer", "table",
+    "operation_of", "operation_of_function", "operation_of_layer", "pure", "table",
 ]  # fmt: skip
 
 Name = Any
@@ -183,6 +183,11 @@ def _pads(n: int) -> Iterator[Operation]:
         id = f"{word.lower()}_pad{n}d"
         yield _pad(id, getattr(nn, f"{word}Pad{n}d"), f"aten.{id}.default")
     yield _pad(f"circular_pad{n}d", getattr(nn, f"CircularPad{n}d"))
+
+
+def pure(*values: Any) -> Any:
+    """A call of which only that is known: it has no effect. It stands in graphs that are read, and is never run."""
+    raise NotImplementedError("an operation that is not read")
 
 
 # ------------------------------------------------------------------ the table
@@ -540,6 +545,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("attention", Kind.LAYER, (nn.MultiheadAttention, F.scaled_dot_product_attention)),
     Operation("recurrent", Kind.LAYER, (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
     Operation("fold", Kind.LAYER, (nn.Fold, nn.Unfold, F.fold, F.unfold)),
+    Operation("pure", Kind.LAYER, (pure,)),
     Operation("distance", Kind.LAYER, (nn.CosineSimilarity, nn.PairwiseDistance, F.cosine_similarity)),
 )
 

@@ -1,0 +1,201 @@
+"""Collapse of ONNX models: what folds, and the comparison of the whole."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ShapeInferencePass
+from torch import Tensor, nn
+
+from passes.compiler import clock
+from passes.edits.edit import Substitute
+from passes.graph.dataflow import Flow
+from passes.onnx.read import DTYPES, constant_of, read
+from passes.onnx.replay import Region, run_file
+from passes.onnx.write import substitute
+from passes.programs import Compilation, collapse_graph, counts_of, unit_of
+from passes.proof.check import Checked
+from passes.proof.compare import Comparison, Difference, Verdict, compared, judge
+from passes.proof.hold import Ledger
+from passes.refusal import ReparamError
+from passes.report import Counts, Explanation
+
+__all__ = ["collapse_model", "compare_models", "explain_model"]
+
+BATCHES, SIZES = (2, 1), (64, 224, 32, 640)
+"""Sizes that are tried where a file leaves them open."""
+
+Inputs = Mapping[str, Any]
+
+
+def explain_model(model: ir.Model) -> Explanation:
+    """Decide as :func:`collapse_model` does, and stop before the edits."""
+    return _Compilation(model, Ledger(prove=False)).explanation
+
+
+def collapse_model(
+    model: ir.Model, *, inputs: Inputs | None = None, verify: bool | str = True, strict: bool = False
+) -> tuple[ir.Model, Explanation]:
+    """Fold every region of a model that is one convolution.
+
+    Args:
+        model: not changed.
+        inputs: arrays by name to compare the whole on; made up from the declared shapes otherwise.
+        verify: as for a module.
+        strict: as for a module.
+    """
+    ledger = Ledger(prove=bool(verify), strict=strict)
+    return collapse_graph(_Compilation(model, ledger), example=inputs, verify=verify, strict=strict)
+
+
+class _Compilation(Compilation[ir.Model]):
+    """An ONNX model."""
+
+    def __init__(self, model: ir.Model, ledger: Ledger) -> None:
+        explanation = Explanation(seconds=dict.fromkeys(("trace", "plan", "fold", "proof"), 0.0))
+        with clock(explanation, "trace"):
+            self.model = model
+            self.values: dict[str, ir.Value] = {str(v.name): v for v in model.graph.inputs}
+            self.values |= {str(v.name): v for node in model.graph for v in node.outputs}
+            found = _read(model)
+            unit = unit_of(found.graph, found.numbers, found.told)
+        super().__init__(unit, found.names, found.unread, (), ledger, explanation)
+
+    def substituted(self, edits: Iterable[tuple[Substitute, nn.Module]]) -> tuple[ir.Model, Counts]:
+        result = substitute(self.model, edits)
+        found = _read(result)
+        return result, counts_of(Flow(unit_of(found.graph, found.numbers, {}), {}))
+
+    def compared(self, result: ir.Model, example: Any) -> Checked:
+        return compare_models(self.model, result, example)
+
+    def gone(self, entry: str, dying: Collection[str]) -> tuple[str, ...]:
+        gone = {node for name in dying if (node := self.values[name].producer()) is not None}
+        todo = list(gone)
+        while todo:
+            for source in todo.pop().inputs:
+                node = None if source is None or source.name == entry else source.producer()
+                if node is None or node in gone or constant_of(source) is not None:
+                    continue
+                uses = [use.node for value in node.outputs for use in value.uses()]
+                if gone.issuperset(uses) and not any(value.is_graph_output() for value in node.outputs):
+                    gone.add(node)
+                    todo.append(node)
+        return tuple(str(node.outputs[0].name) for node in self.model.graph if node in gone)
+
+    def replay(self, entry: str, result: str, inputs: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
+        region = Region(self.model, self.values[entry], self.values[result])
+        return [region.run(x) for x in inputs]
+
+
+def _read(model: ir.Model) -> Any:
+    shapes = {str(v.name): v for node in _with_shapes(model).graph for v in node.outputs}
+    opset = model.opset_imports.get("", 1)
+    return read(model.graph, opset, shapes, overridable=(model.ir_version or 0) >= 4)
+
+
+def _with_shapes(model: ir.Model) -> ir.Model:
+    """A copy in which shapes were inferred; the model as it is where that fails."""
+    copy = model.clone()
+    try:
+        return ShapeInferencePass()(copy).model
+    # Inference fails on what it does not know, in many ways; then less is read.
+    except Exception:
+        return model
+
+
+# ------------------------------------------------------------------ the whole
+
+
+def compare_models(reference: ir.Model, candidate: ir.Model, inputs: Inputs | None = None) -> Checked:
+    """Run two models by onnxruntime and compare what they return; rounding is allowed what it does to the reference.
+
+    Raises:
+        ReparamError: the reference rejects ``inputs``.
+    """
+    try:
+        given, wanted = _observed(reference, inputs)
+    except ImportError:
+        return Checked(Verdict.INCONCLUSIVE, "not compared: onnxruntime is not installed (pip install 'reparam[onnx]')")
+    if given is None:
+        return Checked(Verdict.INCONCLUSIVE, f"not compared: {wanted}")
+    shapes = ", ".join("x".join(map(str, array.shape)) or "()" for array in given.values())
+    what = f"whole file, {'made-up input' if inputs is None else 'inputs'} {shapes}, onnxruntime"
+    try:
+        got = run_file(candidate, given)
+    # Whatever the result raises, the original did not.
+    except Exception as error:
+        message = f"raises {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        return Checked(Verdict.DIFFERENT, what, (Difference(message),))
+    found: Comparison = compared(list(got), list(wanted))
+    if found.differences:
+        return Checked(Verdict.DIFFERENT, what, tuple(found.differences), found.max_rel)
+    if not found.numbers:
+        return Checked(Verdict.INCONCLUSIVE, f"{what}: it returns no numbers to compare")
+    noise = compared(list(run_file(_nudged(reference), given)), list(wanted), types=False).max_rel
+    verdict = judge(found.max_rel, noise, torch.float32)
+    said = f"{what}: largest relative difference {found.max_rel:.1g}, of which rounding makes {noise:.1g}"
+    differences: tuple[Difference, ...] = ()
+    if verdict is Verdict.DIFFERENT:
+        differences = (Difference(f"returns other numbers: they differ by {found.max_rel:.3g}", error=found.max_rel),)
+    return Checked(verdict, said, differences, found.max_rel)
+
+
+def _observed(model: ir.Model, inputs: Inputs | None) -> tuple[Inputs | None, Any]:
+    """Inputs that the model takes and what it returns for them; None and why, if none could be made up."""
+    if inputs is not None:
+        try:
+            return inputs, run_file(model, inputs)
+        except ImportError:
+            raise
+        # onnxruntime's own exceptions have no common class.
+        except Exception as error:
+            raise ReparamError(f"the file rejects these inputs: {str(error).strip().splitlines()[0][:200]}") from error
+    why = "no input could be made up from the shapes that the file declares"
+    for made in _made_up(model):
+        try:
+            return made, run_file(model, made)
+        except ImportError:
+            raise
+        except Exception as error:
+            why = f"no input could be made up: {str(error).strip().splitlines()[0][:200]}"
+    return None, why
+
+
+def _made_up(model: ir.Model) -> Iterator[dict[str, Any]]:
+    wanted = [v for v in model.graph.inputs if not v.is_initializer()]
+    if any(v.shape is None or v.dtype is None for v in wanted):
+        return
+    for batch, size in itertools.product(BATCHES, SIZES):
+        rng = np.random.default_rng(0)
+        made = {}
+        for value in wanted:
+            assert value.shape is not None
+            assert value.dtype is not None
+            open_sizes = [batch, *[size] * len(value.shape)]
+            shape = [d if isinstance(d, int) and d > 0 else open_sizes[i] for i, d in enumerate(value.shape)]
+            dtype = DTYPES.get(value.dtype)
+            if dtype is None or dtype is torch.bfloat16:
+                return
+            numbers = rng.standard_normal(shape) if dtype.is_floating_point else rng.integers(0, 2, shape)
+            made[str(value.name)] = numbers.astype(value.dtype.numpy())
+        yield made
+
+
+def _nudged(model: ir.Model) -> ir.Model:
+    """Move every weight by half a unit in the last place of float32, up or down: what rounding does, at least."""
+    copy, rng = model.clone(), np.random.default_rng(0)
+    for value in copy.graph.initializers.values():
+        number = value.const_value
+        if number is not None and number.dtype is ir.DataType.FLOAT:
+            array = number.numpy()
+            signs = rng.integers(0, 2, array.shape) * 2 - 1
+            value.const_value = ir.tensor(
+                (array * (1 + np.finfo(np.float32).eps * signs)).astype(np.float32), name=value.name
+            )
+    return copy

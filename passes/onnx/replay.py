@@ -1,0 +1,93 @@
+"""Running parts of an ONNX graph: regions in float64 by onnx's reference evaluator, whole files by onnxruntime."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor
+
+from passes.onnx.read import constant_of
+from passes.programs import needed_for
+
+__all__ = ["Region", "run_file"]
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+class Region:
+    """The operators between two values, as a model of its own in float64."""
+
+    def __init__(self, model: ir.Model, entry: ir.Value, result: ir.Value) -> None:
+        self.entry, self.result = str(entry.name), str(result.name)
+        needed = needed_for(result, entry, _sources)
+        nodes = [node for node in model.graph if any(value in needed for value in node.outputs)]
+        numbers: dict[str, Any] = {}
+        protos = []
+        for node in nodes:
+            for value in node.inputs:
+                number = constant_of(value)
+                if value is not None and number is not None and value is not entry:
+                    numbers[str(value.name)] = _number(number)
+            if all(constant_of(value) is None for value in node.outputs):
+                protos.append(_in_double(ir.to_proto(node)))
+        self.outputs = [name for proto in protos for name in proto.output if name]
+        graph = onnx.helper.make_graph(
+            protos,
+            "region",
+            [onnx.helper.make_tensor_value_info(self.entry, onnx.TensorProto.DOUBLE, None)],
+            [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None) for name in self.outputs],
+            [onnx.numpy_helper.from_array(array, name) for name, array in numbers.items()],
+        )
+        opsets = [onnx.helper.make_opsetid(name, version) for name, version in model.opset_imports.items()]
+        self._evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))
+
+    def run(self, x: Tensor) -> tuple[Tensor, float]:
+        """The result's value, and the largest magnitude on the way."""
+        found = dict(zip(self.outputs, self._evaluator.run(None, {self.entry: x.numpy()}), strict=True))
+        floats = [value for value in found.values() if isinstance(value, np.ndarray) and value.dtype == np.float64]
+        peak = max(float(np.abs(value).max()) for value in [x.numpy(), *floats] if value.size)
+        return torch.from_numpy(np.array(found[self.result], dtype=np.float64)), peak
+
+
+def _sources(value: ir.Value) -> list[ir.Value]:
+    node = value.producer()
+    return [] if node is None else [source for source in node.inputs if source is not None]
+
+
+def _number(number: ir.TensorProtocol) -> Any:
+    array = np.asarray(number.numpy())
+    return array.astype(np.float64) if number.dtype in _FLOATS else array
+
+
+def _in_double(proto: onnx.NodeProto) -> onnx.NodeProto:
+    """Casts between kinds of floats are none where all are in float64."""
+    if proto.op_type == "Cast" and not proto.domain:
+        proto = copy.deepcopy(proto)
+        for attribute in proto.attribute:
+            if attribute.name == "to" and ir.DataType(attribute.i) in _FLOATS:
+                attribute.i = onnx.TensorProto.DOUBLE
+    return proto
+
+
+def run_file(model: ir.Model, inputs: Mapping[str, Any]) -> Sequence[Any]:
+    """What a model returns, run by onnxruntime as it stands, without its optimisations.
+
+    Raises whatever onnxruntime raises; ImportError where it is not installed.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, dict(inputs))  # type: ignore[no-any-return]

@@ -1,0 +1,196 @@
+"""Edits of an ONNX graph: one layer's operators in the place of a region's, on a copy.
+
+All that is not part of a region stays as it is: names, order, metadata, documentation, operators of other domains. The
+value that a region gives keeps its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from passes.algebra.geometry import PADS
+from passes.edits.edit import Substitute
+from passes.programs import fresh
+
+__all__ = ["substitute"]
+
+_MODES = {
+    kind: {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode]
+    for mode, kinds in PADS.items()
+    for kind in kinds
+}
+
+
+def substitute(model: ir.Model, edits: Iterable[tuple[Substitute, nn.Module]]) -> ir.Model:
+    """A copy of the model with these edits, each with the layer whose numbers are meant."""
+    result = model.clone()
+    graph = result.graph
+    values = {str(v.name): v for v in [*graph.inputs, *graph.initializers.values()]}
+    values |= {str(v.name): v for node in graph for v in node.outputs}
+    taken = set(values)
+    for edit, layer in edits:
+        old = values[edit.path]
+        producer = old.producer()
+        assert producer is not None
+        gone = [values[name].producer() for name in edit.gone]
+        idle = [v for node in [producer, *gone] if node is not None for v in node.inputs if v is not None]
+        removed = [producer, *(node for node in reversed(gone) if node is not None)]
+        writer = _Writer(graph, producer, values, taken, edit, any(node.op_type == "Gemm" for node in removed))
+        new = writer.layer(layer, values[edit.source])
+        new.type, new.shape, new.doc_string = old.type, old.shape, old.doc_string
+        new.metadata_props.update(old.metadata_props)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        _remove(graph, removed)
+        new.name = edit.path
+        values[edit.path] = new
+        _drop(graph, idle, values)
+        writer.register()
+    return result
+
+
+def _remove(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
+    """Take nodes away, those behind first."""
+    left = list(dict.fromkeys(nodes))
+    while left:
+        free = [node for node in left if not any(value.uses() for value in node.outputs)]
+        if not free:  # an operator of several values of which others are read
+            return
+        graph.remove(free, safe=True)
+        left = [node for node in left if node not in free]
+
+
+def _drop(graph: ir.Graph, values: Iterable[ir.Value], known: dict[str, ir.Value]) -> None:
+    """Take away weights that nothing reads any more, and what only they were made of."""
+    todo = list(values)
+    while todo:
+        value = todo.pop()
+        if value.uses() or value.is_graph_output():
+            continue
+        node = value.producer()
+        if node is None:
+            if value.is_initializer() and not value.is_graph_input():
+                graph.initializers.pop(str(value.name), None)
+                known.pop(str(value.name), None)
+        elif node.graph is not None and not any(each.uses() or each.is_graph_output() for each in node.outputs):
+            todo += [source for source in node.inputs if source is not None]
+            graph.remove(node, safe=True)
+
+
+class _Writer:
+    """Writes a layer as operators in front of a node."""
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        before: ir.Node,
+        values: dict[str, ir.Value],
+        taken: set[str],
+        edit: Substitute,
+        matrix: bool,
+    ) -> None:
+        self.graph, self.before, self.values, self.taken, self.edit = graph, before, values, taken, edit
+        self.matrix = matrix
+        self.new: list[ir.Value] = []
+
+    def register(self) -> None:
+        """Enter the new weights, once the names that they take over are free."""
+        for value in self.new:
+            self.graph.register_initializer(value)
+            self.values[str(value.name)] = value
+
+    def layer(self, layer: nn.Module, x: ir.Value) -> ir.Value:
+        """The value of a layer that was emitted; pads of zeros are the convolution's own."""
+        pads: list[int] | None = None
+        if isinstance(layer, nn.Sequential):
+            *before, layer = layer
+            for pad in before:
+                amounts = _onnx_pads(pad.padding)
+                mode, number = _MODES[type(pad)], float(getattr(pad, "value", 0.0))
+                if mode == "constant" and number == 0 and min(amounts) >= 0 and not layer.transposed:
+                    pads = amounts
+                else:
+                    x = self.pad(x, amounts, mode)
+        if isinstance(layer, nn.Linear):
+            return self.linear(layer, x)
+        assert isinstance(layer, _ConvNd)
+        return self.conv(layer, x, pads)
+
+    def conv(self, layer: _ConvNd, x: ir.Value, pads: list[int] | None) -> ir.Value:
+        n = len(layer.kernel_size)
+        if pads is None:
+            pads = _onnx_pads(layer._reversed_padding_repeated_twice)
+            if layer.transposed:
+                pads = [int(p) for p in layer.padding] * 2
+            elif layer.padding_mode != "zeros":
+                mode = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[layer.padding_mode]
+                x, pads = self.pad(x, pads, mode), [0] * 2 * n
+        options: dict[str, Any] = {
+            "dilations": list(layer.dilation), "group": layer.groups, "kernel_shape": list(layer.kernel_size),
+            "pads": pads, "strides": list(layer.stride),
+        }  # fmt: skip
+        if layer.transposed:
+            options["output_padding"] = list(layer.output_padding)
+        inputs = [x, self.weight(self.edit.weight, layer.weight)]
+        if layer.bias is not None:
+            inputs.append(self.weight(self.edit.bias, layer.bias))
+        return self.node("ConvTranspose" if layer.transposed else "Conv", inputs, options)
+
+    def linear(self, layer: nn.Linear, x: ir.Value) -> ir.Value:
+        bias = None if layer.bias is None else self.weight(self.edit.bias, layer.bias)
+        if self.matrix or (x.shape is not None and len(x.shape) == 2):
+            inputs = [x, self.weight(self.edit.weight, layer.weight), *([] if bias is None else [bias])]
+            return self.node("Gemm", inputs, {"transB": 1})
+        made = self.node("MatMul", [x, self.weight(self.edit.weight, layer.weight.t())], {})
+        return made if bias is None else self.node("Add", [made, bias], {})
+
+    def pad(self, x: ir.Value, amounts: list[int], mode: str) -> ir.Value:
+        half = len(amounts) // 2
+        whole = [0, 0, *amounts[:half], 0, 0, *amounts[half:]]
+        if self.graph.opset_imports.get("", 1) < 11:
+            return self.node("Pad", [x], {"pads": whole, "mode": mode})
+        return self.node("Pad", [x, self.initializer(f"{self.edit.weight}_pads", np.array(whole))], {"mode": mode})
+
+    def node(self, kind: str, inputs: list[ir.Value], options: dict[str, Any]) -> ir.Value:
+        name = fresh(f"{self.before.name or self.edit.path}/{kind}", self.taken)
+        self.taken.add(name)
+        node = ir.node(kind, inputs, options, name=name)
+        node.outputs[0].name = fresh(f"{self.edit.path}/{kind}", self.taken)
+        node.outputs[0].type = self.before.outputs[0].type
+        self.graph.insert_before(self.before, node)
+        return node.outputs[0]
+
+    def weight(self, name: str, number: Tensor) -> ir.Value:
+        tensor = number.detach().cpu().contiguous()
+        if tensor.dtype is torch.bfloat16:
+            array = tensor.view(torch.int16).numpy()
+            return self._value(name, ir.Tensor(array.view(ir.DataType.BFLOAT16.numpy()), dtype=ir.DataType.BFLOAT16))
+        return self._value(name, ir.tensor(tensor.numpy()))
+
+    def initializer(self, name: str, array: Any) -> ir.Value:
+        name = fresh(name, self.taken)
+        self.taken.add(name)
+        return self._value(name, ir.tensor(array))
+
+    def _value(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(tensor.numpy().shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        tensor.name = name
+        self.new.append(value)
+        return value
+
+
+def _onnx_pads(amounts: Any) -> list[int]:
+    """Leading, then trailing, first dimension first; torch has pairs, the last dimension first."""
+    flat = [int(p) for p in amounts]
+    return [*reversed(flat[0::2]), *reversed(flat[1::2])]
