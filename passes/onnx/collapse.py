@@ -188,14 +188,23 @@ def _made_up(model: ir.Model) -> Iterator[dict[str, Any]]:
 
 
 def _nudged(model: ir.Model) -> ir.Model:
-    """Move every weight by half a unit in the last place of float32, up or down: what rounding does, at least."""
+    """Move every weight by a unit in the last place of float32, up or down: what rounding does, at least."""
     copy, rng = model.clone(), np.random.default_rng(0)
-    for value in copy.graph.initializers.values():
-        number = value.const_value
-        if number is not None and number.dtype is ir.DataType.FLOAT:
-            array = number.numpy()
-            signs = rng.integers(0, 2, array.shape) * 2 - 1
-            value.const_value = ir.tensor(
-                (array * (1 + np.finfo(np.float32).eps * signs)).astype(np.float32), name=value.name
-            )
+
+    def moved(number: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
+        factors = 1 + np.finfo(np.float32).eps * (rng.integers(0, 2, number.numpy().shape) * 2 - 1)
+        return ir.tensor((number.numpy() * factors).astype(np.float32), name=name)
+
+    weights = [v for node in copy.graph if node.op_type in _WEIGHED for v in node.inputs[1:] if v is not None]
+    for value in dict.fromkeys(weights):
+        number, node = constant_of(value), value.producer()
+        if number is None or number.dtype is not ir.DataType.FLOAT:
+            continue
+        if node is None:
+            value.const_value = moved(number, value.name)
+        elif "value" in node.attributes:
+            node.attributes["value"] = ir.AttrTensor("value", moved(number, number.name))
     return copy
+
+
+_WEIGHED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,12 +66,15 @@ def _number(number: ir.TensorProtocol) -> Any:
 
 
 def _in_double(proto: onnx.NodeProto) -> onnx.NodeProto:
-    """Casts between kinds of floats are none where all are in float64."""
-    if proto.op_type == "Cast" and not proto.domain:
-        proto = copy.deepcopy(proto)
-        for attribute in proto.attribute:
-            if attribute.name == "to" and ir.DataType(attribute.i) in _FLOATS:
-                attribute.i = onnx.TensorProto.DOUBLE
+    """The operator among others in float64: a cast from one kind of floats to another is none.
+
+    Before operator set 14 the evaluator takes a batch norm's momentum for a wish to train; with 1 it changes nothing.
+    """
+    for attribute in proto.attribute:
+        if proto.op_type == "Cast" and attribute.name == "to" and ir.DataType(attribute.i) in _FLOATS:
+            attribute.i = onnx.TensorProto.DOUBLE
+        if proto.op_type == "BatchNormalization" and attribute.name == "momentum":
+            attribute.f = 1.0
     return proto
 
 
