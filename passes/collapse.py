@@ -7,6 +7,7 @@ every edit back.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,7 +181,11 @@ def explain_model(model: nn.Module, example: Example | None = None) -> Explanati
 def check_model(model: Any, *, numbers: bool = True) -> None:
     """Raise :class:`ReparamError` for anything that cannot be compiled at all, or, without ``numbers``, planned."""
     if not isinstance(model, nn.Module):
-        raise ReparamError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        onnx = (
+            str(model).endswith(".onnx") if isinstance(model, (str, os.PathLike)) else "onnx" in type(model).__module__
+        )
+        fix = ": for an ONNX file or model there is reparam.onnx" if onnx else ""
+        raise ReparamError(f"expected a torch.nn.Module, got {type(model).__name__}{fix}")
     if next(model.parameters(), None) is None:
         raise ReparamError(f"{type(model).__name__} has no parameters")
     for name, module in model.named_modules():

@@ -86,6 +86,10 @@ class Compilation(ABC, Generic[Graph]):
     def compared(self, result: Graph, example: Any) -> Checked:
         """The result against the graph."""
 
+    def guard(self, candidate: Candidate) -> Refusal | None:
+        """Why a candidate would be no gain in a graph of this kind."""
+        return None
+
     def result(self, folds: list[Fold]) -> Graph:
         """The graph with these folds."""
         self._tell(folds)
@@ -120,7 +124,7 @@ class Compilation(ABC, Generic[Graph]):
     def _guard(self, candidate: Candidate) -> Placement | Refusal:
         if candidate.entry not in self.names or candidate.result not in self.names:
             return Refusal(Reason.LAYOUT, "begins or ends inside of one operation of the graph")
-        found = self.memory.refusal(candidate)
+        found = self.memory.refusal(candidate) or self.guard(candidate)
         if found is not None:
             return found
         dying = {*candidate.dying, *candidate.constants}

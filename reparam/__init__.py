@@ -65,6 +65,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
+    if name == "onnx":
+        return import_module("reparam.onnx")
     for home, names in _HOME.items():
         if name in names:
             value = getattr(import_module(home), name)

@@ -174,6 +174,10 @@ def collapse(
     An expanded network, from a file of `reparam expand` or by --block, becomes the plain architecture that it was
     expanded from, batch norms included; collapse that file again to fold those as well.
     """
+    if _is_onnx(target):
+        _refuse_for_onnx(pretrained=pretrained, weights=weights, key=key, block=block, where=where, kernel=kernel)
+        _collapse_onnx(Path(target), output, "folds" if verify and folds_only else verify, strict)
+        return
     if output is not None:
         _check_output(output)
     recipe = _recipe(block, where, kernel, depthwise, online) if block else None
@@ -187,6 +191,15 @@ def collapse(
     how: bool | str = "folds" if verify and folds_only else verify
     folded, explanation = reparam.collapse_with_report(network.model, like=like, verify=how, strict=strict)
     seconds = time.perf_counter() - started
+    _print_collapsed(target, explanation, seconds)
+    if output is not None:
+        _write(folded, output, network, collapsed=like is None)
+    if like is not None and output is not None:
+        console.print(f"it loads with strict=True into {escape(network.source)}", soft_wrap=True)
+
+
+def _print_collapsed(target: str, explanation: Explanation, seconds: float) -> None:
+    """What a collapse did, and how much of it is proven."""
     for refusal in explanation.taken_back:
         console.print(f"[red]taken back[/red]: {escape(str(refusal))}", soft_wrap=True)
     _print_counts(target, explanation)
@@ -195,15 +208,33 @@ def collapse(
         console.print(f"checked: {escape(str(explanation.checked))}", soft_wrap=True)
     parts = ", ".join(f"{name} {value:.2f}" for name, value in explanation.seconds.items())
     console.print(f"seconds: {seconds:.2f}" + (f" ({parts})" if parts else ""))
+
+
+def _collapse_onnx(path: Path, output: Path | None, how: bool | str, strict: bool) -> None:
+    """The same for an ONNX file."""
+    from reparam import onnx
+
     if output is not None:
-        _write(folded, output, network, collapsed=like is None)
-    if like is not None and output is not None:
-        console.print(f"it loads with strict=True into {escape(network.source)}", soft_wrap=True)
+        if output.suffix != ".onnx":
+            raise typer.BadParameter(f"{output} must end in .onnx, as the file that is collapsed")
+        files.check_writable(output)
+    started = time.perf_counter()
+    model, explanation = onnx.collapse_with_report(path, verify=how, strict=strict)
+    _print_collapsed(str(path), explanation, time.perf_counter() - started)
+    if output is not None:
+        onnx.save(model, output)
+        console.print(f"wrote {escape(str(output))} ({output.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
 
 
 def explain(target: Target, pretrained: Pretrained = False, everything: Everything = False) -> None:
     """Show which layers would fold, into what, and why the others do not. Nothing is changed."""
-    explanation = reparam.explain(_load(target, pretrained=pretrained).model)
+    if _is_onnx(target):
+        from reparam import onnx
+
+        _refuse_for_onnx(pretrained=pretrained)
+        explanation = onnx.explain(target)
+    else:
+        explanation = reparam.explain(_load(target, pretrained=pretrained).model)
     tables.show(console, tables.folds_table(explanation, everything))
     if explanation.refusals and everything:
         title = f"left alone: {len(explanation.refusals)}"
@@ -221,10 +252,26 @@ def verify(
     pretrained: Pretrained = False,
 ) -> None:
     """Compare two networks on the same random inputs; exit status 1 if they differ, 3 if rounding leaves it open."""
+    if _is_onnx(reference) or _is_onnx(candidate):
+        _verify_onnx(reference, candidate, pretrained)
+        return
     models = [_load(target, pretrained=pretrained).model for target in (reference, candidate)]
     result = reparam.verify(*models)
     _print_difference("equal", result)
     if not result.ok:
+        raise typer.Exit(1 if result.verdict is Verdict.DIFFERENT else INCONCLUSIVE)
+
+
+def _verify_onnx(reference: str, candidate: str, pretrained: bool) -> None:
+    """Compare an ONNX file with another one, or with a network."""
+    from reparam import onnx
+
+    targets = (reference, candidate)
+    first, second = (each if _is_onnx(each) else _load(each, pretrained=pretrained).model for each in targets)
+    result = onnx.verify(first, second)
+    colour = {Verdict.EQUAL: "green", Verdict.DIFFERENT: "red", Verdict.INCONCLUSIVE: "yellow"}[result.verdict]
+    console.print(f"[{colour}]{result.verdict.value}[/{colour}]: {escape(str(result))}", soft_wrap=True)
+    if result.verdict is not Verdict.EQUAL:
         raise typer.Exit(1 if result.verdict is Verdict.DIFFERENT else INCONCLUSIVE)
 
 
@@ -262,6 +309,17 @@ def _load(target: str, *, plain: bool = False, quiet: bool = False, **options: o
     for note in () if quiet else network.notes:
         errors.print(f"note: {escape(note)}", style="dim", soft_wrap=True)
     return network
+
+
+def _is_onnx(target: str) -> bool:
+    return target.endswith(".onnx")
+
+
+def _refuse_for_onnx(**given: object) -> None:
+    """An ONNX file has its weights, and was never expanded."""
+    options = [f"--{name}" for name, value in given.items() if value]
+    if options:
+        raise UsageError(f"{', '.join(options)}: an ONNX file has its weights and its network in it; leave that out")
 
 
 def _inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:

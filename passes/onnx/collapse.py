@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from passes.compiler import clock
 from passes.edits.edit import Substitute
+from passes.fold.candidates import Candidate
 from passes.graph.dataflow import Flow
+from passes.graph.inputs import Example, likely, tensors_in
 from passes.onnx.read import DTYPES, constant_of, read
 from passes.onnx.replay import Region, run_file
 from passes.onnx.write import substitute
@@ -22,10 +24,11 @@ from passes.programs import Compilation, collapse_graph, counts_of, unit_of
 from passes.proof.check import Checked
 from passes.proof.compare import Comparison, Difference, Verdict, compared, judge
 from passes.proof.hold import Ledger
-from passes.refusal import ReparamError
+from passes.proof.run import outputs
+from passes.refusal import Reason, Refusal, ReparamError
 from passes.report import Counts, Explanation
 
-__all__ = ["collapse_model", "compare_models", "explain_model"]
+__all__ = ["collapse_model", "compare_models", "compare_with_module", "explain_model"]
 
 BATCHES, SIZES = (2, 1), (64, 224, 32, 640)
 """Sizes that are tried where a file leaves them open."""
@@ -67,9 +70,21 @@ class _Compilation(Compilation[ir.Model]):
         super().__init__(unit, found.names, found.unread, (), ledger, explanation)
 
     def substituted(self, edits: Iterable[tuple[Substitute, nn.Module]]) -> tuple[ir.Model, Counts]:
-        result = substitute(self.model, edits)
+        chosen = list(edits)
+        matrices = [self.names[fold.candidate.entry] for fold in self.folds if self._is_matrix(fold.candidate)]
+        result = substitute(self.model, chosen, matrices) if chosen else self.model
         found = _read(result)
         return result, counts_of(Flow(unit_of(found.graph, found.numbers, {}), {}))
+
+    def guard(self, candidate: Candidate) -> Refusal | None:
+        """A product and a sum of more than matrices are two operators, before and after."""
+        linear = candidate.form.n == 0 and not self._is_matrix(candidate)
+        if linear and len(candidate.convs) == 1 and len(candidate.dying) <= 1 + (candidate.form.bias is not None):
+            return Refusal(Reason.LAYOUT, "it is written in as few operators already")
+        return None
+
+    def _is_matrix(self, candidate: Candidate) -> bool:
+        return self.flow.rank.get(candidate.entry) == 2
 
     def compared(self, result: ir.Model, example: Any) -> Checked:
         return compare_models(self.model, result, example)
@@ -138,8 +153,52 @@ def compare_models(reference: ir.Model, candidate: ir.Model, inputs: Inputs | No
     if not found.numbers:
         return Checked(Verdict.INCONCLUSIVE, f"{what}: it returns no numbers to compare")
     noise = compared(list(run_file(_nudged(reference), given)), list(wanted), types=False).max_rel
+    return _judged(found, noise, what)
+
+
+def compare_with_module(first: Any, second: Any, inputs: Inputs | None = None) -> Checked:
+    """The same where one of the two is a module, which is run in float64; the file by onnxruntime."""
+    module, model = (first, second) if isinstance(first, nn.Module) else (second, first)
+    if not isinstance(module, nn.Module) or not isinstance(model, ir.Model):
+        raise ReparamError("of the two, one is an ONNX model and the other one or a torch.nn.Module")
+    names = [str(v.name) for v in model.graph.inputs if not v.is_initializer()]
+    if inputs is not None:
+        arguments = tuple(torch.as_tensor(inputs[name]) for name in names if name in inputs)
+        given = [Example(arguments)]
+    else:
+        given = [*_as_examples(model), *likely(module)]
+    why = "no input could be made up"
+    for example in given:
+        arrays = dict(zip(names, (tensor.numpy() for tensor in example.args), strict=False))
+        try:
+            file, exact = run_file(model, arrays), outputs(module, example)
+        except ImportError:
+            return Checked(Verdict.INCONCLUSIVE, "not compared: onnxruntime is not installed")
+        # Neither a module nor onnxruntime says which class of error it is that it does not take an input.
+        except Exception as error:
+            why = str(error).strip().splitlines()[0][:200]
+            continue
+        shapes = ", ".join("x".join(map(str, array.shape)) for array in arrays.values())
+        wanted = [tensor.numpy() for tensor in tensors_in(exact)]
+        found = compared(list(file), wanted, types=False)
+        noise = compared([t.numpy() for t in tensors_in(outputs(module, example, None))], wanted, types=False).max_rel
+        return _judged(found, noise, f"whole network against the file by onnxruntime, {shapes}")
+    raise ReparamError(f"the two take no input in common: {why}")
+
+
+def _as_examples(model: ir.Model) -> Iterator[Example]:
+    for made in _made_up(model):
+        yield Example(tuple(torch.from_numpy(array) for array in made.values()), made_up=True)
+
+
+def _judged(found: Comparison, noise: float, what: str) -> Checked:
+    """The verdict on a difference of which rounding may be the reason."""
+    if found.differences:
+        return Checked(Verdict.DIFFERENT, what, tuple(found.differences), found.max_rel)
     verdict = judge(found.max_rel, noise, torch.float32)
-    said = f"{what}: largest relative difference {found.max_rel:.1g}, of which rounding makes {noise:.1g}"
+    said = f"{what}: largest relative difference {found.max_rel:.1g}, rounding makes {noise:.1g}"
+    if verdict is Verdict.INCONCLUSIVE:
+        said += ", so much that it tells nothing"
     differences: tuple[Difference, ...] = ()
     if verdict is Verdict.DIFFERENT:
         differences = (Difference(f"returns other numbers: they differ by {found.max_rel:.3g}", error=found.max_rel),)

@@ -6,7 +6,7 @@ value that a region gives keeps its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,15 @@ _MODES = {
 }
 
 
-def substitute(model: ir.Model, edits: Iterable[tuple[Substitute, nn.Module]]) -> ir.Model:
-    """A copy of the model with these edits, each with the layer whose numbers are meant."""
+def substitute(
+    model: ir.Model, edits: Iterable[tuple[Substitute, nn.Module]], matrices: Collection[str] = ()
+) -> ir.Model:
+    """A copy of the model with these edits, each with the layer whose numbers are meant.
+
+    ``matrices`` names the values of two dimensions that layers read: there a linear layer is one operator.
+    """
     result = model.clone()
+    result.meta.clear()  # it is no longer what is in the file
     graph = result.graph
     values = {str(v.name): v for v in [*graph.inputs, *graph.initializers.values()]}
     values |= {str(v.name): v for node in graph for v in node.outputs}
@@ -42,7 +48,7 @@ def substitute(model: ir.Model, edits: Iterable[tuple[Substitute, nn.Module]]) -
         gone = [values[name].producer() for name in edit.gone]
         idle = [v for node in [producer, *gone] if node is not None for v in node.inputs if v is not None]
         removed = [producer, *(node for node in reversed(gone) if node is not None)]
-        writer = _Writer(graph, producer, values, taken, edit, any(node.op_type == "Gemm" for node in removed))
+        writer = _Writer(graph, producer, values, taken, edit, edit.source in matrices)
         new = writer.layer(layer, values[edit.source])
         new.type, new.shape, new.doc_string = old.type, old.shape, old.doc_string
         new.metadata_props.update(old.metadata_props)
@@ -144,7 +150,7 @@ class _Writer:
 
     def linear(self, layer: nn.Linear, x: ir.Value) -> ir.Value:
         bias = None if layer.bias is None else self.weight(self.edit.bias, layer.bias)
-        if self.matrix or (x.shape is not None and len(x.shape) == 2):
+        if self.matrix:
             inputs = [x, self.weight(self.edit.weight, layer.weight), *([] if bias is None else [bias])]
             return self.node("Gemm", inputs, {"transB": 1})
         made = self.node("MatMul", [x, self.weight(self.edit.weight, layer.weight.t())], {})
