@@ -153,7 +153,8 @@ def compare_models(reference: ir.Model, candidate: ir.Model, inputs: Inputs | No
     if not found.numbers:
         return Checked(Verdict.INCONCLUSIVE, f"{what}: it returns no numbers to compare")
     noise = compared(list(run_file(_nudged(reference), given)), list(wanted), types=False).max_rel
-    return _judged(found, noise, what)
+    dtypes = [DTYPES[number.dtype] for number in _weights(reference).values()]
+    return _judged(found, noise, what, max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32))
 
 
 def compare_with_module(first: Any, second: Any, inputs: Inputs | None = None) -> Checked:
@@ -191,11 +192,11 @@ def _as_examples(model: ir.Model) -> Iterator[Example]:
         yield Example(tuple(torch.from_numpy(array) for array in made.values()), made_up=True)
 
 
-def _judged(found: Comparison, noise: float, what: str) -> Checked:
+def _judged(found: Comparison, noise: float, what: str, dtype: torch.dtype = torch.float32) -> Checked:
     """The verdict on a difference of which rounding may be the reason."""
     if found.differences:
         return Checked(Verdict.DIFFERENT, what, tuple(found.differences), found.max_rel)
-    verdict = judge(found.max_rel, noise, torch.float32)
+    verdict = judge(found.max_rel, noise, dtype)
     said = f"{what}: largest relative difference {found.max_rel:.1g}, rounding makes {noise:.1g}"
     if verdict is Verdict.INCONCLUSIVE:
         said += ", so much that it tells nothing"
@@ -247,23 +248,24 @@ def _made_up(model: ir.Model) -> Iterator[dict[str, Any]]:
 
 
 def _nudged(model: ir.Model) -> ir.Model:
-    """Move every weight by a unit in the last place of float32, up or down: what rounding does, at least."""
+    """Move every weight by a unit in the last place, up or down: what rounding does to a file, at least."""
     copy, rng = model.clone(), np.random.default_rng(0)
-
-    def moved(number: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
-        factors = 1 + np.finfo(np.float32).eps * (rng.integers(0, 2, number.numpy().shape) * 2 - 1)
-        return ir.tensor((number.numpy() * factors).astype(np.float32), name=name)
-
-    weights = [v for node in copy.graph if node.op_type in _WEIGHED for v in node.inputs[1:] if v is not None]
-    for value in dict.fromkeys(weights):
-        number, node = constant_of(value), value.producer()
-        if number is None or number.dtype is not ir.DataType.FLOAT:
-            continue
+    for value, number in _weights(copy).items():
+        factors = 1 + torch.finfo(DTYPES[number.dtype]).eps * (rng.integers(0, 2, number.numpy().shape) * 2 - 1)
+        moved = ir.tensor((number.numpy() * factors).astype(number.dtype.numpy()), dtype=number.dtype, name=value.name)
+        node = value.producer()
         if node is None:
-            value.const_value = moved(number, value.name)
+            value.const_value = moved
         elif "value" in node.attributes:
-            node.attributes["value"] = ir.AttrTensor("value", moved(number, number.name))
+            node.attributes["value"] = ir.AttrTensor("value", moved)
     return copy
+
+
+def _weights(model: ir.Model) -> dict[ir.Value, ir.TensorProtocol]:
+    """The numbers that layers weigh with, by the value that holds them."""
+    read = [v for node in model.graph if node.op_type in _WEIGHED for v in node.inputs[1:] if v is not None]
+    found = {value: number for value in read if (number := constant_of(value)) is not None}
+    return {v: number for v, number in found.items() if (dtype := DTYPES.get(number.dtype)) and dtype.is_floating_point}
 
 
 _WEIGHED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from passes.onnx.read import constant_of
@@ -18,6 +19,19 @@ from passes.programs import needed_for
 __all__ = ["Region", "run_file"]
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+class _Norm(OpRun):  # type: ignore[misc]
+    """Batch norm in inference: before operator set 14 the evaluator takes its momentum for a wish to train."""
+
+    op_domain = ""
+
+    def _run(self, x: Any, scale: Any, shift: Any, mean: Any, var: Any, epsilon: float = 1e-5, **_: Any) -> Any:
+        scale, shift, mean, var = (each.reshape(-1, *(1,) * (x.ndim - 2)) for each in (scale, shift, mean, var))
+        return (scale * (x - mean) / np.sqrt(var + epsilon) + shift,)
+
+
+_Norm.__name__ = "BatchNormalization"  # by which the evaluator finds it
 
 
 class Region:
@@ -45,7 +59,7 @@ class Region:
             [onnx.numpy_helper.from_array(array, name) for name, array in numbers.items()],
         )
         opsets = [onnx.helper.make_opsetid(name, version) for name, version in model.opset_imports.items()]
-        self._evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))
+        self._evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets), new_ops=[_Norm])
 
     def run(self, x: Tensor) -> tuple[Tensor, float]:
         """The result's value, and the largest magnitude on the way."""
@@ -66,15 +80,10 @@ def _number(number: ir.TensorProtocol) -> Any:
 
 
 def _in_double(proto: onnx.NodeProto) -> onnx.NodeProto:
-    """The operator among others in float64: a cast from one kind of floats to another is none.
-
-    Before operator set 14 the evaluator takes a batch norm's momentum for a wish to train; with 1 it changes nothing.
-    """
+    """The operator among others in float64: a cast from one kind of floats to another is none."""
     for attribute in proto.attribute:
         if proto.op_type == "Cast" and attribute.name == "to" and ir.DataType(attribute.i) in _FLOATS:
             attribute.i = onnx.TensorProto.DOUBLE
-        if proto.op_type == "BatchNormalization" and attribute.name == "momentum":
-            attribute.f = 1.0
     return proto
 
 

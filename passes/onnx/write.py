@@ -56,8 +56,9 @@ def substitute(
         _remove(graph, removed)
         new.name = edit.path
         values[edit.path] = new
-        _drop(graph, idle, values)
-        writer.register()
+        listed = (model.ir_version or 0) < 4  # where initialisers are listed among the inputs
+        _drop(graph, idle, values, listed)
+        writer.register(listed)
     return result
 
 
@@ -72,7 +73,7 @@ def _remove(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
         left = [node for node in left if node not in free]
 
 
-def _drop(graph: ir.Graph, values: Iterable[ir.Value], known: dict[str, ir.Value]) -> None:
+def _drop(graph: ir.Graph, values: Iterable[ir.Value], known: dict[str, ir.Value], listed: bool) -> None:
     """Take away weights that nothing reads any more, and what only they were made of."""
     todo = list(values)
     while todo:
@@ -81,7 +82,9 @@ def _drop(graph: ir.Graph, values: Iterable[ir.Value], known: dict[str, ir.Value
             continue
         node = value.producer()
         if node is None:
-            if value.is_initializer() and not value.is_graph_input():
+            if value.is_initializer() and (listed or not value.is_graph_input()):
+                if value.is_graph_input():
+                    graph.inputs.remove(value)
                 graph.initializers.pop(str(value.name), None)
                 known.pop(str(value.name), None)
         elif node.graph is not None and not any(each.uses() or each.is_graph_output() for each in node.outputs):
@@ -105,9 +108,11 @@ class _Writer:
         self.matrix = matrix
         self.new: list[ir.Value] = []
 
-    def register(self) -> None:
+    def register(self, listed: bool) -> None:
         """Enter the new weights, once the names that they take over are free."""
         for value in self.new:
+            if listed:
+                self.graph.inputs.append(value)
             self.graph.register_initializer(value)
             self.values[str(value.name)] = value
 
