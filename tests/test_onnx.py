@@ -95,7 +95,7 @@ CASES: dict[str, Case] = {
     "groups and dilation": (f"a = Conv <group=2, dilations=[2,2]> (x, g)\n y = {BN.format('a', 'n')}",
                             {"g": array(C, 2, 3, 3), **norm("n")}, {}),
     "transposed": (
-        f"a = ConvTranspose <strides=[2,2], pads=[1,1,1,1], output_padding=[1,1]> (x, w, b)\n y = {BN.format('a', 'n')}",
+        f"a = ConvTranspose <strides=[2,2], {PADS}, output_padding=[1,1]> (x, w, b)\n y = {BN.format('a', 'n')}",
         {**CONVS, **norm("n")}, {}),
     "a pad of its own": (f'p = Pad <mode="constant"> (x, pads)\n a = Conv (p, w, b)\n y = {BN.format("a", "n")}',
                          {"pads": np.array([0, 0, 1, 2, 0, 0, 1, 0]), **CONVS, **norm("n")}, {}),
@@ -392,7 +392,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncated, "no ONNX file, or a damaged one"),
     "text": (text, "no ONNX file, or a damaged one"),
     "empty": (nothing, "holds no ONNX graph"),
-    "unknown operator set": (unknown_opset, r"operator set 999; the installed onnx knows up to \d+: pip install -U onnx"),
+    "unknown operator set": (unknown_opset, r"operator set 999; the installed onnx knows up to \d+: pip install -U"),
     "old operator set": (old_opset, "operator set 5, from before 7: convert it with onnx.version_converter"),
     "cycle": (cyclic, "the graph has a cycle"),
     "contradictory": (contradictory, "contradicts itself"),

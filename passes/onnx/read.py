@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -38,6 +40,10 @@ DTYPES = {
     ir.DataType.INT32: torch.int32,
     ir.DataType.BOOL: torch.bool,
 }
+
+
+MOST = 16
+"""Operators that a size may be computed by."""
 
 
 @dataclass
@@ -143,7 +149,7 @@ class _Reader:
             if rule is None or used != list(node.outputs[: len(used)]):
                 raise _Unread
             made = rule(self, node)
-        except (_Unread, KeyError, TypeError, ValueError, IndexError):
+        except (_Unread, KeyError, TypeError, ValueError, IndexError, RuntimeError):
             made = self.call(pure, [self.value(v) for v in [*node.inputs, *inner] if v is not None])
             if node.domain or node.op_type not in KNOWN:
                 self.read.unread[f"{node.domain}.{node.op_type}" if node.domain else node.op_type] += 1
@@ -202,9 +208,31 @@ class _Reader:
         if value is None:
             return None
         number = constant_of(value)
-        if number is None:
-            raise _Unread
-        return [int(i) for i in np.atleast_1d(number.numpy())]
+        array = self._evaluated(value) if number is None else number.numpy()
+        return [int(i) for i in np.atleast_1d(array)]
+
+    def _evaluated(self, value: ir.Value) -> Any:
+        """What a few operators make of constants, as exporters write sizes and bounds."""
+        nodes: list[ir.Node] = []
+        numbers: dict[str, Any] = {}
+        todo = [value]
+        while todo:
+            each = todo.pop()
+            number, node = constant_of(each), each.producer()
+            if number is not None:
+                numbers[str(each.name)] = number.numpy()
+            elif node is None or len(nodes) > MOST or any(True for _ in inner_values(node)) or node.domain:
+                raise _Unread
+            elif node not in nodes:
+                nodes.append(node)
+                todo += [source for source in node.inputs if source is not None]
+        protos = [ir.to_proto(node) for node in nodes[0].graph or () if node in nodes]
+        outputs = [onnx.helper.make_tensor_value_info(str(value.name), onnx.TensorProto.INT64, None)]
+        tensors = [onnx.numpy_helper.from_array(array, name) for name, array in numbers.items()]
+        graph = onnx.helper.make_graph(protos, "constants", [], outputs, tensors)
+        opsets = [onnx.helper.make_opsetid("", self.opset)]
+        found: Any = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(None, {})
+        return found[0]
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.out.call_function(function, args)

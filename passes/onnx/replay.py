@@ -21,7 +21,7 @@ __all__ = ["Region", "run_file"]
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
-class _Norm(OpRun):  # type: ignore[misc]
+class _Norm(OpRun):
     """Batch norm in inference: before operator set 14 the evaluator takes its momentum for a wish to train."""
 
     op_domain = ""
