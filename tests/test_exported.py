@@ -97,7 +97,7 @@ def calls(program: Any) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("dialect", ["training", "core"])
+@pytest.mark.parametrize("dialect", ["training", pytest.param("core", marks=pytest.mark.slow)])
 def test_a_program_folds_as_its_module_does(name: str, dialect: str) -> None:
     model, x = build(name), maps()
     program = export(model, (x,), dynamic_shapes={"x": {0: Dim("batch")}})
@@ -136,6 +136,11 @@ def test_the_module_of_a_program_folds_alike(name: str) -> None:
     assert torch.allclose(result(x), model(x), atol=1e-5)
     names = {name for name, _ in result.named_parameters()}
     assert names <= {n for n, _ in module.named_parameters()} | {f"{n.rpartition('.')[0]}.bias" for n in names}
+
+
+@pytest.mark.parametrize("name", ["two branches", "transposed", "linear and norm", "average pooling"])
+def test_core_aten_folds_alike(name: str) -> None:
+    test_a_program_folds_as_its_module_does(name, "core")
 
 
 def test_the_result_is_a_program_that_other_tools_take() -> None:
