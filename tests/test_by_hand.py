@@ -1,0 +1,56 @@
+"""The scripts that are run by hand for long: each of them for a moment, and with a defect that it has to find."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import busy_threads
+import kill_moments
+import pytest
+
+
+def test_threads_for_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    assert busy_threads.main(["--minutes", "0.03"]) == 0
+    assert ", 0 failures" in capsys.readouterr().out
+
+
+def test_threads_that_are_disturbed_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def disturbed(shared: Any, i: int) -> None:
+        raise RuntimeError("a forward that was traced by another thread")
+
+    monkeypatch.setattr(busy_threads, "VERBS", (disturbed,))
+    assert busy_threads.main(["--minutes", "0.05"]) == 1
+    assert "traced by another thread" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["train", "convert"])
+def test_some_moments_of_a_command(verb: str, tmp_path: Path) -> None:
+    assert kill_moments.main(["--each", "3", "--only", verb, "--out", str(tmp_path / "kills.md")]) == 0
+    assert f"| `{verb}` |" in (tmp_path / "kills.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_half_written_file_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file that has its name before it is whole."""
+    verb = kill_moments.verbs(tmp_path)[0]
+
+    def start(command: str, folder: Path) -> int:
+        (folder / "run").mkdir(exist_ok=True)
+        (folder / "run" / "best.safetensors").write_bytes(b"half")
+        return right(command, folder)
+
+    right = kill_moments.start
+    monkeypatch.setattr(kill_moments, "finish", lambda *_: 1.0)
+    monkeypatch.setattr(kill_moments, "start", start)
+    found = kill_moments.kill(
+        kill_moments.Verb(verb.name, verb.command, verb.again, verb.there, lambda folder: None),
+        random.Random(0).random(),
+        None,
+        tmp_path,
+    )
+    assert len(found.damaged) == 1
