@@ -69,14 +69,16 @@ class _Compilation(Compilation[Program]):
             self.nodes: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes}
             found = translated(program.graph, self.weights)
             names = {node: origin.name for node, origin in found.origin.items()}
-            unit = unit_of(found.graph, self.numbers, {node: _told(origin) for node, origin in found.origin.items()})
-        super().__init__(unit, names, found.unread, _interfaces(program), ledger, explanation)
+            told = {node: _told(origin) for node, origin in found.origin.items()}
+            unit = unit_of(found.graph, {**self.numbers, **found.constants}, told)
+        super().__init__(unit, names, self.numbers, found.unread, _interfaces(program), ledger, explanation)
 
     def substituted(self, edits: Iterable[tuple[Substitute, nn.Module]]) -> tuple[Program, Counts]:
         into = ProgramGraph(self.program) if isinstance(self.program, ExportedProgram) else ModuleGraph(self.program)
         result = substitute(into, list(edits))
         weights, numbers = _weights(result)
-        return result, counts_of(Flow(unit_of(translated(result.graph, weights).graph, numbers, {}), {}))
+        found = translated(result.graph, weights)
+        return result, counts_of(Flow(unit_of(found.graph, {**numbers, **found.constants}, {}), {}))
 
     def compared(self, result: Program, example: Any) -> Checked:
         if example is None:

@@ -44,6 +44,7 @@ class Compilation(ABC, Generic[Graph]):
     Args:
         unit: the graph in the terms of the table.
         names: of the value that each node gives, in the graph itself.
+        weights: names of the weights, which folded numbers may take over.
         unread: operations that are not in the table, by name.
         kept: names of values that must stay.
         ledger: which folds are proven.
@@ -54,12 +55,13 @@ class Compilation(ABC, Generic[Graph]):
         self,
         unit: Unit,
         names: Mapping[fx.Node, str],
+        weights: Collection[str],
         unread: Counter[str],
         kept: Collection[str],
         ledger: Ledger,
         explanation: Explanation,
     ) -> None:
-        self.names, self.unread, self.kept = names, unread, kept
+        self.names, self.reusable, self.unread, self.kept = names, frozenset(weights), unread, kept
         self.ledger, self.explanation = ledger, explanation
         unit.replay = lambda entry, result, inputs: self.replay(names[entry], names[result], inputs)
         with clock(explanation, "plan"):
@@ -152,7 +154,8 @@ class Compilation(ABC, Generic[Graph]):
     def _numbers(self, fold: Fold, taken: set[str]) -> tuple[str, str]:
         """Names for the folded numbers: those of the largest weight that goes, and of the bias beside it."""
         going = {str(n.target): self.flow.held[n] for n in fold.candidate.constants if n.op == "get_attr"}
-        weights = [name for name, number in going.items() if isinstance(number, Tensor) and number.dim() > 1]
+        numbers = [(name, going[name]) for name in going if name in self.reusable]
+        weights = [name for name, number in numbers if isinstance(number, Tensor) and number.dim() > 1]
         weight = max(weights, key=lambda name: going[name].numel(), default="") or fresh("folded.weight", taken)
         if not any(name.endswith("bias") for name, _ in fold.layer.named_parameters()):
             return weight, ""
@@ -200,7 +203,9 @@ def unit_of(graph: fx.Graph, numbers: Mapping[str, Any], names: Mapping[fx.Node,
     call = Call("", root, None)
     for node in graph.nodes:
         node.meta["call"] = call
-        if node.op != "get_attr" and node in names:
+        if node.op == "get_attr":
+            node.meta["name"] = str(node.target).rpartition(".")[0] or str(node.target)
+        elif node in names:
             node.meta["name"] = names[node]
     return Unit("", root, graph, [call], dict(numbers), {}, set(), set())
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 import reparam
 from reparam import Counts, ReparamError, Verdict, files, tables
+from reparam.export import SUFFIXES, inputs_for, parse_dynamic, write_program
 from reparam.networks import Network, UsageError, load
 from reparam.recipe import Recipe, parse_blocks, parse_where
 
@@ -156,7 +157,9 @@ def blocks() -> None:
 
 def collapse(
     target: Target,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here (.safetensors, .pt).")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write here (.safetensors, .pt, .pt2, .onnx).")
+    ] = None,
     pretrained: Pretrained = False,
     weights: Weights = None,
     key: Key = None,
@@ -168,6 +171,9 @@ def collapse(
     verify: Prove = True,
     folds_only: FoldsOnly = False,
     strict: Strict = False,
+    dynamic: Annotated[
+        str, typer.Option("--dynamic", help="What a .pt2 or .onnx file leaves open: batch,height,width.")
+    ] = "",
 ) -> None:
     """Fold a network into plain convolutions and show what became of it.
 
@@ -178,8 +184,12 @@ def collapse(
         _refuse_for_onnx(pretrained=pretrained, weights=weights, key=key, block=block, where=where, kernel=kernel)
         _collapse_onnx(Path(target), output, "folds" if verify and folds_only else verify, strict)
         return
+    left_open = parse_dynamic(dynamic)
+    exports = output is not None and output.suffix in SUFFIXES
+    if left_open and not exports:
+        raise UsageError(f"--dynamic is for files that end in {' or '.join(SUFFIXES)}")
     if output is not None:
-        _check_output(output)
+        files.check_writable(output) if exports else _check_output(output)
     recipe = _recipe(block, where, kernel, depthwise, online) if block else None
     if recipe is None and (where or kernel or (depthwise, online) != (None, None)):
         raise UsageError("--where, --kernel, --depthwise and --online describe an expansion; name its --block as well")
@@ -192,9 +202,12 @@ def collapse(
     folded, explanation = reparam.collapse_with_report(network.model, like=like, verify=how, strict=strict)
     seconds = time.perf_counter() - started
     _print_collapsed(target, explanation, seconds)
-    if output is not None:
+    if output is not None and exports:
+        console.print(write_program(folded, output, inputs_for(folded, network.shape, left_open), left_open))
+        _wrote(output)
+    elif output is not None:
         _write(folded, output, network, collapsed=like is None)
-    if like is not None and output is not None:
+    if like is not None and output is not None and not exports:
         console.print(f"it loads with strict=True into {escape(network.source)}", soft_wrap=True)
 
 
@@ -223,7 +236,7 @@ def _collapse_onnx(path: Path, output: Path | None, how: bool | str, strict: boo
     _print_collapsed(str(path), explanation, time.perf_counter() - started)
     if output is not None:
         onnx.save(model, output)
-        console.print(f"wrote {escape(str(output))} ({output.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+        _wrote(output)
 
 
 def explain(target: Target, pretrained: Pretrained = False, everything: Everything = False) -> None:
@@ -343,6 +356,10 @@ def _write(
     model: nn.Module, path: Path, origin: Network, *, collapsed: bool = False, recipe: Recipe | None = None
 ) -> None:
     files.save_model(model, path, source=origin.source, collapsed=collapsed, expanded=recipe, shape=origin.shape)
+    _wrote(path)
+
+
+def _wrote(path: Path) -> None:
     console.print(f"wrote {escape(str(path))} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
 
 

@@ -36,11 +36,13 @@ class Translated:
         graph: placeholders are the inputs, weights are ``get_attr`` nodes.
         origin: the node of the source that gives the same value.
         unread: calls that are not in the table, by name.
+        constants: what calls give that make the same tensor each time, by the name of their ``get_attr`` node.
     """
 
     graph: fx.Graph
     origin: Mapping[fx.Node, fx.Node]
     unread: Counter[str]
+    constants: Mapping[str, Tensor]
 
 
 def is_aten(graph: fx.Graph) -> bool:
@@ -62,11 +64,15 @@ def translated(source: fx.Graph, weights: Mapping[str, str]) -> Translated:
     new: dict[fx.Node, fx.Node] = {}
     origin: dict[fx.Node, fx.Node] = {}
     unread = Counter[str]()
+    constants: dict[str, Tensor] = {}
     for node in source.nodes:
         if _is_guard(node):
             continue
         if node.op == "placeholder" and node.name in weights:
             made = graph.get_attr(weights[node.name])
+        elif (constant := _filled(node)) is not None:
+            constants[node.name] = constant
+            made = graph.get_attr(node.name)
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
             made = _call(graph, node, args, kwargs)
@@ -81,7 +87,7 @@ def translated(source: fx.Graph, weights: Mapping[str, str]) -> Translated:
         else:  # the first of several results, which is the value itself
             origin[made] = node
             made.meta["known"] = _known(node)
-    return Translated(graph, origin, unread)
+    return Translated(graph, origin, unread, constants)
 
 
 def retarget(graph: fx.Graph) -> None:
@@ -112,6 +118,25 @@ def _call(graph: fx.Graph, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
     made = rule(graph, node, *args, **kwargs) if rule is not None else None
     assert callable(node.target)
     return graph.call_function(node.target, args, kwargs) if made is None else made
+
+
+_FILLED = {"full": None, "new_full": None, "ones": 1, "new_ones": 1, "zeros": 0, "new_zeros": 0}
+MOST = 1 << 20
+"""Numbers of a tensor that a call fills."""
+
+
+def _filled(node: fx.Node) -> Tensor | None:
+    """The tensor that a call makes of one number, whatever it takes dtype and device from."""
+    value, target = node.meta.get("val"), node.target
+    if not isinstance(target, torch._ops.OpOverload) or not isinstance(value, Tensor):
+        return None
+    name = target._schema.name.removeprefix("aten::")
+    if name not in _FILLED or not all(isinstance(size, int) for size in value.shape) or value.numel() > MOST:
+        return None
+    number = _FILLED[name] if _FILLED[name] is not None else node.args[-1]
+    if not isinstance(number, (int, float)) or not value.is_floating_point():
+        return None
+    return torch.full(tuple(value.shape), number, dtype=value.dtype, device=value.device)
 
 
 def _known(node: fx.Node) -> Known | None:

@@ -67,7 +67,7 @@ class _Compilation(Compilation[ir.Model]):
             self.values |= {str(v.name): v for node in model.graph for v in node.outputs}
             found = _read(model)
             unit = unit_of(found.graph, found.numbers, found.told)
-        super().__init__(unit, found.names, found.unread, (), ledger, explanation)
+        super().__init__(unit, found.names, found.numbers, found.unread, (), ledger, explanation)
 
     def substituted(self, edits: Iterable[tuple[Substitute, nn.Module]]) -> tuple[ir.Model, Counts]:
         chosen = list(edits)
