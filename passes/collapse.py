@@ -25,7 +25,7 @@ from passes.edits.edit import remember
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.inputs import Example
-from passes.graph.modes import evaluate, has_own_modes, kept_modes
+from passes.graph.modes import apart, evaluate, has_own_modes, kept_modes
 from passes.proof.check import Checked, explained
 from passes.proof.compare import Verdict
 from passes.proof.hold import Before, Exact, Ledger, check_against, place_of
@@ -169,8 +169,8 @@ def explain_model(model: nn.Module, example: Example | None = None) -> Explanati
     """
     check_model(model, numbers=False)
     explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan", "fold"), 0.0))
-    if model.training and has_own_modes(model):
-        model = deep_copy(model)
+    if model.training:  # another thread may be training it
+        model = deep_copy(model) if has_own_modes(model) else apart(model)
     with kept_modes(model, training=None):
         if model.training:
             evaluate(model)

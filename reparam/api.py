@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from passes.collapse import check_model, collapse_model, explain_model
 from passes.exported import Program, collapse_program, example_of, explain_program, is_program, module_of
+from passes.graph.generators import alone
 from passes.graph.inputs import Example, as_example, likely
 from passes.graph.outside import kept_outside
 from passes.proof.compare import Equivalence
@@ -114,10 +115,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """What the caller has set as default does not reach the compiler, and no run of its reaches what the caller holds.
 
     Parameters made in inference mode could never be trained, and examples made on another device could not be read. A
-    forward may fill containers outside of the model, which are restored.
+    forward may fill containers outside of the model, which are restored. Verbs of several threads wait for each other.
     """
     device, grad = torch.get_default_device(), torch.is_grad_enabled()
     with ExitStack() as stack:
+        stack.enter_context(alone())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(grad))
         if device.type != "cpu":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
 import busy_threads
 import kill_moments
 import pytest
+import torch
 
 
 def test_threads_for_a_second(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,6 +27,30 @@ def test_threads_that_are_disturbed_are_noticed(
     monkeypatch.setattr(busy_threads, "VERBS", (disturbed,))
     assert busy_threads.main(["--minutes", "0.05"]) == 1
     assert "traced by another thread" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [busy_threads.plan, busy_threads.expand, busy_threads.explain, busy_threads.collapse])
+def test_a_network_that_another_thread_runs_stays_as_it_is(verb: Any) -> None:
+    """Its code is read in both modes; whoever runs it meanwhile sees neither, and its statistics stay."""
+    shared = busy_threads.Shared()
+    model, x, wanted = shared.plain[2], shared.inputs[2], shared.outputs[2]
+    modes, seen, done = set[bool](), list[bool](), threading.Event()
+
+    def serve() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                modes.add(model.training)
+                seen.append(torch.equal(model(x), wanted))
+
+    server = threading.Thread(target=serve)
+    server.start()
+    for _ in range(5):
+        verb(shared, 2)
+    done.set()
+    server.join()
+    assert seen
+    assert all(seen)
+    assert modes == {False}
 
 
 @pytest.mark.slow

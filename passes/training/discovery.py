@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from passes.graph.capture import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
-from passes.graph.modes import kept_modes
+from passes.graph.modes import apart, kept_modes
 from passes.graph.opset import is_shape_query
 from passes.graph.variants import own_calls, variants
 from passes.refusal import UNREAD, Reason, Refusal
@@ -53,6 +53,11 @@ class Found:
 
 def find_convs(model: nn.Module) -> list[Found]:
     """Every convolution module of ``model``, in order of registration; the model is not changed."""
+    own: dict[str, Any] = dict(model.named_modules())
+    return [replace(each, conv=own[each.path]) for each in _found(apart(model))]
+
+
+def _found(model: nn.Module) -> list[Found]:
     seen: list[_Uses] = []
     other: list[_Uses] = []
     for training in (False, True):

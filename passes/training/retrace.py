@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.graph.capture import Unit, first_difference, trace_units
-from passes.graph.modes import kept_modes
+from passes.graph.modes import apart, kept_modes
 from passes.proof.check import Checked, first_line
 from passes.proof.compare import Difference, Verdict
 from passes.refusal import Refusal
@@ -26,7 +26,7 @@ def traced_alike(model: nn.Module, trial: nn.Module, replaced: Sequence[str], *,
     """Whether the code of ``trial`` does the same as that of ``model`` around the layers at the paths ``replaced``."""
     compared = f"code of the whole network{' in training' if training else ''}, on no input"
     try:
-        before, after = (_read(each, replaced, training) for each in (model, trial))
+        before, after = (_read(each, replaced, training) for each in (apart(model), trial))
     # Code that looks for a layer may raise anything where it finds a block.
     except Exception as error:
         told = Difference(f"raises {type(error).__name__} while it is read: {first_line(error)}")
