@@ -22,10 +22,11 @@ from passes.algebra.lowering import all_finite
 from passes.compiler import compile_model, timed
 from passes.edits.apply import Undo
 from passes.edits.edit import remember
+from passes.edits.holders import apart
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.inputs import Example
-from passes.graph.modes import apart, evaluate, has_own_modes, kept_modes
+from passes.graph.modes import evaluate, has_own_modes, kept_modes
 from passes.proof.check import Checked, explained
 from passes.proof.compare import Verdict
 from passes.proof.hold import Before, Exact, Ledger, check_against, place_of

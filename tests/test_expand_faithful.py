@@ -599,7 +599,7 @@ def test_a_norm_that_is_not_its_own_is_noticed(verify: Any, init: str, monkeypat
     real = discovery._norm_of
 
     def wrong(conv: Any, ways: Any) -> Any:
-        return discovery.Norm("bn") if conv is model.conv else real(conv, ways)
+        return discovery.Norm("bn") if conv.weight is model.conv.weight else real(conv, ways)
 
     monkeypatch.setattr(discovery, "_norm_of", wrong)
     plan = reparam.plan(model, "acb", init=init, verify=verify)

@@ -8,7 +8,7 @@ import importlib
 import torch
 from torch import nn
 
-from zoo import job
+from zoo import job, orphan
 from zoo.inputs import find_view
 from zoo.latency import race
 from zoo.measure import warm_up
@@ -26,3 +26,4 @@ if view is not None:
     race(small, small, view)
 job.versions()
 del small
+orphan.settled()

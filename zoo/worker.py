@@ -35,8 +35,8 @@ from zoo.render import processor
 
 __all__ = ["Engine", "Limits", "Running", "Underway", "convert_here", "here", "last_words", "now"]
 
-PRELOAD = ["zoo.worker", "zoo.warm"]
-"""What the server imports once for all processes."""
+PRELOAD = ["zoo.orphan", "zoo.worker", "zoo.warm"]
+"""What the server imports once for all processes; first of all, what looks after it meanwhile."""
 POLL = 0.05
 """Seconds between two looks at memory and time."""
 GRACE = 10.0

@@ -16,7 +16,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Holder", "holders", "substituted"]
+from passes.graph.copies import shadow
+from passes.refusal import ReparamError
+
+__all__ = ["Holder", "apart", "holders", "substituted"]
 
 _TABLES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _DEPTH = 4
@@ -48,6 +51,20 @@ def holders(model: nn.Module) -> dict[int, list[Holder]]:
             for key, changeable in held.items():
                 found.setdefault(key, []).append(Holder(owner, path, name, changeable))
     return found
+
+
+def apart(model: nn.Module) -> nn.Module:
+    """What may be put into another mode while other threads run the model: copies of its modules, the tensors shared.
+
+    The model itself where it cannot be copied, or where a function holds modules: that would call those that it knows.
+    """
+    held = any(not holder.changeable for found in holders(model).values() for holder in found)
+    if held or any("forward" in vars(module) for module in model.modules()):
+        return model
+    try:
+        return shadow(model)
+    except ReparamError:
+        return model
 
 
 def substituted(value: Any, old: nn.Module, new: nn.Module) -> Any:

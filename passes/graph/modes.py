@@ -8,24 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from passes.graph.copies import shadow
-from passes.refusal import ReparamError
-
-__all__ = ["apart", "evaluate", "has_own_modes", "kept_modes"]
-
-
-def apart(model: nn.Module) -> nn.Module:
-    """What may be put into another mode while other threads run the model: copies of its modules, the tensors shared.
-
-    The model itself where it cannot be copied, or has a forward that was replaced on an instance, which calls the
-    modules that it knows.
-    """
-    if any("forward" in vars(module) for module in model.modules()):
-        return model
-    try:
-        return shadow(model)
-    except ReparamError:
-        return model
+__all__ = ["evaluate", "has_own_modes", "kept_modes"]
 
 
 @contextmanager

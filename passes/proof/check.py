@@ -178,6 +178,13 @@ def _observed(model: nn.Module, example: Example, training: bool) -> Observed:
         calls = _calls(model, example, training, double)
         dtype = coarsest_dtype(model)
         allowed = tolerance(rounding(model, example, calls[0].value, training, precision=dtype, double=False), dtype)
+    for _ in range(AGAIN):  # another thread may have drawn meanwhile: what the network draws, it draws again
+        before = [call.generators for call in calls]
+        if not any(before):
+            break
+        calls = _calls(model, example, training, double)
+        if [call.generators for call in calls] == before:
+            break
     casts = double and any(call.cast for call in calls)
     shipped = _shipped(model, example, training) if casts else None
     return Observed(example, tuple(calls), shipped, training, double, allowed, _names(model), hooked(model), model)

@@ -51,7 +51,7 @@ class Run:
         value: what it returned.
         left: attributes and buffers that the call changed or added, by path and name.
         had: all paths and names that there were before it.
-        generators: digest of the random generators' states after the call.
+        generators: digest of the random generators' states after the call; empty if none was drawn from.
         ran: paths of the modules that took part.
         called: paths of those that were called themselves.
         cast: whether a number had to be cast for the call to be in float64 throughout.
@@ -198,7 +198,7 @@ def default_device(ambient: torch.device) -> Iterator[None]:
 def surroundings(model: nn.Module) -> Iterator[list[str]]:
     """The same surroundings for every run, whatever the caller has set; its generators are restored.
 
-    Yields a list that holds, afterwards, one digest of where the generators ended.
+    Yields a list that holds, afterwards, one digest of where the generators ended: empty if that is where they began.
     """
     devices = {p.device for p in [*model.parameters(), *model.buffers()]} or {torch.device("cpu")}
     kinds = {d.type for d in devices if d.type in ("cpu", "cuda", "xpu")} | {"cpu"}
@@ -229,14 +229,21 @@ def _generators(devices: set[torch.device], ends: list[str]) -> Iterator[None]:
             numpy.random.seed(0)
         for i in cuda:
             torch.cuda.default_generators[i].manual_seed(0)
+        start = _digest(cuda)
         try:
             yield
         finally:
-            end = hashlib.sha256(torch.default_generator.get_state().numpy().tobytes())
-            end.update(repr(states()).encode())
-            for i in cuda:
-                end.update(torch.cuda.get_rng_state(i).numpy().tobytes())
-            ends.append(end.hexdigest())
+            end = _digest(cuda)
+            ends.append("" if end == start else end)
+
+
+def _digest(cuda: list[int]) -> str:
+    """Where the generators stand."""
+    found = hashlib.sha256(torch.default_generator.get_state().numpy().tobytes())
+    found.update(repr(states()).encode())
+    for i in cuda:
+        found.update(torch.cuda.get_rng_state(i).numpy().tobytes())
+    return found.hexdigest()
 
 
 # ------------------------------------------------------------------ float64

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from passes.edits.holders import apart
 from passes.graph.capture import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
-from passes.graph.modes import apart, kept_modes
+from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
 from passes.graph.variants import own_calls, variants
 from passes.refusal import UNREAD, Reason, Refusal

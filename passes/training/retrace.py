@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.edits.holders import apart
 from passes.graph.capture import Unit, first_difference, trace_units
-from passes.graph.modes import apart, kept_modes
+from passes.graph.modes import kept_modes
 from passes.proof.check import Checked, first_line
 from passes.proof.compare import Difference, Verdict
 from passes.refusal import Refusal
