@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ from typing import Any
 from reparam import ReparamError
 from reparam.exhausted import causes
 
-__all__ = ["FileError", "check_writable", "make_folder", "move_file", "reason_of", "replace_file", "told"]
+__all__ = [
+    "FileError", "beside", "check_writable", "make_folder", "move_file", "reason_of", "replace_file", "scratch_folder",
+    "sweep", "told",
+]  # fmt: skip
 
 FULL = "make room there, or write to another disk"
 FIXES: dict[int, str] = {
@@ -44,7 +49,8 @@ def replace_file(target: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         FileError: the file system refuses.
     """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    sweep(target)
+    temporary = beside(target)
     with told(target):
         try:
             temporary.touch(exist_ok=False)
@@ -56,6 +62,43 @@ def replace_file(target: Path, write: Callable[[Path], Any]) -> None:
             move_file(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)  # which a read-only disk refuses even if it is not there
+
+
+def beside(target: Path) -> Path:
+    """Where to write what is to become ``target``: a hidden name that says whose it is."""
+    return target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+@contextlib.contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` for what is to be looked at before it gets that name. Raises :class:`FileError`."""
+    sweep(target)
+    folder = beside(target)
+    with told(target):
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(target: Path) -> None:
+    """Remove what processes that were killed have left beside ``target``."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        words = path.name.removesuffix(".tmp").split(".")
+        if words[-2].isdecimal() and not _is_alive(int(words[-2])):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's
+        return True
+    return True
 
 
 def move_file(source: Path, target: Path) -> None:

@@ -195,15 +195,15 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     source = model.meta.get("path")
-    beside = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
-    if isinstance(source, Path) and source.is_file() and not beside:
+    outside = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+    if isinstance(source, Path) and source.is_file() and not outside:
         replace_file(path, lambda target: shutil.copyfile(source, target))
         return
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size < LARGEST and not beside:
+    if size < LARGEST and not outside:
         replace_file(path, lambda target: ir.save(model, target, format="protobuf"))
         return
-    weights = path.with_name(f".{path.name}.data.tmp")
+    weights = beside(path)
     try:
 
         def write(target: Path) -> None:

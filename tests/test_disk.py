@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 import reparam
 from reparam import cli, files
-from reparam.disk import FileError, replace_file
+from reparam.disk import FileError, replace_file, scratch_folder
 from zoo.convert import convert
 from zoo.job import Job, Settings
 from zoo.journal import Journal
@@ -230,3 +231,26 @@ def test_a_read_only_disk(disk: Path, toy: str, trouble: Path) -> None:
     fill(disk)
     assert mount(disk, "remount,ro") == 0
     check_commands(disk, toy, "Read-only file system; write to a disk that is not read-only")
+
+
+def test_what_a_killed_process_left_beside_a_file_goes(tmp_path: Path) -> None:
+    """What a living one is writing stays, and so does anything that only looks alike."""
+    target = tmp_path / "net.safetensors"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [tmp_path / f".{target.name}.{gone.pid}.{name}.tmp" for name in ("0a1b", "folder")]
+    left[0].write_bytes(b"half")
+    left[1].mkdir()
+    (left[1] / target.name).write_bytes(b"half")
+    others = [
+        tmp_path / f".{target.name}.{os.getpid()}.0a1b.tmp",
+        tmp_path / f".other.safetensors.{gone.pid}.0a1b.tmp",
+        tmp_path / f".{target.name}.words.0a1b.tmp",
+    ]
+    for path in others:
+        path.write_bytes(b"half")
+    replace_file(target, lambda path: path.write_bytes(b"whole"))
+    assert sorted(tmp_path.iterdir()) == sorted([target, *others])
+    with scratch_folder(target) as folder:
+        assert folder.is_dir()
+    assert not folder.exists()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 import reparam
 from reparam import Counts, Explanation
 from reparam.commands import Blocks, Online, Where
-from reparam.disk import FileError, check_writable, move_file, told
+from reparam.disk import FileError, check_writable, move_file, scratch_folder
 from reparam.files import check_target, load_model, save_model
 from reparam.networks import Network, UsageError
 from reparam.tables import counts_table
@@ -151,11 +150,9 @@ def convert(
         errors = [fold.error for fold in explanation.folds if fold.error is not None]
         error = f", max relative error {max(errors):.1e}" if errors else ""
         terminal.print(f"proven: {len(errors)} of {len(explanation.folds)} folds{error}", soft_wrap=True)
-    with told(output):
-        scratch = TemporaryDirectory(prefix=".convert-", dir=output.parent, ignore_cleanup_errors=True)
-    with scratch as folder:
+    with scratch_folder(output) as folder:
         shape = network.shape if chosen is None else chosen.shape
-        draft = Path(folder) / output.name
+        draft = folder / output.name
         try:
             save_model(made, draft, source=network.source, collapsed=fold_norms, shape=shape)
         except FileError as error:
