@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from reparam import Explanation, ReparamError
-from reparam.disk import FileError, move_file, replace_file
+from reparam.disk import FileError, beside, move_file, replace_file
 
 try:
     import onnx
