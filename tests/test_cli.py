@@ -307,7 +307,7 @@ def test_a_mistake_about_an_expansion_is_one_readable_line(
         (("explain", "README"), 2, "source:name"),
         (("explain",), 2, "Missing argument"),
         (("bogus",), 2, "No such command"),
-        (("collapse", "toy:block", "-o", "net.onnx"), 2, ".safetensors"),
+        (("collapse", "toy:block", "-o", "net.tflite"), 2, ".safetensors"),
         (("collapse", "toy:block", "-o", "nowhere/net.pt"), 2, "does not exist"),
         (("collapse", "toy:block", "--pretrained"), 1, "no weights here"),
         (("verify", "toy:block", "missing.pt"), 1, "missing.pt: no such file"),
