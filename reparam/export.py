@@ -93,6 +93,7 @@ def _write_onnx(model: nn.Module, path: Path, inputs: tuple[Tensor, ...], dynami
         program = torch.onnx.export(
             model, inputs, dynamo=True, dynamic_shapes=_open(inputs, dynamic), verbose=False, external_data=False
         )
+    # The exporter runs the network's own code, and may fail in any way.
     except Exception as error:
         raise ReparamError(_why("the ONNX exporter", error.__cause__ or error, dynamic)) from error
     assert program is not None

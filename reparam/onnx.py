@@ -38,8 +38,6 @@ OLDEST = 7
 LARGEST = 2 << 30
 """Bytes of one protobuf message; what is larger has its weights in a file beside it."""
 
-Source = "str | os.PathLike[str] | ir.Model"
-
 
 def collapse(
     model: str | os.PathLike[str] | ir.Model,
@@ -196,7 +194,12 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     source = model.meta.get("path")
     outside = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
-    if isinstance(source, Path) and source.is_file() and not outside:
+    if (
+        isinstance(source, Path)
+        and source.is_file()
+        and not outside
+        and ir.to_proto(model) == ir.to_proto(ir.load(source))
+    ):
         replace_file(path, lambda target: shutil.copyfile(source, target))
         return
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import random
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,8 @@ import busy_threads
 import kill_moments
 import pytest
 import torch
+
+import reparam
 
 
 def test_threads_for_a_second(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,6 +58,38 @@ def test_a_network_that_another_thread_runs_stays_as_it_is(verb: Any) -> None:
     assert seen
     assert all(seen)
     assert modes == {False}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_random_numbers_that_another_thread_draws_are_not_the_network_s(inplace: bool) -> None:
+    shared, done = busy_threads.Shared(), threading.Event()
+
+    def draw() -> None:
+        while not done.is_set():
+            torch.rand(3)
+
+    other = threading.Thread(target=draw)
+    other.start()
+    try:
+        result = [reparam.collapse_with_report(copy.deepcopy(m), inplace=inplace)[1] for m in shared.plain]
+    finally:
+        done.set()
+        other.join()
+    assert [len(report.folds) for report in result] == shared.folds
+    assert not any(report.taken_back for report in result)
+
+
+def test_a_server_that_still_loads_ends_with_its_parent(tmp_path: Path) -> None:
+    """Its parent is gone before the libraries are there."""
+    loading = "import zoo.orphan, pathlib, os, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {loading!r}]); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    victim = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    victim.kill()
+    victim.wait()
+    assert kill_moments.left_over(tmp_path.resolve()) == []
 
 
 @pytest.mark.slow

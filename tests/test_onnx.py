@@ -276,6 +276,13 @@ def test_weights_in_a_file_beside_it(tmp_path: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) in (["small.onnx"], ["small.onnx", "small.onnx.data"])
 
 
+def test_a_model_that_a_person_has_edited_is_saved_as_it_is(tmp_path: Path) -> None:
+    source = loaded(make("two branches"), tmp_path)
+    source.graph.doc_string = "edited"
+    reparam.onnx.save(source, tmp_path / "out.onnx")
+    assert reparam.onnx.load(tmp_path / "out.onnx").graph.doc_string == "edited"
+
+
 # ------------------------------------------------------------------ proof
 
 

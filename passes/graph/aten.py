@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from passes.graph.opset import operation_of
 from passes.graph.shapes import Known
 
-__all__ = ["Translated", "is_aten", "retarget", "translated"]
+__all__ = ["CONVS", "TRANSPOSED", "Translated", "is_aten", "retarget", "translated"]
 
 Rule = Callable[..., fx.Node | None]
 

@@ -222,6 +222,7 @@ def _observed(model: ir.Model, inputs: Inputs | None) -> tuple[Inputs | None, An
             return made, run_file(model, made)
         except ImportError:
             raise
+        # onnxruntime's own exceptions have no common class.
         except Exception as error:
             why = f"no input could be made up: {str(error).strip().splitlines()[0][:200]}"
     return None, why

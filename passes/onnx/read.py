@@ -22,13 +22,12 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from passes.graph.aten import CONVS, TRANSPOSED
 from passes.graph.opset import pure
 from passes.graph.shapes import Known
 
 __all__ = ["Read", "constant_of", "inner_values", "read", "tensor_of"]
 
-CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 DTYPES = {

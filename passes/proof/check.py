@@ -41,8 +41,8 @@ ROUNDING = 1e-6
 """The most that rounding in float64 may explain in a network that amplifies it; beyond it, nothing can be told."""
 CONSTANTS = 0.1
 """Which part of a coarser dtype's rounding may come from constants that a network has computed in it."""
-AGAIN = 4
-"""How often two networks are run again that seem to draw other random numbers."""
+UNKNOWN = "unknown"
+"""Stands for where a network leaves the generators, if that was not the same twice."""
 CALLS = 3
 """How often a network is called that leaves something behind."""
 
@@ -178,13 +178,10 @@ def _observed(model: nn.Module, example: Example, training: bool) -> Observed:
         calls = _calls(model, example, training, double)
         dtype = coarsest_dtype(model)
         allowed = tolerance(rounding(model, example, calls[0].value, training, precision=dtype, double=False), dtype)
-    for _ in range(AGAIN):  # another thread may have drawn meanwhile: what the network draws, it draws again
-        before = [call.generators for call in calls]
-        if not any(before):
-            break
-        calls = _calls(model, example, training, double)
-        if [call.generators for call in calls] == before:
-            break
+    if any(call.generators for call in calls):  # by this network, or by another thread meanwhile
+        again = _calls(model, example, training, double)
+        if [call.generators for call in again] != [call.generators for call in calls]:
+            calls = [replace(call, generators=UNKNOWN) for call in calls]
     casts = double and any(call.cast for call in calls)
     shipped = _shipped(model, example, training) if casts else None
     return Observed(example, tuple(calls), shipped, training, double, allowed, _names(model), hooked(model), model)
@@ -273,7 +270,7 @@ def check(
         left = hooked(result)
         lost = [path for path, count in observed.hooks.items() if left.get(_where(path, moved or {}), 0) < count]
         differences += [Difference("has lost its hook", path) for path in lost]
-    total = Comparison()
+    total, unknown = Comparison(), False
     there = {path for path, _ in result.named_modules()}
     for i, (got, wanted) in enumerate(zip(runs, observed.calls, strict=False)):
         again = f" in call {i + 1}" if i else ""
@@ -287,13 +284,17 @@ def check(
                 what, numbers = f"changes its input to something else{again}", not changed.differences
                 differences.append(Difference(what, error=changed.max_rel, numbers=numbers))
         differences += _said(gap, allowed, again)
-        if got.generators != wanted.generators and not _drawn_alike(result, observed, i):
-            differences.append(Difference(f"draws other random numbers{again}"))
+        if got.generators != wanted.generators:
+            drawn = _drawn(got, wanted, result, observed, i)
+            if drawn is False:
+                differences.append(Difference(f"draws other random numbers{again}"))
+            unknown |= drawn is None
     if runs and observed.shipped is not None:
         differences += _as_shipped(result, observed)
     verdict = Verdict.DIFFERENT if differences else Verdict.EQUAL if total.numbers else Verdict.INCONCLUSIVE
     ran, called = (frozenset().union(*sets) for sets in ((r.ran for r in runs), (r.called for r in runs)))
-    found = Checked(verdict, _sentence(observed, total), tuple(differences), total.max_rel, ran, called)
+    said = _sentence(observed, total) + ("; not which random numbers: another thread draws some" if unknown else "")
+    found = Checked(verdict, said, tuple(differences), total.max_rel, ran, called)
     if found.ok or observed.source is None or len(runs) < len(observed.calls):
         return found
     candidate = runner_of(result, double=observed.double, training=training, exact=exact)
@@ -371,20 +372,26 @@ def _runs_of(
     return runs, []
 
 
-def _drawn_alike(result: nn.Module, observed: Observed, call: int) -> bool:
-    """Whether it only seemed that other random numbers were drawn, since another thread of the process drew some."""
+def _drawn(got: Run, wanted: Run, result: nn.Module, observed: Observed, call: int) -> bool | None:
+    """Whether a result that seemed to draw other random numbers draws the same after all.
+
+    None if that cannot be told: the generators are the whole process's, and one of the two does not leave them the same
+    twice, since another thread draws meanwhile.
+    """
     example, double, training = observed.example, observed.double, observed.training
 
-    def drawn(model: nn.Module) -> str:
-        runner, ends = runner_of(model, double=double, training=training), ""
+    def again(model: nn.Module) -> str:
+        runner, end = runner_of(model, double=double, training=training), ""
         for _ in range(call + 1):
-            ends = run(runner, example, double=double).generators
-        return ends
+            end = run(runner, example, double=double).generators
+        return end
 
-    return any(
-        drawn(result) == (observed.calls[call].generators if observed.source is None else drawn(observed.source))
-        for _ in range(AGAIN)
-    )
+    if wanted.generators == UNKNOWN:
+        return None
+    ours, theirs = again(result), wanted.generators if observed.source is None else again(observed.source)
+    if ours == theirs:
+        return True
+    return False if (ours, theirs) == (got.generators, wanted.generators) else None
 
 
 def _where_raised(error: Exception, runner: nn.Module) -> str:
