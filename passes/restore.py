@@ -22,6 +22,8 @@ from passes.algebra.geometry import Geometry
 from passes.algebra.lowering import Target, emit, target_of
 from passes.collapse import collapse_model
 from passes.compiler import timed
+from passes.edits.edit import Edit, Replace
+from passes.edits.layer import described
 from passes.fold.candidates import layers_of
 from passes.graph.capture import join, trace_units
 from passes.graph.copies import deep_copy
@@ -51,6 +53,9 @@ def collapse_like(
         exact = Exact(keep=verify is True)
         folded, explanation = collapse_model(model, example=None, verify="folds" if verify else False, exact=exact)
         outcome = restore(folded, like, exact), explanation
+        inside = dict(folded.named_modules())
+        norms = [path for path, layer in outcome[0].named_modules() if isinstance(layer, _NormBase) and path in inside]
+        explanation.edits += _put_back(inside, outcome[0], norms)
     result, explanation = outcome
     if verify is True:
         with timed(explanation.seconds, "check"):
@@ -109,11 +114,18 @@ def restore_blocks(
             behind_it = None if norm is None else result.get_submodule(norm.path)
             _put_bias(path, conv, folded.bias, behind_it, exact, numbers.bias)
             check_pair(path, conv, behind_it, folded.weight, folded.bias)
+            explanation.edits += _put_back(inside, result, [path, *([] if norm is None else [norm.path])])
             explanation.folds.append(Fold.of(reading.flow, candidate, form, path, error))
         for key in rest:
             check_copy(key, wanted[key], have[key])
     explanation.after = Counts.of(result)
     return result, explanation
+
+
+def _put_back(inside: dict[str, nn.Module], result: nn.Module, paths: list[str]) -> list[Edit]:
+    """The edits that put layers of the architecture back where the model has others."""
+    layers = {path: result.get_submodule(path) for path in paths}
+    return [Replace(p, described(layer)) for p, layer in layers.items() if type(inside.get(p)) is not type(layer)]
 
 
 def check_pair(path: str, conv: Any, norm: Any, weight: Tensor, bias: Tensor | None) -> None:

@@ -795,3 +795,47 @@ def test_a_norm_without_weights_becomes_the_identity_by_names(monkeypatch: pytes
     plain = lively(nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, bias=True), nn.BatchNorm2d(WIDTH, affine=False), nn.ReLU()))
     monkeypatch.setattr(passes.restore, "restore_blocks", lambda *_, **__: None)
     assert close(reparam.collapse(plain, like=plain)(features()), plain(features()))
+
+
+LIKE: dict[str, Callable[[], nn.Module]] = {
+    "stock": lambda: nn.Sequential(ConvBN(), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 1)),
+    "no norm": lambda: nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3), nn.ReLU()),
+    "norm and activation": lambda: nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3), NormAct(nn.ReLU())),
+}
+
+
+@pytest.mark.parametrize("kind", LIKE)
+@pytest.mark.parametrize("how", ["block by block", "by names"])
+def test_like_tells_its_edits(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written down, read, applied to the trained network: the architecture that was given; and taken back."""
+    import passes.restore
+
+    plain = lively(LIKE[kind]())
+    trained = lively(reparam.expand(plain, "acb").eval(), seed=2)
+    if how == "by names":
+        monkeypatch.setattr(passes.restore, "restore_blocks", lambda *_, **__: None)
+    result, report = reparam.collapse_with_report(trained, like=plain)
+    assert report.folds
+    assert report.edits
+    edits = from_text(to_text(report.edits))
+    assert edits == report.edits
+    given = {edit.path: result.get_submodule(edit.path) for edit in edits if isinstance(edit, Replace)}
+    before = snapshot(trained)
+    undo = apply(trained, edits, given)
+    assert [str(m) for m in trained.modules()] == [str(m) for m in result.modules()]
+    trained.load_state_dict(result.state_dict(), strict=True)
+    assert torch.equal(trained(features()), result(features()))
+    undo()
+    assert unchanged(trained, before)
+
+
+def test_a_layer_of_ones_own_class_is_named_and_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    import passes.restore
+
+    plain = lively(LIKE["norm and activation"]())
+    trained = reparam.expand(plain, "acb").eval()
+    monkeypatch.setattr(passes.restore, "restore_blocks", lambda *_, **__: None)
+    edits = reparam.collapse_with_report(trained, like=plain)[1].edits
+    assert "replace 1 by the NormAct of like=" in [str(edit) for edit in edits]
+    with pytest.raises(EditError, match="NormAct of like= is not known here"):
+        apply(trained, [edit for edit in edits if "NormAct" in str(edit)])

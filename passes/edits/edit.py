@@ -1,7 +1,8 @@
 """The edits that the compilers make to a model, as plain data; :mod:`passes.edits.apply` carries them out.
 
-``collapse`` emits ``Replace``, ``Remove``, ``Add``, ``Delete``, ``Clear`` and ``Rewrite``; ``expand`` emits ``Block``
-and ``Remove``. Numbers are no part of an edit: new layers come with theirs, or are made without any.
+``collapse`` emits ``Replace``, ``Remove``, ``Add``, ``Delete``, ``Clear`` and ``Rewrite``; with ``like=``, ``Replace``
+for what goes back into the places of blocks; ``expand`` emits ``Block`` and ``Remove``. Numbers are no part of an edit:
+new layers come with theirs, or are made without any.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from passes.algebra.geometry import CONVS, PADS
 from passes.edits.errors import EditError
 
-__all__ = ["GEOMETRY", "Layer", "describe"]
+__all__ = ["GEOMETRY", "Layer", "describe", "described"]
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _TRANSPOSED = (*_CONV[:5], "output_padding", *_CONV[5:])
@@ -25,11 +25,16 @@ _OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(CONVS, _CONV),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _TRANSPOSED),
     **{kind: ("padding",) for kinds in PADS.values() for kind in kinds},
+    **dict.fromkeys(
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+        ("num_features", "eps", "momentum", "affine", "track_running_stats"),
+    ),
 }
 _CONSTANT: tuple[type[nn.Module], ...] = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _OPTIONS.update(dict.fromkeys(_CONSTANT, ("padding", "value")))
 _KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _OPTIONS}
 _WEIGHTED = tuple(kind for kind in _OPTIONS if issubclass(kind, (nn.Linear, _ConvNd)))
+_WITH_TENSORS = (*_WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _LARGEST = 2**31
 GEOMETRY = frozenset({*_CONV, "_reversed_padding_repeated_twice"})
@@ -42,7 +47,8 @@ class Layer:
 
     Args:
         kind: ``Conv2d``, ``Linear``, ``Sequential``, ...; ``like`` for a copy of a layer of the model, with a forward
-            of its own and other numbers.
+            of its own and other numbers; ``given`` for a layer of a class of its own, of the architecture given as
+            ``like=``.
         options: what the constructor is given, by name.
         layers: of a ``Sequential``, by name.
     """
@@ -57,6 +63,8 @@ class Layer:
             wanted: tuple[str, ...] = ()
         elif self.kind == "like":
             wanted = ("path", "bias")
+        elif self.kind == "given":
+            wanted = ("name",)
         elif self.kind in _KINDS:
             kind = _KINDS[self.kind]
             wanted = (*_OPTIONS[kind], *(("bias",) if kind in _WEIGHTED else ()))
@@ -78,9 +86,11 @@ class Layer:
             return nn.Sequential(OrderedDict((name, layer.build(model)) for name, layer in self.layers)).eval()
         if self.kind == "like":
             return _relative(model.get_submodule(given["path"]), given["bias"])
+        if self.kind == "given":
+            raise EditError(f"{self} is not known here: hand it to apply() among the layers")
         kind: Callable[..., nn.Module] = _KINDS[self.kind]
         try:
-            return kind(**given, **({"device": "meta"} if kind in _WEIGHTED else {})).eval()
+            return kind(**given, **({"device": "meta"} if kind in _WITH_TENSORS else {})).eval()
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise EditError(f"there is no {self} ({error})".splitlines()[0]) from error
 
@@ -88,6 +98,10 @@ class Layer:
         given = dict(self.options)
         if self.kind == "like":
             return f"a copy of {given['path']} with the folded numbers"
+        if self.kind == "given":
+            return f"the {given['name']} of like="
+        if "num_features" in given:
+            return f"{self.kind}({given['num_features']})"
         if self.kind == "Sequential":
             return f"Sequential({', '.join(str(layer) for _, layer in self.layers)})"
         if self.kind == "Linear":
@@ -112,12 +126,23 @@ def describe(layer: nn.Module, paths: dict[int, str]) -> Layer:
     if kind is nn.Sequential:
         return Layer("Sequential", layers=tuple((name, describe(m, paths)) for name, m in layer.named_children()))
     if kind in _OPTIONS:
-        options = tuple((name, getattr(layer, name)) for name in _OPTIONS[kind])
-        return Layer(kind.__name__, (*options, *((("bias", layer.bias is not None),) if kind in _WEIGHTED else ())))
+        return _stock(layer)
     of = paths.get(id(layer._modules))
     if of is None:
         raise EditError(f"a {kind.__name__} cannot be described")
     return Layer("like", (("path", of), ("bias", layer._parameters.get("bias") is not None)))
+
+
+def described(layer: nn.Module) -> Layer:
+    """The description of a layer of the architecture given as ``like=``: stock, or of a class of its own."""
+    kind = type(layer)
+    return _stock(layer) if kind in _OPTIONS else Layer("given", (("name", kind.__name__),))
+
+
+def _stock(layer: nn.Module) -> Layer:
+    kind = type(layer)
+    options = tuple((name, getattr(layer, name)) for name in _OPTIONS[kind])
+    return Layer(kind.__name__, (*options, *((("bias", layer.bias is not None),) if kind in _WEIGHTED else ())))
 
 
 def _relative(original: nn.Module, bias: bool) -> nn.Module:
@@ -133,12 +158,14 @@ def _relative(original: nn.Module, bias: bool) -> nn.Module:
 
 
 def _is_option(name: str, value: Any) -> bool:
-    if name == "path":
+    if name in ("path", "name"):
         return isinstance(value, str)
-    if name == "bias":
+    if name in ("bias", "affine", "track_running_stats"):
         return isinstance(value, bool)
-    if name == "value":
+    if name in ("value", "eps"):
         return isinstance(value, (int, float))
+    if name == "momentum":
+        return value is None or isinstance(value, (int, float))
     if name == "padding_mode":
         return value in _PADDING_MODES
     if name == "padding" and value == "same":
