@@ -13,7 +13,9 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from small_networks import ready
 from test_exported import NETWORKS, build, maps
+from torch import nn
 from typer.testing import CliRunner
 
 import reparam
@@ -129,6 +131,28 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+ZERO = "z = ConstantOfShape (channels)"
+CASES |= {
+    "a bias that is computed": (f"{ZERO}\n a = Conv <{PADS}> (x, w, z)\n y = {BN.format('a', 'n')}",
+                                {**CONVS, "channels": np.array([C]), **norm("n")}, {}),
+    "a bias of the kind of its input": (
+        f"size = Shape <start=0, end=1> (w)\n c = CastLike (half, x)\n z = Expand (c, size)\n"
+        f" a = Conv <{PADS}> (x, w, z)\n c2 = CastLike (half, a)\n z2 = Expand (c2, size)\n"
+        " y = Conv (a, v, z2)",
+        {**CONVS, "v": array(8, C, 1, 1), "w": array(C, C, 3, 3), "half": np.array(0.5, dtype=np.float16)},
+        {"opset": 17}),
+    "a kernel that is computed": (
+        "p = Reshape (w, rows)\n q = MatMul (p, d)\n r = Reshape (q, kernel)\n k = Transpose <perm=[1,0,2,3]> (r)\n"
+        f" a = Conv <{PADS}> (x, k)\n y = {BN.format('a', 'n')}",
+        {"w": array(C, C, 3, 3), "d": array(9, 9), "rows": np.array([16, 9]), "kernel": np.array([C, C, 3, 3]),
+         **norm("n")}, {}),
+    "an einsum of weights": (
+        'k = Einsum <equation="oc,cihw->oihw"> (m, w)\n'
+        f" a = Conv <{PADS}> (x, k)\n y = {BN.format('a', 'n')}",
+        {"w": array(C, C, 3, 3), "m": array(C, C), **norm("n")}, {}),
+}  # fmt: skip
+
+
 def loaded(made: onnx.ModelProto, tmp_path: Path) -> Any:
     path = tmp_path / "model.onnx"
     onnx.save(made, path)
@@ -188,6 +212,70 @@ def test_what_torch_exports_folds_as_the_module_does(name: str, tmp_path: Path) 
 
 
 # ------------------------------------------------------------------ what stays
+
+
+def test_biases_of_zeros_that_an_exporter_computes(tmp_path: Path) -> None:
+    """Unoptimised, torch writes them as four operators for each convolution."""
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1, bias=False)]
+    network = ready(nn.Sequential(*layers, nn.BatchNorm2d(8)))
+    x = torch.randn(1, 3, 16, 16)
+    program = torch.onnx.export(network, (x,), dynamo=True, optimize=False, verbose=False, external_data=False)
+    assert program is not None
+    program.save(tmp_path / "raw.onnx")
+    folded, report = reparam.onnx.collapse_with_report(tmp_path / "raw.onnx")
+    assert operators(folded) == ["Conv", "Relu", "Conv"]
+    assert report.notes == []
+    assert reparam.onnx.verify(network, folded).verdict is Verdict.EQUAL
+
+
+def test_what_is_computed_stays_where_others_read_it(tmp_path: Path) -> None:
+    """The size of a value inside of a region, and a bias that two layers share."""
+    code = (
+        f"a = Conv <{PADS}> (x, w)\n c = {BN.format('a', 'n')}\n like = CastLike (one, a)\n"
+        f" z = Expand (like, channels)\n r = Relu (c)\n d = Conv (r, v, z)\n"
+        f" e = {BN.format('d', 'm')}\n f = Conv (e, u, z)\n y = Relu (f)"
+    )
+    numbers = {"one": np.array([1.0]), "channels": np.array([C]), "u": array(C, C, 1, 1)}
+    source = loaded(model(code, {**CONVS, **numbers, **norm("n"), **norm("m")}), tmp_path)
+    folded, report = reparam.onnx.collapse_with_report(source)
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL
+    assert len(report.folds) == 1
+    assert any("kind or the shape of a is asked for" in str(refusal) for refusal in report.refusals)
+    reparam.onnx.save(folded, tmp_path / "folded.onnx")
+    assert reparam.onnx.verify(tmp_path / "model.onnx", tmp_path / "folded.onnx").verdict is Verdict.EQUAL
+
+
+BOMBS = {
+    "Expand": ("z = Expand (s, big)\n r = ReduceSum <keepdims=0> (z)", {"s": array(1), "big": np.array([1 << 40])}),
+    "Tile": ("z = Tile (s, big)\n r = ReduceSum <keepdims=0> (z)", {"s": array(1), "big": np.array([1 << 40])}),
+    "ConstantOfShape": ("z = ConstantOfShape (big)\n r = ReduceSum <keepdims=0> (z)", {"big": np.array([1 << 40])}),
+    "a table": ("z = Mul (s, t)\n r = ReduceSum <keepdims=0> (z)", {"s": array(1 << 20, 1), "t": array(1, 1 << 20)}),
+    "a product": ("z = MatMul (s, t)\n r = ReduceSum <keepdims=0> (z)",
+                  {"s": array(1 << 20, 1), "t": array(1, 1 << 20)}),
+    "an einsum": ('z = Einsum <equation="i,j->ij"> (s, t)\n r = ReduceSum <keepdims=0> (z)',
+                  {"s": array(1 << 20), "t": array(1 << 20)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_constants_that_take_all_memory_stay_operators(name: str, tmp_path: Path) -> None:
+    code, numbers = BOMBS[name]
+    source = loaded(model(f"{code}\n a = Conv <{PADS}> (x, w)\n c = {BN.format('a', 'n')}\n y = Add (c, r)",
+                          {**CONVS, **numbers, **norm("n")}), tmp_path)  # fmt: skip
+    report = reparam.onnx.explain(source)
+    assert len(report.folds) == 1
+
+
+def test_weights_that_are_kept_small_stay_so(tmp_path: Path) -> None:
+    """Numbers of eight bits are no floats that a fold could change: the norm behind them stays, and says why."""
+    numbers = {"q": RNG.integers(-9, 9, (C, C, 3, 3)).astype(np.int8), "s": np.array(0.1, dtype=np.float32)}
+    code = f"w = DequantizeLinear (q, s)\n a = Conv <{PADS}> (x, w)\n y = {BN.format('a', 'n')}"
+    source = loaded(model(code, {**numbers, **norm("n")}), tmp_path)
+    folded, report = reparam.onnx.collapse_with_report(source)
+    assert not report.folds
+    assert operators(folded) == ["DequantizeLinear", "Conv", "BatchNormalization"]
+    assert "DequantizeLinear" in " ".join([*report.notes, *map(str, report.refusals)])
 
 
 def test_everything_else_stays_byte_for_byte(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zoo.bench_onnx import onnx
 from zoo.bench_step import step
 from zoo.families import BENCH, Network
 from zoo.measure import one_thread, shipped_fold
@@ -30,6 +31,7 @@ __all__ = ["bench"]
 bench = typer.Typer(no_args_is_help=True, help="Measure what collapse and training cost, and compare results.")
 bench.command()(table)
 bench.command()(step)
+bench.command()(onnx)
 bench.command()(roundtrip)
 
 PARTS = ("trace", "plan", "fold", "proof")

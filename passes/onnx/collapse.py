@@ -17,7 +17,8 @@ from passes.edits.edit import Substitute
 from passes.fold.candidates import Candidate
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example, likely, tensors_in
-from passes.onnx.read import DTYPES, constant_of, read
+from passes.onnx.constants import Constants, constant_of
+from passes.onnx.read import DTYPES, Read, read
 from passes.onnx.replay import Region, run_file
 from passes.onnx.write import substitute
 from passes.programs import Compilation, collapse_graph, counts_of, unit_of
@@ -65,7 +66,7 @@ class _Compilation(Compilation[ir.Model]):
             self.model = model
             self.values: dict[str, ir.Value] = {str(v.name): v for v in model.graph.inputs}
             self.values |= {str(v.name): v for node in model.graph for v in node.outputs}
-            found = _read(model)
+            self.constants, found = _read(model)
             unit = unit_of(found.graph, found.numbers, found.told)
         super().__init__(unit, found.names, found.numbers, found.unread, (), ledger, explanation)
 
@@ -73,11 +74,20 @@ class _Compilation(Compilation[ir.Model]):
         chosen = list(edits)
         matrices = [self.names[fold.candidate.entry] for fold in self.folds if self._is_matrix(fold.candidate)]
         result = substitute(self.model, chosen, matrices) if chosen else self.model
-        found = _read(result)
+        found = _read(result)[1]
         return result, counts_of(Flow(unit_of(found.graph, found.numbers, {}), {}))
 
     def guard(self, candidate: Candidate) -> Refusal | None:
-        """A product and a sum of more than matrices are two operators, before and after."""
+        """A product and a sum of more than matrices are two operators, before and after; and who else asks for kinds.
+
+        What is only read for its kind or its shape is not seen in the graph of numbers.
+        """
+        dying = {self.names[node] for node in candidate.dying if node in self.names}
+        gone = {*self.gone(self.names[candidate.entry], dying), self.names[candidate.result]}
+        for name in dying - {self.names[candidate.result]}:
+            uses = [use.node for use in self.values[name].uses()]
+            if any(all(str(value.name) not in gone for value in node.outputs) for node in uses):
+                return Refusal(Reason.SHARED, f"the kind or the shape of {name} is asked for")
         linear = candidate.form.n == 0 and not self._is_matrix(candidate)
         if linear and len(candidate.convs) == 1 and len(candidate.dying) <= 1 + (candidate.form.bias is not None):
             return Refusal(Reason.LAYOUT, "it is written in as few operators already")
@@ -96,7 +106,7 @@ class _Compilation(Compilation[ir.Model]):
             for source in todo.pop().inputs:
                 node = None if source is None or source.name == entry else source.producer()
                 if node is None or node in gone or constant_of(source) is not None:
-                    continue
+                    continue  # what is written down goes with the last that reads it
                 uses = [use.node for value in node.outputs for use in value.uses()]
                 if gone.issuperset(uses) and not any(value.is_graph_output() for value in node.outputs):
                     gone.add(node)
@@ -104,14 +114,16 @@ class _Compilation(Compilation[ir.Model]):
         return tuple(str(node.outputs[0].name) for node in self.model.graph if node in gone)
 
     def replay(self, entry: str, result: str, inputs: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
-        region = Region(self.model, self.values[entry], self.values[result])
+        region = Region(self.model, self.constants, self.values[entry], self.values[result])
         return [region.run(x) for x in inputs]
 
 
-def _read(model: ir.Model) -> Any:
+def _read(model: ir.Model) -> tuple[Constants, Read]:
     shapes = {str(v.name): v for node in _with_shapes(model).graph for v in node.outputs}
-    opset = model.opset_imports.get("", 1)
-    return read(model.graph, opset, shapes, overridable=(model.ir_version or 0) >= 4)
+    shapes = {str(v.name): v for v in model.graph.inputs} | shapes
+    overridable = (model.ir_version or 0) >= 4
+    constants = Constants(model.graph, model.opset_imports.get("", 1), shapes, overridable=overridable)
+    return constants, read(model.graph, constants)
 
 
 def _with_shapes(model: ir.Model) -> ir.Model:

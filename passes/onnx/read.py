@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
-from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from passes.graph.aten import CONVS, TRANSPOSED
 from passes.graph.opset import pure
 from passes.graph.shapes import Known
+from passes.onnx.constants import Constants
 
-__all__ = ["Read", "constant_of", "inner_values", "read", "tensor_of"]
+__all__ = ["Read", "inner_values", "read", "tensor_of"]
 
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
@@ -39,10 +38,6 @@ DTYPES = {
     ir.DataType.INT32: torch.int32,
     ir.DataType.BOOL: torch.bool,
 }
-
-
-MOST = 16
-"""Operators that a size may be computed by."""
 
 
 @dataclass
@@ -64,35 +59,9 @@ class Read:
     unread: Counter[str] = field(default_factory=Counter)
 
 
-def read(graph: ir.Graph, opset: int, shapes: Mapping[str, ir.Value], *, overridable: bool) -> Read:
-    """Read a graph.
-
-    Args:
-        graph: not changed.
-        opset: of the standard operators.
-        shapes: values with shapes by name, where more is known than the graph says.
-        overridable: whether initialisers that are inputs as well may be replaced by a caller.
-    """
-    return _Reader(opset, shapes, overridable).graph(graph)
-
-
-def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor that a value always is: an initialiser, or what a ``Constant`` gives."""
-    if value is None:
-        return None
-    node = value.producer()
-    if node is None:
-        return value.const_value if value.is_initializer() else None
-    if node.op_type != "Constant" or node.domain:
-        return None
-    for name, attribute in node.attributes.items():
-        if name == "value":
-            return attribute.as_tensor()
-        if name in ("value_float", "value_floats"):
-            return ir.tensor(np.asarray(attribute.value, dtype=np.float32))
-        if name in ("value_int", "value_ints"):
-            return ir.tensor(np.asarray(attribute.value, dtype=np.int64))
-    return None
+def read(graph: ir.Graph, constants: Constants) -> Read:
+    """Read a graph, which is not changed."""
+    return _Reader(constants).graph(graph)
 
 
 def tensor_of(number: ir.TensorProtocol) -> Tensor | None:
@@ -122,15 +91,15 @@ class _Unread(Exception):
 
 
 class _Reader:
-    def __init__(self, opset: int, shapes: Mapping[str, ir.Value], overridable: bool) -> None:
-        self.opset, self.shapes, self.overridable = opset, shapes, overridable
+    def __init__(self, constants: Constants) -> None:
+        self.constants, self.opset, self.shape = constants, constants.opset, constants.shape
         self.read = Read()
         self.new: dict[ir.Value, fx.Node] = {}
         self.out = self.read.graph
 
     def graph(self, graph: ir.Graph) -> Read:
         for value in graph.inputs:
-            if self.overridable or not value.is_initializer():
+            if self.constants.overridable or not value.is_initializer():
                 self._enter(value, self.out.placeholder(f"input_{len(self.new)}"))
         for node in graph:
             self._node(node)
@@ -139,7 +108,7 @@ class _Reader:
         return self.read
 
     def _node(self, node: ir.Node) -> None:
-        if all(constant_of(value) is not None for value in node.outputs):
+        if all(self.constants.of(value) is not None for value in node.outputs):
             return
         inner = list(inner_values(node))
         used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
@@ -173,7 +142,7 @@ class _Reader:
     def value(self, value: ir.Value) -> fx.Node:
         """The node of a value; weights get theirs where they are read first."""
         if value not in self.new:
-            number, name = constant_of(value), str(value.name)
+            number, name = self.constants.of(value), str(value.name)
             tensor = None if number is None else tensor_of(number)
             if tensor is not None and tensor.is_floating_point():
                 tensor = nn.Parameter(tensor, requires_grad=False)
@@ -184,17 +153,11 @@ class _Reader:
         return self.new[value]
 
     def known(self, value: ir.Value) -> Known | None:
-        shape, dtype = self.shape(value), self.shapes.get(str(value.name), value).dtype
+        shape, dtype = self.shape(value), self.constants.shapes.get(str(value.name), value).dtype
         if shape is None:
             return None
         channels = shape[1] if len(shape) > 1 and isinstance(shape[1], int) else None
         return Known(len(shape), channels, None if dtype is None else DTYPES.get(dtype))
-
-    def shape(self, value: ir.Value) -> list[int | None] | None:
-        """Sizes of a value, where they are known and fixed."""
-        number = constant_of(value)
-        shape = self.shapes.get(str(value.name), value).shape if number is None else number.shape
-        return None if shape is None else [size if isinstance(size, int) and size >= 0 else None for size in shape]
 
     def rank(self, value: ir.Value) -> int:
         shape = self.shape(value)
@@ -206,32 +169,10 @@ class _Reader:
         """The integers that an input always is; None if it is left out."""
         if value is None:
             return None
-        number = constant_of(value)
-        array = self._evaluated(value) if number is None else number.numpy()
-        return [int(i) for i in np.atleast_1d(array)]
-
-    def _evaluated(self, value: ir.Value) -> Any:
-        """What a few operators make of constants, as exporters write sizes and bounds."""
-        nodes: list[ir.Node] = []
-        numbers: dict[str, Any] = {}
-        todo = [value]
-        while todo:
-            each = todo.pop()
-            number, node = constant_of(each), each.producer()
-            if number is not None:
-                numbers[str(each.name)] = number.numpy()
-            elif node is None or len(nodes) > MOST or any(True for _ in inner_values(node)) or node.domain:
-                raise _Unread
-            elif node not in nodes:
-                nodes.append(node)
-                todo += [source for source in node.inputs if source is not None]
-        protos = [ir.to_proto(node) for node in nodes[0].graph or () if node in nodes]
-        outputs = [onnx.helper.make_tensor_value_info(str(value.name), onnx.TensorProto.INT64, None)]
-        tensors = [onnx.numpy_helper.from_array(array, name) for name, array in numbers.items()]
-        graph = onnx.helper.make_graph(protos, "constants", [], outputs, tensors)
-        opsets = [onnx.helper.make_opsetid("", self.opset)]
-        found: Any = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(None, {})
-        return found[0]
+        number = self.constants.of(value)
+        if number is None:
+            raise _Unread
+        return [int(i) for i in np.atleast_1d(number.numpy())]
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.out.call_function(function, args)
@@ -294,7 +235,7 @@ def _conv_transpose(reader: _Reader, node: ir.Node) -> fx.Node:
 
 def _gemm(reader: _Reader, node: ir.Node) -> fx.Node:
     x, weight, *bias = reader.arguments(node)
-    if _attribute(node, "transA", 0) or constant_of(node.inputs[1]) is None:
+    if _attribute(node, "transA", 0) or reader.constants.of(node.inputs[1]) is None:
         raise _Unread
     if not _attribute(node, "transB", 0):
         weight = reader.call(torch.transpose, weight, 0, 1)
@@ -312,7 +253,7 @@ def _gemm(reader: _Reader, node: ir.Node) -> fx.Node:
 
 def _matmul(reader: _Reader, node: ir.Node) -> fx.Node:
     x, weight = reader.arguments(node)
-    if constant_of(node.inputs[1]) is None or reader.rank(node.inputs[1]) != 2:  # type: ignore[arg-type]
+    if reader.constants.of(node.inputs[1]) is None or reader.rank(node.inputs[1]) != 2:  # type: ignore[arg-type]
         raise _Unread
     return reader.call(F.linear, x, reader.call(torch.transpose, weight, 0, 1))
 
@@ -380,7 +321,7 @@ def _pad(reader: _Reader, node: ir.Node) -> fx.Node:
     rank = reader.rank(x)  # type: ignore[arg-type]
     given = _attribute(node, "pads", _attribute(node, "paddings"))
     given = list(given) if given is not None else reader.integers(_input(node, 1)) or []
-    value = constant_of(_input(node, 2))
+    value = reader.constants.of(_input(node, 2))
     number = _attribute(node, "value", 0.0) if value is None else float(np.ravel(value.numpy())[0])
     if _input(node, 2) is not None and value is None:
         raise _Unread
@@ -436,7 +377,7 @@ def _slice(reader: _Reader, node: ir.Node) -> fx.Node:
 
 
 def _gather(reader: _Reader, node: ir.Node) -> fx.Node:
-    x, axis, number = reader.arguments(node)[0], _attribute(node, "axis", 0), constant_of(node.inputs[1])
+    x, axis, number = reader.arguments(node)[0], _attribute(node, "axis", 0), reader.constants.of(node.inputs[1])
     if number is None:
         raise _Unread
     if not len(number.shape):

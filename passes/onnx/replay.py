@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from torch import Tensor
 
-from passes.onnx.read import constant_of
+from passes.onnx.constants import Constants
 from passes.programs import needed_for
 
 __all__ = ["Region", "run_file"]
@@ -35,20 +35,20 @@ _Norm.__name__ = "BatchNormalization"  # by which the evaluator finds it
 
 
 class Region:
-    """The operators between two values, as a model of its own in float64."""
+    """The operators between two values, as a model of its own in float64, with the constants of the graph."""
 
-    def __init__(self, model: ir.Model, entry: ir.Value, result: ir.Value) -> None:
+    def __init__(self, model: ir.Model, constants: Constants, entry: ir.Value, result: ir.Value) -> None:
         self.entry, self.result = str(entry.name), str(result.name)
-        needed = needed_for(result, entry, _sources)
+        needed = needed_for(result, entry, lambda value: [] if constants.of(value) is not None else _sources(value))
         nodes = [node for node in model.graph if any(value in needed for value in node.outputs)]
         numbers: dict[str, Any] = {}
         protos = []
         for node in nodes:
             for value in node.inputs:
-                number = constant_of(value)
+                number = constants.of(value)
                 if value is not None and number is not None and value is not entry:
                     numbers[str(value.name)] = _number(number)
-            if all(constant_of(value) is None for value in node.outputs):
+            if all(constants.of(value) is None for value in node.outputs):
                 protos.append(_in_double(ir.to_proto(node)))
         self.outputs = [name for proto in protos for name in proto.output if name]
         graph = onnx.helper.make_graph(
