@@ -35,6 +35,7 @@ class Reason(Enum):
     RANK_UNKNOWN = "number of dimensions unknown; pass example_inputs"
     ATTRIBUTE = "an option of this layer is not understood"
     LARGER = "one convolution would cost more than the layers it replaces"
+    FUSED = "part of what runtimes recognise and run as one operator"
     SHARED = "used from more than one place"
     HOOK = "has a hook that would no longer run"
     IN_PLACE = "a tensor is changed in place while still in use"

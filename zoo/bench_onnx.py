@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import statistics
 import time
 from collections import Counter
@@ -42,6 +43,7 @@ HEADINGS = (
     "network", "optimiser", "nodes", "as run", "convs", "norms", "parameters", "bytes", "time", "quartiles", "error",
 )  # fmt: skip
 BEFORE = "none"
+SUFFIX = ".onnx"
 
 Optimiser = Callable[[Path, Path], None]
 """Reads one file and writes another."""
@@ -69,7 +71,9 @@ class Size:
 
 
 def onnx(
-    networks: Annotated[str, typer.Option("--networks", help="Blocks or source:name, with commas between.")] = "",
+    networks: Annotated[
+        str, typer.Option("--networks", help="Blocks, source:name or files, with commas between.")
+    ] = "",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Runs of each file; the median is shown.")] = 15,
     size: Annotated[int, typer.Option("--size", min=32, help="Height and width of the image.")] = SIZE,
     out: Annotated[Path | None, typer.Option("--out", help="Also write Markdown here; docs/onnx.md.")] = None,
@@ -81,12 +85,13 @@ def onnx(
     with one_thread():
         for name in networks.split(",") if networks else [*BLOCKS, *NETWORKS]:
             with terminal.status(name):
-                rows += _network(name.strip(), rounds, size)
-            terminal.print(rich_table(name, HEADINGS[1:], [row[1:] for row in rows if row[0] == name]))
+                made = _network(name.strip(), rounds, size)
+            terminal.print(rich_table(made[0][0], HEADINGS[1:], [row[1:] for row in made]))
+            rows += made
     note = (
         "As written by torch.onnx.export with batch norms kept, constants computed and metadata left out, 1 x 3 x "
-        f"{size} x {size}. Blocks stand in the 3x3 convolutions of {HOST}. As run: nodes of the graph that onnxruntime "
-        "executes, activations fused. Time: processor time of one run by onnxruntime with all of its optimisations, "
+        f"{size} x {size}; files as they are. Blocks stand in the 3x3 convolutions of {HOST}. As run: nodes of the graph that "
+        "onnxruntime executes, activations fused. Time: processor time of one run by onnxruntime with all of its optimisations, "
         f"relative to the untouched file in the same round; medians and quartiles of {rounds}. Error: largest relative "
         "difference of the outputs from the untouched file's."
     )
@@ -103,7 +108,11 @@ def _network(name: str, rounds: int, size: int) -> list[list[str]]:
     """A row for each optimiser of one network's file."""
     with TemporaryDirectory() as folder:
         files = {BEFORE: Path(folder, "before.onnx")}
-        _export(_built(name, size), size, files[BEFORE])
+        if name.endswith(SUFFIX):
+            shutil.copyfile(name, files[BEFORE])
+            name = Path(name).name
+        else:
+            _export(_built(name, size), size, files[BEFORE])
         failed: dict[str, str] = {}
         for optimiser, run in _optimisers().items():
             path = Path(folder, f"{optimiser}.onnx")
@@ -113,7 +122,7 @@ def _network(name: str, rounds: int, size: int) -> list[list[str]]:
             # Other people's code, which may fail in any way on a file: that is its row.
             except Exception as error:
                 failed[optimiser] = one_line(error)
-        seconds, errors = _race(files, rounds, size)
+        seconds, errors = _race(files, rounds)
         rows = []
         for optimiser, path in files.items():
             held = _size(path)
@@ -236,21 +245,39 @@ def _graph(path: Path) -> Any:
     return onnx.load(path).graph
 
 
-def _race(files: dict[str, Path], rounds: int, size: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+def _race(files: dict[str, Path], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Processor seconds of each run, all files in turns, and how far each file's outputs are from the first's."""
-    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).numpy()
     sessions = {name: _session(path) for name, path in files.items()}
-    fed = {name: {session.get_inputs()[0].name: x} for name, session in sessions.items()}
-    outputs = {name: session.run(None, fed[name])[0] for name, session in sessions.items()}  # allocates, too
-    wanted = outputs[BEFORE]
-    errors = {name: float(abs(got - wanted).max() / abs(wanted).max()) for name, got in outputs.items()}
+    fed, wanted = _inputs(files[BEFORE], sessions[BEFORE])
+    outputs = {name: session.run(None, fed) for name, session in sessions.items()}  # allocates, too
+    errors = {name: max(map(_distance, got, wanted), default=0.0) for name, got in outputs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in files}
     for _ in range(rounds):
         for name, session in sessions.items():
             started = time.process_time()
-            session.run(None, fed[name])
+            session.run(None, fed)
             seconds[name].append(time.process_time() - started)
     return seconds, errors
+
+
+def _inputs(path: Path, session: Any) -> tuple[dict[str, Any], list[Any]]:
+    """Inputs that a file takes, made up from the shapes that it declares, and what it gives for them."""
+    import onnx_ir
+
+    from passes.onnx.collapse import made_up
+
+    why = "it declares no shapes"
+    for fed in made_up(onnx_ir.load(path)):
+        try:
+            return fed, session.run(None, fed)
+        # onnxruntime's errors have no class in common but this one.
+        except Exception as error:
+            why = one_line(error)
+    raise ReparamError(f"{path.name}: no input could be made up ({why})")
+
+
+def _distance(got: Any, wanted: Any) -> float:
+    return float(abs(got - wanted).max() / max(float(abs(wanted).max()), 1e-30)) if wanted.size else 0.0
 
 
 logging.getLogger("onnxslim").setLevel(logging.ERROR)

@@ -18,6 +18,7 @@ from passes.fold.candidates import Candidate
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example, likely, tensors_in
 from passes.onnx.constants import Constants, constant_of
+from passes.onnx.patterns import fused_by_runtimes
 from passes.onnx.read import DTYPES, Read, read
 from passes.onnx.replay import Region, run_file
 from passes.onnx.write import substitute
@@ -29,7 +30,7 @@ from passes.proof.run import outputs
 from passes.refusal import Reason, Refusal, ReparamError
 from passes.report import Counts, Explanation
 
-__all__ = ["collapse_model", "compare_models", "compare_with_module", "explain_model"]
+__all__ = ["collapse_model", "compare_models", "compare_with_module", "explain_model", "made_up"]
 
 BATCHES, SIZES = (2, 1), (64, 224, 32, 640)
 """Sizes that are tried where a file leaves them open."""
@@ -67,6 +68,7 @@ class _Compilation(Compilation[ir.Model]):
             self.values: dict[str, ir.Value] = {str(v.name): v for v in model.graph.inputs}
             self.values |= {str(v.name): v for node in model.graph for v in node.outputs}
             self.constants, found = _read(model)
+            self.fused = fused_by_runtimes(model.graph, self.constants)
             unit = unit_of(found.graph, found.numbers, found.told)
         super().__init__(unit, found.names, found.numbers, found.unread, (), ledger, explanation)
 
@@ -83,6 +85,9 @@ class _Compilation(Compilation[ir.Model]):
         What is only read for its kind or its shape is not seen in the graph of numbers.
         """
         dying = {self.names[node] for node in candidate.dying if node in self.names}
+        for name in dying:
+            if (node := self.values[name].producer()) in self.fused:
+                return Refusal(Reason.FUSED, f"{Reason.FUSED.value}: {self.fused[node]}")  # type: ignore[index]
         gone = {*self.gone(self.names[candidate.entry], dying), self.names[candidate.result]}
         for name in dying - {self.names[candidate.result]}:
             uses = [use.node for use in self.values[name].uses()]
@@ -200,7 +205,7 @@ def compare_with_module(first: Any, second: Any, inputs: Inputs | None = None) -
 
 
 def _as_examples(model: ir.Model) -> Iterator[Example]:
-    for made in _made_up(model):
+    for made in made_up(model):
         yield Example(tuple(torch.from_numpy(array) for array in made.values()), made_up=True)
 
 
@@ -229,7 +234,7 @@ def _observed(model: ir.Model, inputs: Inputs | None) -> tuple[Inputs | None, An
         except Exception as error:
             raise ReparamError(f"the file rejects these inputs: {str(error).strip().splitlines()[0][:200]}") from error
     why = "no input could be made up from the shapes that the file declares"
-    for made in _made_up(model):
+    for made in made_up(model):
         try:
             return made, run_file(model, made)
         except ImportError:
@@ -240,7 +245,8 @@ def _observed(model: ir.Model, inputs: Inputs | None) -> tuple[Inputs | None, An
     return None, why
 
 
-def _made_up(model: ir.Model) -> Iterator[dict[str, Any]]:
+def made_up(model: ir.Model) -> Iterator[dict[str, Any]]:
+    """Inputs of the shapes that a model declares, open sizes filled in one way after the other; may be none."""
     wanted = [v for v in model.graph.inputs if not v.is_initializer()]
     if any(v.shape is None or v.dtype is None for v in wanted):
         return
