@@ -178,7 +178,8 @@ def collapse(
     """Fold a network into plain convolutions and show what became of it.
 
     An expanded network, from a file of `reparam expand` or by --block, becomes the plain architecture that it was
-    expanded from, batch norms included; collapse that file again to fold those as well.
+    expanded from, batch norms included; collapse that file again to fold those as well. A .pt2 or .onnx file has them
+    folded.
     """
     if _is_onnx(target):
         _refuse_for_onnx(pretrained=pretrained, weights=weights, key=key, block=block, where=where, kernel=kernel)
@@ -197,7 +198,8 @@ def collapse(
     # Thousands of small operations: threads that wait for each other on a busy machine cost more than they bring.
     torch.set_num_threads(1)
     started = time.perf_counter()
-    like = None if network.recipe is None else network.stock()
+    # What runs an exported file loads no state dict: there the norms are folded as well.
+    like = None if network.recipe is None or exports else network.stock()
     how: bool | str = "folds" if verify and folds_only else verify
     folded, explanation = reparam.collapse_with_report(network.model, like=like, verify=how, strict=strict)
     seconds = time.perf_counter() - started
@@ -207,7 +209,7 @@ def collapse(
         _wrote(output)
     elif output is not None:
         _write(folded, output, network, collapsed=like is None)
-    if like is not None and output is not None and not exports:
+    if like is not None and output is not None:
         console.print(f"it loads with strict=True into {escape(network.source)}", soft_wrap=True)
 
 

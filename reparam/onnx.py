@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reparam import Explanation, ReparamError
 from reparam.disk import FileError, beside, move_file, replace_file
 
@@ -24,6 +26,8 @@ try:
     from google.protobuf.message import DecodeError
 
     from passes.onnx.collapse import collapse_model, compare_models, compare_with_module, explain_model
+    from passes.onnx.constants import constant_of
+    from passes.onnx.read import tensor_of
 except ModuleNotFoundError as missing:
     raise ReparamError(
         f"ONNX files need {missing.name}, which is not installed: pip install 'reparam[onnx]'"
@@ -31,7 +35,7 @@ except ModuleNotFoundError as missing:
 
 from passes.proof.check import Checked
 
-__all__ = ["collapse", "collapse_with_report", "explain", "load", "save", "verify"]
+__all__ = ["collapse", "collapse_with_report", "explain", "load", "save", "verify", "weights"]
 
 OLDEST = 7
 """Before this operator set, arithmetic broadcast by rules of its own."""
@@ -102,6 +106,14 @@ def verify(reference: Any, candidate: Any, inputs: Mapping[str, Any] | None = No
     if isinstance(first, ir.Model) and isinstance(second, ir.Model):
         return compare_models(first, second, inputs)
     return compare_with_module(first, second, inputs)
+
+
+def weights(model: ir.Model) -> dict[str, torch.Tensor]:
+    """Initialisers and the numbers of ``Constant`` operators by name, of the kinds that torch has."""
+    values = [*model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)]
+    found = {str(value.name): number for value in values if (number := constant_of(value)) is not None}
+    tensors = {name: tensor_of(number, anything=True) for name, number in found.items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _loaded(model: str | os.PathLike[str] | ir.Model) -> ir.Model:

@@ -572,6 +572,17 @@ def test_commands(tmp_path: Path) -> None:
     assert "an ONNX file has its weights" in " ".join(done.stderr.split())
 
 
+def test_inspect(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    quantised = {"q": np.array([1, -2], dtype=np.int8)}
+    onnx.save(model(ONE, {**CONVS, **norm("n"), **quantised}), path)
+    result = CliRunner().invoke(app, ["inspect", str(path)])
+    assert result.exit_code == 0, result.output
+    for text in ("n_scale", "4×4×3×3", "int8", "1 Conv, 1 BatchNormalization", "ai.onnx 17", "x: FLOAT[N,4,12,12]"):
+        assert text in result.output, result.output
+    assert "--key" in CliRunner().invoke(app, ["inspect", str(path), "--key", "model"]).output
+
+
 def test_a_network_against_its_file(tmp_path: Path) -> None:
     network = build("two branches")
     result = ir.from_proto(make("two branches"))

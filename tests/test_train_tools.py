@@ -320,6 +320,30 @@ def test_the_norms_are_folded_on_request(expanded: Path, tmp_path: Path) -> None
     assert "collapsed already" in run("convert", folded, "-o", tmp_path / "x.pt", status=2)
 
 
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_a_run_becomes_a_file_that_runs_without_this_library(suffix: str, expanded: Path, tmp_path: Path) -> None:
+    if suffix == "onnx":
+        pytest.importorskip("onnxruntime")
+    target = tmp_path / f"deployed.{suffix}"
+    output = run("convert", expanded, "-o", target, "--data", "digits", "--size", 16, "--dynamic", "batch")
+    assert "297 answers agree" in output
+    assert "gives the same for" in output
+    assert "strict=True" not in output
+    x = torch.randn(5, 1, 16, 16)
+    wanted = files.load_model(expanded).eval()(x)
+    if suffix == "pt2":
+        program = torch.export.load(target)
+        assert not any("running_var" in name for name in program.state_dict)
+        got = program.module()(x)
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+        got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-4)
+    assert "--dynamic is for" in run("convert", expanded, "-o", tmp_path / "x.pt", "--dynamic", "batch", status=2)
+
+
 def test_a_plain_network_is_taken_as_it_is() -> None:
     network = Network(sources.create(TOY).eval(), TOY)
     made, explanation = deploy(network)

@@ -89,11 +89,11 @@ def onnx(
             terminal.print(rich_table(made[0][0], HEADINGS[1:], [row[1:] for row in made]))
             rows += made
     note = (
-        "As written by torch.onnx.export with batch norms kept, constants computed and metadata left out, 1 x 3 x "
-        f"{size} x {size}; files as they are. Blocks stand in the 3x3 convolutions of {HOST}. As run: nodes of the graph that "
-        "onnxruntime executes, activations fused. Time: processor time of one run by onnxruntime with all of its optimisations, "
-        f"relative to the untouched file in the same round; medians and quartiles of {rounds}. Error: largest relative "
-        "difference of the outputs from the untouched file's."
+        "As written by torch.onnx.export with batch norms kept, constants computed and metadata left out, "
+        f"1 x 3 x {size} x {size}; files as they are. Blocks stand in the 3x3 convolutions of {HOST}. As run: nodes of "
+        "the graph that onnxruntime executes, activations fused. Time: processor time of one run by onnxruntime with "
+        "all of its optimisations, relative to the untouched file in the same round; medians and quartiles of "
+        f"{rounds}. Error: largest relative difference of the outputs from the untouched file's."
     )
     facts = provenance()
     terminal.print(note, soft_wrap=True)

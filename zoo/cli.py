@@ -49,7 +49,9 @@ def list_(
 
 @app.command()
 def convert(
-    patterns: Annotated[list[str] | None, typer.Argument(help="Names, shell patterns, or source:name.")] = None,
+    patterns: Annotated[
+        list[str] | None, typer.Argument(help="Names, shell patterns, source:name, or ONNX files.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the run.")] = None,
     source: Annotated[str, typer.Option("--source", help="Source of names that do not say theirs.")] = "timm",
     block: Annotated[str | None, typer.Option("--block", help="Expand first: a name, or name:option=value.")] = None,
@@ -290,7 +292,8 @@ def _facts(outcome: Converted) -> Iterator[str]:
     if proof.outputs == "none":
         yield f"outputs were not compared: {proof.remark}"
     else:
-        yield f"{proof.outputs} outputs: error {proof.error:.1e}, noise floor {proof.noise:.1e}"
+        noise = f", noise floor {proof.noise:.1e}" if proof.noise == proof.noise else f" ({proof.remark})"
+        yield f"{proof.outputs} outputs: error {proof.error:.1e}{noise}"
     if proof.roundtrip:
         yield "round trip: the stock architecture takes the collapsed weights and computes the same"
     if outcome.latency is not None:

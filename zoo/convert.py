@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from zoo.reference import Reference, in_double, reference_of, weakness
 from zoo.render import write_text
 from zoo.weights import UNTRAINED, fill, is_trained, no_weights
 
-__all__ = ["Conversion", "convert"]
+__all__ = ["Conversion", "convert", "nothing_folds", "too_large", "write_details"]
 
 SEED = 0
 LARGE = 32 << 20
@@ -94,7 +95,7 @@ class Conversion(Work):
         with self.clock("collapse"):
             folded, explanation = reparam.collapse_with_report(model, verify="folds")
         if not explanation.folds:
-            raise _nothing_folds(explanation, made.stock)
+            raise nothing_folds(explanation, made.stock)
         latency, work = self.latency(model, folded, view)
         del model, made.model
         gc.collect()
@@ -169,7 +170,7 @@ class Conversion(Work):
         except Exception:
             return
         if count > limit:
-            raise Ended(Refused, reason=f"{count / 1e6:.0f} M parameters; this run takes {limit / 1e6:g} M at most")
+            raise too_large(count, limit)
 
     def expand(self, model: nn.Module, view: View | None, stock: Size) -> Plan:
         """Put blocks into ``model``, which computes the same afterwards, and save it for training.
@@ -314,39 +315,53 @@ class Conversion(Work):
 
     def write_details(self, outcome: Converted, made: _Prepared, explanation: Explanation, drawn: Drawings) -> None:
         """Write the JSON beside the network, last: a model whose details are there is finished."""
-        path = self.job.path(".json")
-        if path is None:
-            return
-        with self.clock("save"):
-            folds = zip(explanation.folds, drawn.of_fold, strict=True)
-            left = made.plan.refused if made.plan is not None else ()
-            details = {
-                "outcome": outcome.to_json(),
-                "settings": vars(self.job.settings),
-                "weights": {
-                    "origin": made.origin,
-                    "seed": SEED,
-                    "randomised": made.randomised,
-                    "file": self.job.checkpoint,
-                    "notes": self.notes,
-                },
-                "folds": [_fold(fold, number) for fold, number in folds],
-                "refusals": [_refusal(refusal) for refusal in explanation.refusals],
-                "left": [_refusal(row.refusal) for row in left],
-                "untraced": [{"layer": r.layer, "message": r.message} for r in explanation.untraced],
-                "notes": explanation.notes,
-                "regions": drawn.regions,
-            }
-            write_text(path, json.dumps(details, ensure_ascii=False, allow_nan=False))
+        weights = {"origin": made.origin, "seed": SEED, "randomised": made.randomised}
+        left = [row.refusal for row in made.plan.refused] if made.plan is not None else []
+        write_details(self, outcome, weights, explanation, drawn, left)
 
     def _relative(self, path: Path | None) -> str | None:
         return None if path is None or self.job.folder is None else path.relative_to(self.job.folder).as_posix()
 
 
+def write_details(
+    work: Work,
+    outcome: Converted,
+    weights: dict[str, Any],
+    explanation: Explanation,
+    drawn: Drawings,
+    left: Iterable[Any] = (),
+) -> None:
+    """Write the JSON beside a network, last: see :mod:`zoo.outcome` for what it holds."""
+    path = work.job.path(".json")
+    if path is None:
+        return
+    with work.clock("save"):
+        make_folder(path.parent)
+        numbers = drawn.of_fold or [None] * len(explanation.folds)
+        details = {
+            "outcome": outcome.to_json(),
+            "settings": vars(work.job.settings),
+            "weights": weights | {"file": work.job.checkpoint, "notes": work.notes},
+            "folds": [_fold(fold, number) for fold, number in zip(explanation.folds, numbers, strict=True)],
+            "refusals": [_refusal(refusal) for refusal in explanation.refusals],
+            "left": [_refusal(refusal) for refusal in left],
+            "untraced": [{"layer": r.layer, "message": r.message} for r in explanation.untraced],
+            "notes": explanation.notes,
+            "regions": drawn.regions,
+        }
+        write_text(path, json.dumps(details, ensure_ascii=False, allow_nan=False))
+
+
 # ------------------------------------------------------------------------------------------------- ends
 
 
-def _nothing_folds(explanation: Explanation, before: Size) -> Ended:
+def too_large(count: int, limit: int) -> Ended:
+    """The end of a network with more parameters than a run takes."""
+    return Ended(Refused, reason=f"{count / 1e6:.0f} M parameters; this run takes {limit / 1e6:g} M at most")
+
+
+def nothing_folds(explanation: Explanation, before: Size) -> Ended:
+    """The end of a network of which no region folds."""
     reasons = explanation.reasons()
     if not reasons:
         norms = "no batch norm" if before.norms == 0 else "no batch norm behind a convolution"

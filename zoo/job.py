@@ -27,6 +27,7 @@ from zoo.journal import Folder
 from zoo.outcome import Failed, Mismatch, Outcome, OutOfMemory, Refused, from_json
 
 __all__ = [
+    "FILES",
     "Ended",
     "Job",
     "Settings",
@@ -43,6 +44,10 @@ __all__ = [
 
 PACKAGES = ("reparam", "torch", "timm", "torchvision", "safetensors", "onnx", "onnxscript", "onnxruntime")
 """Those whose versions decide about results."""
+
+
+FILES = "onnx"
+"""The source of jobs whose checkpoint is an ONNX file, and whose name is that of the file."""
 
 
 class Tell(Protocol):

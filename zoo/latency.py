@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.inputs import View
 from zoo.outcome import Latency
 
-__all__ = ["race"]
+__all__ = ["in_turns", "race"]
 
 BUDGET = 0.5
 """Seconds for all timed runs of both networks, if each then runs at least once."""
@@ -29,19 +29,20 @@ def race(before: nn.Module, after: nn.Module, view: View) -> tuple[Latency, int,
     """
     inputs = view.inputs(1)
     work = [_multiply_adds(model, view, inputs) for model in (before, after)]
+    return in_turns(inputs[0].shape, lambda: view.run(before, inputs), lambda: view.run(after, inputs)), *work
+
+
+def in_turns(shape: Sequence[int], before: Callable[[], object], after: Callable[[], object]) -> Latency:
+    """Latency of two networks that were run once before, on one sample of ``shape``."""
     runs: tuple[list[float], list[float]] = ([], [])
-    started = time.perf_counter()
-    while not runs[0] or (len(runs[0]) < RUNS and time.perf_counter() - started < BUDGET):
-        for model, times in zip((before, after), runs, strict=True):
-            times.append(_milliseconds(model, view, inputs))
+    began = time.perf_counter()
+    while not runs[0] or (len(runs[0]) < RUNS and time.perf_counter() - began < BUDGET):
+        for run, times in zip((before, after), runs, strict=True):
+            started = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - started) * 1e3)
     medians = [statistics.median(times) for times in runs]
-    return Latency(tuple(inputs[0].shape), *medians, *(tuple(round(t, 4) for t in times) for times in runs)), *work
-
-
-def _milliseconds(model: nn.Module, view: View, inputs: tuple[Tensor, ...]) -> float:
-    started = time.perf_counter()
-    view.run(model, inputs)
-    return (time.perf_counter() - started) * 1e3
+    return Latency(tuple(shape), *medians, *(tuple(round(t, 4) for t in times) for times in runs))
 
 
 def _multiply_adds(model: nn.Module, view: View, inputs: tuple[Tensor, ...]) -> int:

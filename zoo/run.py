@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from reparam import ReparamError, sources
 from reparam.networks import UsageError
 from reparam.recipe import parse_block
-from zoo.job import Job, Settings, finished, versions
+from zoo.job import FILES, Job, Settings, finished, versions
 from zoo.journal import Journal, JournalError
 from zoo.onnx_file import check_packages
 from zoo.outcome import Outcome
@@ -30,6 +31,8 @@ from zoo.worker import Engine, Limits, Running, Underway, here, now
 __all__ = ["Limits", "Run", "Running", "convert_zoo", "select"]
 
 log = logging.getLogger("reparam.zoo")
+
+SUFFIX = ".onnx"
 
 
 @dataclass
@@ -85,7 +88,8 @@ def convert_zoo(
     In a script, call it under ``if __name__ == "__main__":``, as everything that starts processes.
 
     Args:
-        names: names, shell patterns, or specs such as ``torchvision:resnet18`` for other sources than ``source``.
+        names: names, shell patterns, or specs such as ``torchvision:resnet18`` for other sources than ``source``; and
+            ONNX files, or shell patterns of such, which are collapsed into files.
         source: of names that do not say theirs.
         out: the run folder; without one nothing is written and nothing can be resumed.
         block: expand first, and check the way back: a name, or ``name:option=value,...``.
@@ -123,6 +127,15 @@ def convert_zoo(
         raise UsageError(
             "jobs (--jobs) are processes of this machine; a cluster runs as many as its workers have threads"
         )
+    names = list(names)
+    files = [name for name in names if name.endswith(SUFFIX)]
+    if files:
+        if block is not None or pretrained or weights is not None or onnx or plan:
+            raise UsageError(
+                "an ONNX file has no layers that a block could replace, has its weights and is planned with them: drop "
+                "--block, --pretrained, --weights and --onnx, and convert it"
+            )
+        check_packages()
     if onnx:
         if plan or out is None or not save or not outputs:
             raise UsageError(
@@ -133,10 +146,26 @@ def convert_zoo(
     folder = None if out is None else Path(out)
     shelf = None if weights is None else os.fspath(weights)
     settings = Settings(block, pretrained, shelf, save, onnx, max_parameters, outputs, latency, plan)
-    wanted = select(names, source, weights)
+    wanted = _files(files)
+    if len(files) < len(names) or not names:
+        wanted += select([name for name in names if name not in files], source, weights)
     todo = [Job(where, name, settings, folder, checkpoint) for where, name, checkpoint in wanted]
     engine = nullcontext(here(jobs)) if cluster is None else _connect(cluster, todo)
     return _run(engine, folder, todo, limits, resume, retry, on_tick or (lambda run: None))
+
+
+def _files(names: Iterable[str]) -> list[tuple[str, str, str | None]]:
+    """Source, name and path of each ONNX file that ``names`` stand for, each once, in the order given."""
+    found: dict[str, Path] = {}
+    for text in names:
+        matches = [text] if Path(text).is_file() else sorted(glob(text))
+        if not matches:
+            raise sources.UnknownNameError(f"no file is named {text!r}")
+        for path in map(Path, matches):
+            other = found.setdefault(path.stem, path.resolve())
+            if other != path.resolve():
+                raise UsageError(f"{other} and {path} have the same name: convert them in runs of their own")
+    return [(FILES, name, str(path)) for name, path in found.items()]
 
 
 def select(

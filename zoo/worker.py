@@ -27,7 +27,7 @@ from reparam.disk import make_folder
 from reparam.exhausted import says_exhausted
 from zoo import memory
 from zoo.convert import convert
-from zoo.job import Job, one_line, remove_files, versions
+from zoo.job import FILES, Job, Tell, one_line, remove_files, versions
 from zoo.journal import Folder
 from zoo.outcome import Failed, Outcome, OutOfMemory, TimedOut, from_json
 from zoo.plan import plan
@@ -293,12 +293,20 @@ def _child(job: Job, pipe: Connection, log: Path | None, environment: dict[str, 
     gc.freeze()  # what the libraries hold need not be looked through each time that garbage is collected
     pipe.send(("base", memory.resident()))
     try:
-        outcome = (plan if job.settings.plan else convert)(job, lambda stage: pipe.send(("stage", stage)))
+        outcome = _kind_of_work(job)(job, lambda stage: pipe.send(("stage", stage)))
     # Of an exit or an interrupt inside a model nothing may be known but this.
     except BaseException as error:
         traceback.print_exc()
         raise SystemExit(one_line(error)) from error
     pipe.send(("outcome", outcome.to_json()))
+
+
+def _kind_of_work(job: Job) -> Callable[[Job, Tell], Outcome]:
+    if job.source == FILES:
+        from zoo.convert_file import convert_file  # needs packages that others do not
+
+        return convert_file
+    return plan if job.settings.plan else convert
 
 
 def _guard(pipe: Connection) -> None:

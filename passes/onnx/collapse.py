@@ -86,8 +86,9 @@ class _Compilation(Compilation[ir.Model]):
         """
         dying = {self.names[node] for node in candidate.dying if node in self.names}
         for name in dying:
-            if (node := self.values[name].producer()) in self.fused:
-                return Refusal(Reason.FUSED, f"{Reason.FUSED.value}: {self.fused[node]}")  # type: ignore[index]
+            node = self.values[name].producer()
+            if node in self.fused:
+                return Refusal(Reason.FUSED, f"{Reason.FUSED.value}: {self.fused[node]}")
         gone = {*self.gone(self.names[candidate.entry], dying), self.names[candidate.result]}
         for name in dying - {self.names[candidate.result]}:
             uses = [use.node for use in self.values[name].uses()]

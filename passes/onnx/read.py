@@ -40,6 +40,9 @@ DTYPES = {
 }
 
 
+_ANY = frozenset((*DTYPES, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16))
+
+
 @dataclass
 class Read:
     """A graph in the terms of the table.
@@ -64,9 +67,9 @@ def read(graph: ir.Graph, constants: Constants) -> Read:
     return _Reader(constants).graph(graph)
 
 
-def tensor_of(number: ir.TensorProtocol) -> Tensor | None:
-    """The numbers as a tensor of torch; None for kinds that no weight has."""
-    if number.dtype not in DTYPES:
+def tensor_of(number: ir.TensorProtocol, *, anything: bool = False) -> Tensor | None:
+    """The numbers as a tensor of torch; None for kinds that no weight has, or with ``anything``, that torch has not."""
+    if number.dtype not in (_ANY if anything else DTYPES):
         return None
     array = np.ascontiguousarray(number.numpy())
     if number.dtype is ir.DataType.BFLOAT16:

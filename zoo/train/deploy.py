@@ -19,6 +19,7 @@ import reparam
 from reparam import Counts, Explanation
 from reparam.commands import Blocks, Online, Where
 from reparam.disk import FileError, check_writable, move_file, scratch_folder
+from reparam.export import SUFFIXES, inputs_for, parse_dynamic, write_program
 from reparam.files import check_target, load_model, save_model
 from reparam.networks import Network, UsageError
 from reparam.tables import counts_table
@@ -113,7 +114,7 @@ def deploy(network: Network, *, fold_norms: bool = False) -> tuple[nn.Module, Ex
 
 def convert(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Weights, training state, folder of a run.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Write here (.safetensors, .pt).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write here (.safetensors, .pt, .pt2, .onnx).")],
     model: Model = None,
     block: Blocks = None,
     where: Where = None,
@@ -126,13 +127,22 @@ def convert(
     root: Root = None,
     size: Size = None,
     batch: Batch = 256,
+    dynamic: Annotated[
+        str, typer.Option("--dynamic", help="What a .pt2 or .onnx file leaves open: batch,height,width.")
+    ] = "",
 ) -> None:
     """Turn a training checkpoint into a file that the stock architecture loads, and prove it on the test set.
 
     Trained and deployed network must give the same answer to every test image in float64; if not, exit status 1, and
-    no file is left. --model, --block, --where and --online describe checkpoints that do not say their network.
+    no file is left. A .pt2 or .onnx file has its norms folded and runs without this library. --model, --block, --where
+    and --online describe checkpoints that do not say their network.
     """
-    check_target(output)
+    left_open, exports = parse_dynamic(dynamic), output.suffix in SUFFIXES
+    if left_open and not exports:
+        raise UsageError(f"--dynamic is for files that end in {' or '.join(SUFFIXES)}")
+    fold_norms = fold_norms or exports
+    if not exports:
+        check_target(output)
     check_writable(output)
     subject = find(checkpoint, model=model, recipe=expansion(block, where, online), ema=ema)
     network = subject.network
@@ -153,12 +163,17 @@ def convert(
     with scratch_folder(output) as folder:
         shape = network.shape if chosen is None else chosen.shape
         draft = folder / output.name
+        rebuilt = made
         try:
-            save_model(made, draft, source=network.source, collapsed=fold_norms, shape=shape)
+            if exports:  # run and compared with the network as it is written
+                said = write_program(made, draft, inputs_for(made, shape or (), left_open), left_open)
+                terminal.print(said, soft_wrap=True, markup=False)
+            else:
+                save_model(made, draft, source=network.source, collapsed=fold_norms, shape=shape)
+                # What is judged is the file, not the network that was written to it.
+                rebuilt = load_model(draft)
         except FileError as error:
             raise FileError(str(error).replace(str(draft), str(output))) from error
-        # What is judged is the file, not the network that was written to it.
-        rebuilt = load_model(draft)
         if chosen is None:
             terminal.print("not compared on data; name them with --data", soft_wrap=True)
         else:

@@ -102,13 +102,18 @@ def _first(content: StateFile) -> str:
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help=".safetensors, .pt, .pth, .h5 or .hdf5.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=".safetensors, .pt, .pth, .h5, .hdf5 or .onnx.")],
     pattern: Annotated[str, typer.Argument(help="Only these names: part of a name, or a shell pattern.")] = "*",
     sort: Annotated[str | None, typer.Option("--sort", help=f"By {', '.join(ORDERS)}; default: as stored.")] = None,
     key: Annotated[str | None, typer.Option("--key", help="Where in a checkpoint the state dict is.")] = None,
 ) -> None:
     """List the tensors of a file: shapes, dtypes, ranges, zeros; totals; what the file says of itself."""
-    content = load_state(file, key=key)
+    if file.suffix == ".onnx":
+        if key is not None:
+            raise UsageError("--key: an ONNX file has its weights in one place; leave that out")
+        content = _onnx(file)
+    else:
+        content = load_state(file, key=key)
     listed = entries(content, pattern, sort)
     terminal = console()
     show(terminal, _table(str(file), listed))
@@ -118,6 +123,23 @@ def inspect(
     if broken:
         rest = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         terminal.print(f"NaN or infinite: {', '.join(broken[:3])}{rest}", style="red", soft_wrap=True, markup=False)
+
+
+def _onnx(file: Path) -> StateFile:
+    """The weights and constants of an ONNX file, and what its graph is."""
+    import reparam.onnx
+
+    model = reparam.onnx.load(file)
+    operators = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in model.graph)
+    metadata = {
+        "operators": ", ".join(f"{count} {kind}" for kind, count in operators.most_common()),
+        "inputs": ", ".join(f"{v.name}: {v.dtype}{v.shape}" for v in model.graph.inputs if not v.is_initializer()),
+        "outputs": ", ".join(f"{v.name}: {v.dtype}{v.shape}" for v in model.graph.outputs),
+        "operator set": ", ".join(f"{name or 'ai.onnx'} {version}" for name, version in model.opset_imports.items()),
+        "producer": f"{model.producer_name or ''} {model.producer_version or ''}".strip() or "not said",
+        **dict(model.metadata_props),
+    }
+    return StateFile(reparam.onnx.weights(model), metadata)
 
 
 def _table(title: str, listed: Sequence[Entry]) -> Table:
