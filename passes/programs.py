@@ -126,6 +126,8 @@ class Compilation(ABC, Generic[Graph]):
     def _guard(self, candidate: Candidate) -> Placement | Refusal:
         if candidate.entry not in self.names or candidate.result not in self.names:
             return Refusal(Reason.LAYOUT, "begins or ends inside of one operation of the graph")
+        if candidate.moved:
+            return Refusal(Reason.LAYOUT, "lies behind a change of layout")
         found = self.memory.refusal(candidate) or self.guard(candidate)
         if found is not None:
             return found

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -91,8 +92,8 @@ def find_candidates(graph: Contraction, changed: set[fx.Node] | None) -> tuple[l
                 interpreters[entry] = [Interpreter(graph, entry, v, c) for v, c in views(graph, entry)]
             values = [(interpreter, interpreter.value(result)) for interpreter in interpreters[entry]]
             for interpreter, value in values:
-                if isinstance(value, Signal) and value.ids is None:
-                    outcome = _weigh(interpreter, result, value.form)
+                if isinstance(value, Signal):
+                    outcome = _weigh(interpreter, result, value)
                     if isinstance(outcome, Candidate):
                         found.append(outcome)
                     elif outcome is not None:
@@ -148,11 +149,19 @@ def _reach(graph: Contraction, changed: set[fx.Node], dominator: dict[fx.Node, f
 # ------------------------------------------------------------------ one region
 
 
-def _weigh(interpreter: Interpreter, result: fx.Node, form: Form) -> Candidate | Refusal | None:
+def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal) -> Candidate | Refusal | None:
     """The region from the entry to ``result``, a refusal if it costs more, None if nothing would be gained."""
-    graph, flow, entry = interpreter.graph, interpreter.flow, interpreter.entry
+    graph, flow, entry, form = interpreter.graph, interpreter.flow, interpreter.entry, value.form
     between = _between(graph, entry, result)
-    dying = _dying(interpreter, between, result, form)
+    head, moved = None, list[fx.Node]()
+    if value.ids is None:
+        dying = _dying(interpreter, between, result, form)
+    else:
+        parts = _moved(interpreter, between, result, value)
+        if parts is None:
+            return None
+        head, moved, mapped = parts
+        dying = [*_dying(interpreter, _between(graph, entry, head), head, form), *mapped]
     signals = {n: s for n in dying if isinstance(s := interpreter.value(n), Signal)}
     convs = {n for n, s in signals.items() if s.conv}
     if not convs or _is_planned(graph, dying, entry):
@@ -193,7 +202,37 @@ def _weigh(interpreter: Interpreter, result: fx.Node, form: Form) -> Candidate |
         computed=computed,
         convs=frozenset(convs - graph.regions.keys()).union(*(region.convs for region in swallowed)),
         gain=gain,
+        moved=tuple(moved),
+        head=head,
     )  # fmt: skip
+
+
+def _moved(
+    interpreter: Interpreter, between: list[fx.Node], result: fx.Node, value: Signal
+) -> tuple[fx.Node, list[fx.Node], list[fx.Node]] | None:
+    """Where the layout changed, what changes it, and the maps per channel behind that; None if others read in between.
+
+    A map per channel may as well act before the layout changes.
+    """
+    signals = {n: s for n in between if isinstance(s := interpreter.value(n), Signal)}
+    mapped = [n for n in between if n in signals and signals[n].work and _lies_as(signals[n], value)]
+    moved = [n for n in between if n in signals and signals[n].ids is not None and n not in mapped]
+    heads = [n for n in between if n in signals and signals[n].ids is None]
+    if result not in mapped or not moved or not heads or any(signals[n].work for n in moved):
+        return None
+    head = heads[-1]
+    inside = {*moved, *mapped}
+    if interpreter.flow.order[head] > min(interpreter.flow.order[n] for n in inside):
+        return None
+    for node in (head, *moved, *mapped[:-1]):
+        readers = interpreter.graph.readers(node)
+        if not all(reader in inside or interpreter.flow.shape_only(reader) for reader in readers):
+            return None
+    return head, moved, mapped
+
+
+def _lies_as(signal: Signal, other: Signal) -> bool:
+    return signal.ids is not None and other.ids is not None and torch.equal(signal.ids, other.ids)
 
 
 def _stays_in_code(flow: Flow, node: fx.Node) -> bool:

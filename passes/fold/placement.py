@@ -8,7 +8,7 @@ become Identity, or what remains of them; (b) the region is one module's whole f
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -59,16 +59,26 @@ class Step:
 def place(layout: Layout, region: Candidate) -> Placement:
     """Decide where the folded layer goes; raises :class:`RefusalError` with ``CODE`` if nowhere."""
     _check_reach(layout, region)
-    entry = region.entry
+    placement = Placement()
+    if region.head is None:
+        _put(layout, region, Step(region.result, region.entry, True), placement)
+        return placement
+    order = layout.flow.order
+    before = tuple(n for n in region.dying if order[n] <= order[region.head])
+    behind = tuple(n for n in region.dying if order[n] > order[region.head])
+    _put(layout, replace(region, dying=before), Step(region.head, region.entry, True), placement)
+    _put(layout, replace(region, dying=behind), Step(region.result, region.moved[-1], False), placement)
+    return placement
+
+
+def _put(layout: Layout, region: Candidate, step: Step, placement: Placement) -> None:
     common = _common_call([call_of(n) for n in region.dying])
-    while common.parent is not None and not _sees(common, entry):
+    while common.parent is not None and not _sees(common, step.source):
         common = common.parent
-    hidden = _hides(common, entry, region)
+    hidden = _hides(common, step.source, region)
     if hidden is not None:
         raise RefusalError(Reason.CODE, f"{hidden.path} does not return the value that the fold would read")
-    placement = Placement()
-    _substitute(layout, region, common, Step(region.result, region.entry, True), placement)
-    return placement
+    _substitute(layout, region, common, step, placement)
 
 
 def _check_reach(layout: Layout, region: Candidate) -> None:

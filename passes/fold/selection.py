@@ -61,7 +61,7 @@ def select(flow: Flow, guard: Guard, banned: Set[Key] = frozenset(), staying: Se
             if isinstance(outcome, tuple):
                 candidate, placements[outcome[0]] = outcome
                 chosen.append(candidate)
-                gone.update(candidate.dying)
+                gone.update(candidate.dying, candidate.moved)
                 entries.add(candidate.entry)
                 continue
             refused.add(candidate.key)
@@ -108,7 +108,7 @@ def _gains(candidate: Candidate) -> bool:
 def _contracted(graph: Contraction, chosen: list[Candidate]) -> Contraction:
     swallowed = {region for candidate in chosen for region in candidate.swallowed}
     regions = [region for region in graph.regions.values() if region not in swallowed]
-    return Contraction(graph.flow, [*regions, *chosen], graph.gone.union(*(c.dying for c in chosen)))
+    return Contraction(graph.flow, [*regions, *chosen], graph.gone.union(*({*c.dying, *c.moved} for c in chosen)))
 
 
 def _around(graph: Contraction, chosen: list[Candidate]) -> set[fx.Node]:

@@ -114,6 +114,8 @@ class Interpreter:
         """The value of a contracted region."""
         if not isinstance(x, Signal):
             raise RefusalError(Reason.OTHER_INPUT)
+        if region.moved:
+            raise RefusalError(Reason.LAYOUT)
         if (x.view.last, x.view.n) != (region.view.last, region.view.n) or x.ids is not None:
             raise RefusalError(Reason.LAYOUT)
         form = region.form if self.dtype is None else form_of(self.flow, region, self.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -29,6 +29,8 @@ class Region:
         view, channels: how the entry's tensor is read.
         form: the convolution; shapes only.
         inner: regions inside that count as one operation each.
+        moved: what stays of it: operations that move the convolution's value to where the result lies, in order. The
+            first of them reads :attr:`head`; without any, the convolution gives the result itself.
     """
 
     entry: fx.Node
@@ -37,6 +39,13 @@ class Region:
     channels: int
     form: Form
     inner: tuple[Region, ...]
+    moved: tuple[fx.Node, ...] = field(default=(), kw_only=True)
+    head: fx.Node | None = field(default=None, kw_only=True)
+
+    @property
+    def last(self) -> fx.Node:
+        """The node whose place the convolution takes."""
+        return self.result if self.head is None else self.head
 
 
 class Contraction:
@@ -72,12 +81,14 @@ class Contraction:
     def rank(self, node: fx.Node) -> int | None:
         """Number of dimensions of a node's value, where it is known."""
         region = self.regions.get(node)
-        return self.flow.rank.get(node) if region is None or region.view.last else region.view.n + 2
+        plain = region is None or region.view.last or region.head is not None
+        return self.flow.rank.get(node) if region is None or plain else region.view.n + 2
 
     def channels(self, node: fx.Node) -> int | None:
         """Number of channels of a feature map, where it is known."""
         region = self.regions.get(node)
-        return self.flow.channels.get(node) if region is None or region.view.last else region.form.out_channels
+        plain = region is None or region.view.last or region.head is not None
+        return self.flow.channels.get(node) if region is None or plain else region.form.out_channels
 
     def dominators(self) -> dict[fx.Node, fx.Node | None]:
         """Immediate dominator of every live node that depends on an input; None stands in front of all inputs.

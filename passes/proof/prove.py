@@ -49,14 +49,22 @@ def prove(flow: Flow, region: Region, form: Form, layer: nn.Module, name: str) -
         replay = flow.unit.replay
         wanted = _original(flow, region, inputs) if replay is None else replay(region.entry, region.result, inputs)
         double = _exact(name, form, layer)
-        for x, (want, peak) in zip(inputs, wanted, strict=True):
-            _check_output(name, double(x), want, FLOAT64_TOLERANCE * peak)
+        for got, (want, peak) in zip(_folded(flow, region, double, inputs), wanted, strict=True):
+            _check_output(name, got, want, FLOAT64_TOLERANCE * peak)
         for key, rounded in layer.named_parameters():
             double.get_parameter(key).data.copy_(rounded)
-        for x, (want, _) in zip(inputs, wanted, strict=True):
-            gap, scale = float((double(x) - want).abs().max()), float(want.abs().max())
+        for got, (want, _) in zip(_folded(flow, region, double, inputs), wanted, strict=True):
+            gap, scale = float((got - want).abs().max()), float(want.abs().max())
             worst = max(worst, gap / scale if scale else gap)
     return worst
+
+
+def _folded(flow: Flow, region: Region, layer: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    """What the region gives with the layer in its place, and what moves the layer's value behind it."""
+    if region.head is None:
+        return [layer(x) for x in inputs]
+    made = [{region.head: layer(x)} for x in inputs]
+    return [value for value, _ in _original(flow, region, inputs, upto=region.moved[-1], made=made)]
 
 
 def _exact(name: str, form: Form, layer: nn.Module) -> nn.Module:
@@ -137,27 +145,40 @@ def _least_size(form: Form, i: int) -> int:
 def _least_rank(flow: Flow, region: Region) -> int:
     """Where the rank is not known: a constant (1, 1, C) is for maps of three dimensions."""
     constants = Constants(flow, None)
-    inside = _needed(region)
+    inside = _needed(region, region.result)
     read = {c for n in inside - flow.constant for c in n.all_input_nodes if c in flow.constant}
     return max(2, *(value.dim() for c in read if isinstance(value := constants.value(c), Tensor)), 0)
 
 
-def _original(flow: Flow, region: Region, inputs: list[Tensor]) -> list[tuple[Tensor, float]]:
+def _original(
+    flow: Flow,
+    region: Region,
+    inputs: list[Tensor],
+    upto: fx.Node | None = None,
+    made: list[dict[fx.Node, Tensor]] | None = None,
+) -> list[tuple[Tensor, float]]:
     """Run the region's own layers on each input in float64; also the largest magnitude on the way.
 
-    All inputs pass a layer together: it is copied once, and its copy is gone before the next.
+    All inputs pass a layer together: it is copied once, and its copy is gone before the next. The run ends with
+    ``upto``, the result by default; what is ``made`` already is taken for what would be computed.
     """
+    result = upto or region.result
     constants = [Constants(flow, torch.float64) for _ in inputs]
     values: list[dict[fx.Node, Any]] = [{region.entry: x.clone()} for x in inputs]  # it may be changed in place
-    for node in sorted(_needed(region), key=lambda n: flow.order[n]):  # in the original order: some work in place
+    given = made or [{} for _ in inputs]
+    for node in sorted(
+        _needed(region, result), key=lambda n: flow.order[n]
+    ):  # in the original order: some work in place
         function = None if node in flow.constant else _function(flow, node, inputs[0].device)
-        for known, numbers in zip(values, constants, strict=True):
-            if function is None:
+        for known, numbers, there in zip(values, constants, given, strict=True):
+            if node in there:
+                known[node] = there[node]
+            elif function is None:
                 known[node] = numbers.value(node)
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
                 known[node] = function(*args, **kwargs)
-    return [(known[region.result], _peak(known.values())) for known in values]
+    return [(known[result], _peak(known.values())) for known in values]
 
 
 def _function(flow: Flow, node: fx.Node, device: torch.device) -> Callable[..., Any]:
@@ -191,9 +212,9 @@ def _peak(values: Iterable[Any]) -> float:
     return max(float(t.abs().max()) for t in computed)
 
 
-def _needed(region: Region) -> set[fx.Node]:
+def _needed(region: Region, result: fx.Node) -> set[fx.Node]:
     """The traced nodes that the result depends on, back to the entry."""
-    seen, todo = {region.result}, [region.result]
+    seen, todo = {result}, [result]
     while todo:
         for node in todo.pop().all_input_nodes:
             if node is not region.entry and node not in seen:
