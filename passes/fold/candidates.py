@@ -220,9 +220,8 @@ def _moved(
     heads = [n for n in between if n in signals and signals[n].ids is None]
     if result not in mapped or not moved or not heads or any(signals[n].work for n in moved):
         return None
-    head = heads[-1]
-    inside = {*moved, *mapped}
-    if interpreter.flow.order[head] > min(interpreter.flow.order[n] for n in inside):
+    head, inside, order = heads[-1], {*moved, *mapped}, interpreter.flow.order
+    if not order[head] < order[moved[0]] or not order[moved[-1]] < order[mapped[0]]:
         return None
     for node in (head, *moved, *mapped[:-1]):
         readers = interpreter.graph.readers(node)

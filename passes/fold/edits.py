@@ -188,8 +188,11 @@ class _Writer:
 
 def _dead_inside(region: Candidate, change: Change) -> list[fx.Node]:
     """Nodes of the region that vanish from the forward being rewritten."""
-    found = []
-    for node in [*region.dying, *region.constants]:
+    found, dying = [], region.dying
+    if region.head is not None:  # the layer, and what lies behind the moved value, are taken away one by one
+        behind = region.head < change.old
+        dying = tuple(n for n in dying if (region.head < n) is behind)
+    for node in [*dying, *region.constants]:
         chain = list(call_of(node).chain())
         if change.call in chain and change.tail not in chain:
             found.append(node)

@@ -111,7 +111,7 @@ def _arithmetic(id: str, *names: Name, in_place: tuple[Name, ...] = (), affine: 
 
 
 def _pool(id: str, n: int, *names: Name) -> Operation:
-    affine = id.startswith("avg")
+    affine = id.startswith(("avg", "adaptive_avg"))
     return Operation(id, Kind.POOL, names, n=n, rank=Rank.SPATIAL, keeps_channels=True, affine=affine)
 
 
@@ -147,8 +147,8 @@ def _dropout(id: str, *names: Name, in_place: tuple[Name, ...] = ()) -> Operatio
     )
 
 
-def _reduce(id: str, *names: Name) -> Operation:
-    return Operation(id, Kind.REDUCTION, (*names, id))
+def _reduce(id: str, *names: Name, affine: bool = False) -> Operation:
+    return Operation(id, Kind.REDUCTION, (*names, id), resizes=True, affine=affine)
 
 
 def _conv(n: int, module: type[nn.Module], transposed: type[nn.Module]) -> tuple[Operation, ...]:
@@ -477,8 +477,8 @@ OPERATIONS: tuple[Operation, ...] = (
     _move("roll", torch.roll, "roll", "aten.roll.default", rank=Rank.SAME, resizes=False, view=False),
     _move("unbind", torch.unbind, "unbind", "aten.unbind.int"),
     _move("channel_shuffle", nn.ChannelShuffle, F.channel_shuffle, resizes=False, rank=Rank.SAME),
-    _move("pixel_shuffle", nn.PixelShuffle, F.pixel_shuffle, rank=Rank.SAME, affine=False),
-    _move("pixel_unshuffle", nn.PixelUnshuffle, F.pixel_unshuffle, rank=Rank.SAME, affine=False),
+    _move("pixel_shuffle", nn.PixelShuffle, F.pixel_shuffle, rank=Rank.SAME),
+    _move("pixel_unshuffle", nn.PixelUnshuffle, F.pixel_unshuffle, rank=Rank.SAME),
     _move("chunk", torch.chunk, "chunk", "aten.chunk.default", rank=Rank.SAME),
     _move("split", torch.split, "split", "aten.split.Tensor", "aten.split_with_sizes.default"),
     _move("tensor_split", torch.tensor_split, "tensor_split"),
@@ -508,11 +508,10 @@ OPERATIONS: tuple[Operation, ...] = (
         rank=Rank.SAME,
         resizes=False,
         view=False,
-        affine=False,
     ),
     Operation("setitem", Kind.MOVEMENT, in_place=(operator.setitem,), resizes=True),
     # Reductions.
-    _reduce("mean", torch.mean, "aten.mean.dim", "aten.mean.default"),
+    _reduce("mean", torch.mean, "aten.mean.dim", "aten.mean.default", affine=True),
     _reduce("sum", torch.sum, "aten.sum.dim_IntList", "aten.sum.default"),
     _reduce("amax", torch.amax, "aten.amax.default"),
     _reduce("amin", torch.amin, "aten.amin.default"),

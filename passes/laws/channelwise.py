@@ -33,10 +33,13 @@ def batch_norm(
     if running_mean is None or running_var is None:
         raise RefusalError(Reason.BATCH_STATISTICS)
     mean, var = constant(running_mean, value), constant(running_var, value)
-    if mean.shape[0] != value.form.out_channels:
-        raise RefusalError(Reason.CHANNELS, f"batch norm of {mean.shape[0]} channels after {value.form.out_channels}")
-    if not channel_axis_is(value, 1):
+    channels = value.form.out_channels
+    if value.ids is None and not channel_axis_is(value, 1):
         raise RefusalError(Reason.LAYOUT, "batch norm acts on dimension 1, which does not hold the channels here")
+    if value.ids is not None:  # a shuffle of pixels may have made several of one
+        channels = value.ids.shape[1] if value.ids.dim() > 1 else 0
+    if mean.shape[0] != channels:
+        raise RefusalError(Reason.CHANNELS, f"batch norm of {mean.shape[0]} channels after {channels}")
     if mean.device.type == "meta":  # planning: only the shapes count
         scale = shift = mean
     else:
@@ -103,6 +106,8 @@ def addcmul(x: Any, y: Any, z: Any, *, value: float = 1) -> Signal:
 
 
 def _sum(x: Signal, y: Signal) -> Signal:
+    if x.mixed or y.mixed:
+        raise RefusalError(Reason.LAYOUT, "a sum of averages, which may be different ones")
     same_layout = (x.ids is None and y.ids is None) or (
         x.ids is not None and y.ids is not None and torch.equal(x.ids, y.ids)
     )

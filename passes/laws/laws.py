@@ -20,6 +20,7 @@ from passes.laws.movement import (
     along,
     as_other,
     attribute,
+    averaged,
     cat,
     dropout,
     getitem,
@@ -70,6 +71,11 @@ LAWS: dict[str, Law] = {
     },
     "view": moved(Tensor.reshape),  # strides are the model's own matter: it runs
     "channel_shuffle": moved(F.channel_shuffle),
+    "pixel_shuffle": moved(F.pixel_shuffle),
+    "pixel_unshuffle": moved(F.pixel_unshuffle),
+    **{f"adaptive_avg_pool{n}d": averaged(getattr(F, f"adaptive_avg_pool{n}d")) for n in (1, 2, 3)},
+    "interpolate": averaged(F.interpolate),
+    "mean": averaged(torch.mean),
     "view_as": as_other,
     "getattr": attribute,
     "size": size,
@@ -90,6 +96,10 @@ ARGUMENTS: dict[str, Callable[[Any, Weights], tuple[Any, ...]]] = {
     "flatten": lambda m, weights: (m.start_dim, m.end_dim),
     "unflatten": lambda m, weights: (m.dim, m.unflattened_size),
     "channel_shuffle": lambda m, weights: (m.groups,),
+    "pixel_shuffle": lambda m, weights: (m.upscale_factor,),
+    "pixel_unshuffle": lambda m, weights: (m.downscale_factor,),
+    **{f"adaptive_avg_pool{n}d": lambda m, weights: (m.output_size,) for n in (1, 2, 3)},
+    "interpolate": lambda m, weights: (m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor),
 }
 
 

@@ -3,8 +3,9 @@
     cat, stack       the rows of several forms become the rows of one     same geometry after the embedding of sum
     chunk, split...  rows of a form                                       along the channels
     any other        followed by example (:mod:`passes.laws.values`)      the numbers come back to a channel permutation
+    mean, upsample   the form stays; a map per channel may follow         the weights add up to 1, within a channel
 
-Exact whenever it is not refused: nothing is computed.
+Exact whenever it is not refused: nothing is computed, or, in the last line, it stays where it is.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 
 from passes.laws.arguments import plain, signal
-from passes.laws.values import Signal, channel_axis_is, crop, merge, move, pick, settle
+from passes.laws.values import Signal, average, channel_axis_is, crop, merge, move, pick, settle
 from passes.refusal import Reason, RefusalError
 
 __all__ = [
-    "along", "as_other", "attribute", "cat", "dropout", "getitem", "identity", "moved", "size", "stack",
+    "along", "as_other", "attribute", "averaged", "cat", "dropout", "getitem", "identity", "moved", "size", "stack",
     "stochastic_depth",
 ]  # fmt: skip
 
@@ -87,6 +88,23 @@ def moved(operation: Law) -> Law:
                 raise RefusalError(Reason.LAYOUT, f"{Reason.LAYOUT.value} ({error})".splitlines()[0]) from error
 
         return move(value, run)
+
+    return law
+
+
+def averaged(operation: Law) -> Law:
+    """The law of what gives weighted means of one channel each: pooling, upsampling, a mean over space."""
+
+    def law(x: Any, *args: Any, **kwargs: Any) -> Any:
+        value = signal(x)
+
+        def run(channels: Tensor) -> Any:
+            try:
+                return operation(channels, *plain(args), **plain(kwargs))
+            except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+                raise RefusalError(Reason.LAYOUT, f"{Reason.LAYOUT.value} ({error})".splitlines()[0]) from error
+
+        return average(value, run)
 
     return law
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from passes.algebra.conv_form import ConvForm, Form, Ints
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["Dim", "Signal", "View", "crop", "merge", "move", "per_channel", "pick", "settle"]
+__all__ = ["Dim", "Signal", "View", "average", "crop", "merge", "move", "per_channel", "pick", "settle"]
 
 _SIZES = (13, 11, 7)
 _BATCH = (11, 3, 5, 7)
@@ -55,6 +55,7 @@ class Signal:
         conv: whether that operation is a convolution or linear layer.
         bias: how many bias numbers that operation holds.
         untouched: whether this is the entry itself.
+        mixed: whether elements are averages over one channel each: ``ids`` then tell the channel and nothing else.
     """
 
     form: Form
@@ -64,6 +65,7 @@ class Signal:
     conv: bool = False
     bias: int = 0
     untouched: bool = False
+    mixed: bool = False
 
     def with_form(self, form: Form, work: int | None = None, conv: bool = False, bias: int = 0) -> Signal:
         """Same layout, another function."""
@@ -115,6 +117,8 @@ def settle(signal: Signal) -> Signal:
     """The same value in canonical layout; refuses if it does not lie that way."""
     if signal.ids is None:
         return signal
+    if signal.mixed:
+        raise RefusalError(Reason.LAYOUT, "is averaged over positions before")
     shape = _example_shape(signal)
     whole = _numbered(shape)
     axis = signal.view.channel_axis
@@ -135,6 +139,21 @@ def move(signal: Signal, operation: Callable[[Tensor], Any]) -> Any:
     if isinstance(moved, (tuple, list)):
         return tuple(_moved(signal, part) for part in moved)
     return _moved(signal, moved)
+
+
+def average(signal: Signal, operation: Callable[[Tensor], Any]) -> Signal:
+    """Apply an operation of which each element is a weighted mean of elements of one channel.
+
+    A map of each channel may as well act before it: the weights add up to 1. Which channel an element belongs to, the
+    operation says itself, of a tensor that holds the number of its channel everywhere.
+    """
+    ids = _ids(signal)
+    averaged = operation(_channel_of(signal, ids).double())
+    channel = averaged.round()
+    if not bool(((averaged - channel).abs() < 1e-6).all()):
+        raise RefusalError(Reason.LAYOUT, "averages over several channels")
+    numbers = channel.long() * _positions(signal)
+    return replace(signal, ids=numbers, mixed=True, work=0, conv=False, bias=0, untouched=False)
 
 
 def pick(signal: Signal, operation: Callable[[Tensor], Any]) -> Any:
@@ -177,7 +196,7 @@ def crop(signal: Signal, index: Sequence[Any]) -> Signal:
 
 def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor], along: int | None = None) -> Signal:
     """Concatenate (``along`` a dimension) or stack: channels of several signals become channels of one."""
-    if len({part.view for part in parts}) != 1:
+    if len({part.view for part in parts}) != 1 or any(part.mixed for part in parts):
         raise RefusalError(Reason.LAYOUT)
     form = ConvForm.concat([part.form for part in parts])
     joined = replace(parts[0], form=form, ids=None, work=0, conv=False, bias=0, untouched=False)
@@ -194,18 +213,32 @@ def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor], 
 
 def per_channel(signal: Signal, value: Tensor) -> Tensor:
     """``value``, broadcast against the signal, as one number per channel of its form ``(out,)``; else refuses."""
-    axis, perm = _channel_axis(signal)
     if value.numel() == 1:
         return value.reshape(1).expand(signal.form.out_channels)
-    rank = signal.ids.dim() if signal.ids is not None else signal.view.rank
-    at = axis if axis < 0 else axis - (rank if rank is not None else signal.view.n + 2)
+    if signal.ids is not None:
+        return value.reshape(-1)[_numbers_of_channels(signal, value.shape).to(value.device)]
+    rank = signal.view.rank if signal.view.last else signal.view.n + 2
+    at = -1 if signal.view.last else -1 - signal.view.n
     wrong = [i for i in range(-value.dim(), 0) if i != at and value.shape[i] != 1]
-    if wrong or value.dim() < -at or value.shape[at] not in (1, signal.form.out_channels):
+    if wrong or value.dim() < -at or value.shape[at] not in (1, signal.form.out_channels) or value.dim() > (rank or 99):
         raise RefusalError(Reason.NOT_PER_CHANNEL, f"{Reason.NOT_PER_CHANNEL.value}: shape {tuple(value.shape)}")
     flat = value.reshape(-1)
-    if flat.numel() == 1:
-        return flat.expand(signal.form.out_channels)
-    return flat if perm is None else flat[torch.tensor(perm, device=flat.device)]
+    return flat.expand(signal.form.out_channels) if flat.numel() == 1 else flat
+
+
+def _numbers_of_channels(signal: Signal, shape: torch.Size) -> Tensor:
+    """Which number of a constant of this shape meets each channel of the form; refuses if several meet one."""
+    assert signal.ids is not None
+    channel = _channel_of(signal, signal.ids)
+    try:
+        met = _numbered(tuple(shape)).expand(channel.shape)
+    except RuntimeError as error:
+        raise RefusalError(Reason.NOT_PER_CHANNEL, f"{Reason.NOT_PER_CHANNEL.value}: shape {tuple(shape)}") from error
+    found = torch.full((signal.form.out_channels,), -1, dtype=torch.long, device="cpu")
+    found[channel.flatten()] = met.flatten()
+    if bool((found < 0).any()) or not torch.equal(found[channel], met):
+        raise RefusalError(Reason.NOT_PER_CHANNEL, f"{Reason.NOT_PER_CHANNEL.value}: shape {tuple(shape)}")
+    return found
 
 
 def channel_axis_is(signal: Signal, wanted: int) -> bool:
@@ -236,9 +269,12 @@ def _channel_axis(signal: Signal) -> tuple[int, list[int] | None]:
 
 def _channel_of(signal: Signal, ids: Tensor) -> Tensor:
     """The form's channel that each element number belongs to."""
-    shape = _example_shape(signal)
-    inner = 1 if signal.view.last else math.prod(shape[2:])
-    return (ids // inner) % signal.form.out_channels
+    return (ids // _positions(signal)) % signal.form.out_channels
+
+
+def _positions(signal: Signal) -> int:
+    """How many positions each channel of the example has."""
+    return 1 if signal.view.last else math.prod(_example_shape(signal)[2:])
 
 
 def _only_channels(signal: Signal, ids: Tensor, axis: int) -> bool:
@@ -247,7 +283,7 @@ def _only_channels(signal: Signal, ids: Tensor, axis: int) -> bool:
         return True
     if signal.ids is None:
         return axis == signal.view.channel_axis % ids.dim()
-    step = 1 if signal.view.last else math.prod(_example_shape(signal)[2:])
+    step = _positions(signal)
     channel = _channel_of(signal, ids)
     rest = ids - channel * step
     return bool((rest == rest.narrow(axis, 0, 1)).all())
