@@ -89,13 +89,13 @@ class _Compilation(Compilation[Program]):
             return Checked(Verdict.INCONCLUSIVE, f"not compared: {error}")
         return check(observed, module_of(result), exact=self.ledger.exact, effects=False)
 
-    def gone(self, entry: str, dying: Collection[str]) -> tuple[str, ...]:
+    def gone(self, entry: str, dying: Collection[str], staying: Collection[str] = ()) -> tuple[str, ...]:
         gone = {self.nodes[name] for name in dying}
         todo = list(gone)
         while todo:
             for source in todo.pop().all_input_nodes:
                 only_here = source.op == "call_function" and gone.issuperset(source.users)
-                if source.name != entry and source not in gone and only_here:
+                if source.name not in {entry, *staying} and source not in gone and only_here:
                     gone.add(source)
                     todo.append(source)
         return tuple(node.name for node in self.program.graph.nodes if node in gone)

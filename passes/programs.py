@@ -77,7 +77,7 @@ class Compilation(ABC, Generic[Graph]):
         """The value of ``result`` for each value of ``entry``, in float64, and the largest magnitude on the way."""
 
     @abstractmethod
-    def gone(self, entry: str, dying: Collection[str]) -> tuple[str, ...]:
+    def gone(self, entry: str, dying: Collection[str], staying: Collection[str] = ()) -> tuple[str, ...]:
         """The values that are no longer computed, in order: those that die, and what is only there for them."""
 
     @abstractmethod
@@ -124,15 +124,14 @@ class Compilation(ABC, Generic[Graph]):
         told.notes = [f"not read: {', '.join(unread)}"] if unread else []
 
     def _guard(self, candidate: Candidate) -> Placement | Refusal:
-        if candidate.entry not in self.names or candidate.result not in self.names:
+        ends = [candidate.entry, candidate.last, candidate.result, *candidate.moved[-1:]]
+        if any(node not in self.names for node in ends):
             return Refusal(Reason.LAYOUT, "begins or ends inside of one operation of the graph")
-        if candidate.moved:
-            return Refusal(Reason.LAYOUT, "lies behind a change of layout")
         found = self.memory.refusal(candidate) or self.guard(candidate)
         if found is not None:
             return found
-        dying = {*candidate.dying, *candidate.constants}
-        for node in candidate.dying:
+        dying = {*candidate.dying, *candidate.constants, *candidate.moved}
+        for node in [*candidate.dying, *candidate.moved]:
             if node is candidate.result or node not in self.names:
                 continue
             if any(user not in dying for user in node.users):
@@ -148,9 +147,12 @@ class Compilation(ABC, Generic[Graph]):
             weight, bias = self._numbers(fold, taken)
             taken |= {weight, bias}
             dying = {self.names[node] for node in candidate.dying if node in self.names}
-            entry, result = self.names[candidate.entry], self.names[candidate.result]
-            gone = tuple(name for name in self.gone(entry, dying) if name != result)
-            self.edits[fold] = Substitute(result, entry, describe(fold.layer, {}), gone, weight, bias)
+            entry, result = self.names[candidate.entry], self.names[candidate.last]
+            staying = {self.names[node] for node in candidate.moved if node in self.names}
+            gone = tuple(name for name in self.gone(entry, dying, staying) if name != result)
+            ends = (candidate.moved[-1], candidate.result) if candidate.moved else ()
+            layer = describe(fold.layer, {})
+            self.edits[fold] = Substitute(result, entry, layer, gone, weight, bias, *(self.names[n] for n in ends))
         return None, {}
 
     def _numbers(self, fold: Fold, taken: set[str]) -> tuple[str, str]:

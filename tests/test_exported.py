@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_layouts
 import torch
 from blocks import lively
 from small_networks import Net, Parallel, images, ready
@@ -296,3 +297,24 @@ def test_a_wrong_edit_is_taken_back_alone(monkeypatch: pytest.MonkeyPatch, caplo
     assert torch.allclose(result.module()(maps()), program.module()(maps()), atol=1e-5)
     with pytest.raises(EquivalenceError, match="differs"):
         reparam.collapse(program, strict=True)
+
+
+AVERAGED = ("transposed", "flat", "flipped", "one pixel", "mean", "pooled", "upsampled", "bilinear", "shuffled pixels")
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_a_norm_behind_what_moves_or_averages(name: str) -> None:
+    case = test_layouts.FOLDS[name]
+    model, x = case.build(), case.input()
+    program = torch.export.export(model, (x,))
+    folded, report = reparam.collapse_with_report(program)
+    assert report.after is not None
+    assert (len(report.folds), report.after.norms) == (1, 0)
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL
+    assert torch.allclose(folded.module()(x), model(x), rtol=1e-12, atol=1e-12)
+    folded.run_decompositions()
+    with io.BytesIO() as file:
+        torch.export.save(folded, file)
+        file.seek(0)
+        assert torch.allclose(torch.export.load(file).module()(x), model(x), rtol=1e-12, atol=1e-12)

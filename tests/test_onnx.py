@@ -119,6 +119,18 @@ CASES: dict[str, Case] = {
     "NHWC": (f"t = Transpose <perm=[0,3,1,2]> (x)\n a = Conv <{PADS}> (t, w, b)\n"
              f" c = {BN.format('a', 'n')}\n y = Transpose <perm=[0,2,3,1]> (c)",
              {**CONVS, **norm("n")}, {"shape": "N,12,12,4"}),
+    "an affine map in another layout": (
+        f"a = Conv <{PADS}> (x, w, b)\n t = Transpose <perm=[0,2,3,1]> (a)\n c = Mul (t, s)\n y = Add (c, b)",
+        {**CONVS, "s": array(C)}, {}),
+    "and back": (
+        f"a = Conv <{PADS}> (x, w, b)\n t = Transpose <perm=[0,2,3,1]> (a)\n c = Mul (t, s)\n"
+        " y = Transpose <perm=[0,3,1,2]> (c)", {**CONVS, "s": array(C)}, {}),
+    "behind global pooling": (
+        f"a = Conv <{PADS}> (x, w, b)\n p = GlobalAveragePool (a)\n y = {BN.format('p', 'n')}",
+        {**CONVS, **norm("n")}, {}),
+    "behind a shuffle of pixels": (
+        f"a = Conv <{PADS}> (x, w)\n p = DepthToSpace <blocksize=2, mode=\"CRD\"> (a)\n y = {BN.format('p', 'n')}",
+        {"w": array(4 * C, C, 3, 3), **norm("n")}, {}),
     "Gemm twice": ("a = Gemm <transB=1> (x, w, b)\n y = Gemm <alpha=2.0, beta=0.5> (a, v, c)",
                    {"w": array(8, C), "v": array(8, 3), "b": array(8), "c": array(1, 3)}, {"shape": "N,4"}),
     "MatMul and Add": ("a = MatMul (x, w)\n c = Add (a, b)\n d = MatMul (c, v)\n y = Add (d, e)",
@@ -132,6 +144,8 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+MOVED = ("NHWC", "reflection", "an affine map in another layout", "and back", "behind global pooling",
+         "behind a shuffle of pixels")  # fmt: skip
 ZERO = "z = ConstantOfShape (channels)"
 CASES |= {
     "a bias that is computed": (f"{ZERO}\n a = Conv <{PADS}> (x, w, z)\n y = {BN.format('a', 'n')}",
@@ -140,7 +154,7 @@ CASES |= {
         f"size = Shape <start=0, end=1> (w)\n c = CastLike (half, x)\n z = Expand (c, size)\n"
         f" a = Conv <{PADS}> (x, w, z)\n c2 = CastLike (half, a)\n z2 = Expand (c2, size)\n"
         " y = Conv (a, v, z2)",
-        {**CONVS, "v": array(8, C, 1, 1), "w": array(C, C, 3, 3), "half": np.array(0.5, dtype=np.float16)},
+        {**CONVS, "half": np.array(0.5, dtype=np.float16)},
         {"opset": 17}),
     "a kernel that is computed": (
         "p = Reshape (w, rows)\n q = MatMul (p, d)\n r = Reshape (q, kernel)\n k = Transpose <perm=[1,0,2,3]> (r)\n"
@@ -181,7 +195,7 @@ def test_a_region_becomes_one_operator(name: str, constants: bool, tmp_path: Pat
     assert report.checked is not None
     assert report.checked.verdict is Verdict.EQUAL
     kinds = operators(result)
-    movement = {"Transpose", "Pad"} if name in ("NHWC", "reflection") else set()
+    movement = {"Transpose", "Pad", "GlobalAveragePool", "DepthToSpace"} if name in MOVED else set()
     layers = [kind for kind in kinds if kind not in movement]
     assert layers in (["Conv"], ["ConvTranspose"], ["Gemm"], ["MatMul", "Add"]), kinds
     assert [v.name for v in result.graph.outputs] == ["y"]

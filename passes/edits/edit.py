@@ -160,6 +160,9 @@ class Substitute:
         layer: the layer.
         gone: names of the calls that are no longer made.
         weight, bias: names of the layer's numbers in the state dict; without bias: empty.
+        moved: name of the value that the layer's becomes by operations that stay, if there are any between the layer
+            and the end of what goes.
+        end: name of the value that is this one from now on.
     """
 
     path: str
@@ -168,6 +171,8 @@ class Substitute:
     gone: tuple[str, ...]
     weight: str
     bias: str = ""
+    moved: str = ""
+    end: str = ""
 
     def __str__(self) -> str:
         return f"compute {self.path} from {self.source} by {self.layer}"

@@ -66,6 +66,9 @@ class ModuleGraph:
             owner._parameters.pop(last, None)
             owner._buffers.pop(last, None)
 
+    def returned(self, old: str, new: str) -> None:
+        """Return another value where this one was: the graph says so itself."""
+
     def finished(self) -> fx.GraphModule:
         self.graph.lint()
         self.result.recompile()
@@ -114,6 +117,11 @@ class ProgramGraph:
             self.graph.erase_node(nodes[name])
             self.state.pop(name, None)
 
+    def returned(self, old: str, new: str) -> None:
+        """Return another value where this one was."""
+        specs = self.signature.output_specs
+        specs[:] = [replace(s, arg=TensorArgument(new)) if s.arg.name == old else s for s in specs]
+
     def finished(self) -> ExportedProgram:
         self.graph.lint()
         self.module.recompile()
@@ -159,6 +167,9 @@ def substitute(
         # The last call takes the place of the one that gave the value: its name, its readers and what is said of it.
         result.target, result.args, result.kwargs = made.target, made.args, made.kwargs
         into.graph.erase_node(made)
+        if edit.end:
+            nodes[edit.end].replace_all_uses_with(nodes[edit.moved])
+            into.returned(edit.end, edit.moved)
         for name in reversed(edit.gone):
             into.graph.erase_node(nodes[name])
     into.drop(_unread(into.weights(), idle))

@@ -253,6 +253,15 @@ def _pad_mode(mode: str) -> Rule:
     return lambda graph, node, x, pad: graph.call_function(F.pad, (x, pad, mode))
 
 
+_SMOOTH = {"linear": 1, "bilinear": 2, "bicubic": 2, "trilinear": 3}
+
+
+def _upsample(mode: str) -> Rule:
+    return lambda graph, node, x, size, align_corners, scale=None: graph.call_function(
+        F.interpolate, (x, size, scale, mode, align_corners)
+    )
+
+
 def _rank(node: fx.Node) -> int | None:
     known = _known(node)
     return None if known is None else known.rank
@@ -270,6 +279,11 @@ _RULES: dict[str, Rule] = {
     "aten._native_batch_norm_legit_no_training.default": _batch_norm_in_evaluation,
     "aten.native_batch_norm.default": _batch_norm_of_several,
     **{f"aten.avg_pool{n}d.default": _same(getattr(F, f"avg_pool{n}d")) for n in (1, 2, 3)},
+    **{f"aten.adaptive_avg_pool{n}d.default": _same(getattr(F, f"adaptive_avg_pool{n}d")) for n in (1, 2, 3)},
+    **{f"aten._adaptive_avg_pool{n}d.default": _same(getattr(F, f"adaptive_avg_pool{n}d")) for n in (2, 3)},
+    **{f"aten.mean.{kind}": _same(torch.mean) for kind in ("default", "dim")},
+    **{f"aten.upsample_nearest{n}d.vec": _same(F.interpolate) for n in (1, 2, 3)},
+    **{f"aten.upsample_{mode}{n}d.vec": _upsample(mode) for mode, n in _SMOOTH.items()},
     "aten.pad.default": _same(F.pad),
     "aten.constant_pad_nd.default": lambda graph, node, x, pad, value=0.0: graph.call_function(
         F.pad, (x, pad, "constant", value)
@@ -301,6 +315,8 @@ _RULES: dict[str, Rule] = {
     "aten.unsqueeze.default": _same(torch.unsqueeze),
     "aten.flip.default": _same(torch.flip),
     "aten.roll.default": _same(torch.roll),
+    "aten.pixel_shuffle.default": _same(F.pixel_shuffle),
+    "aten.pixel_unshuffle.default": _same(F.pixel_unshuffle),
     "aten.channel_shuffle.default": _same(F.channel_shuffle),
     "aten.chunk.default": _same(torch.chunk),
     **dict.fromkeys(

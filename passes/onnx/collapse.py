@@ -89,8 +89,9 @@ class _Compilation(Compilation[ir.Model]):
             node = self.values[name].producer()
             if node in self.fused:
                 return Refusal(Reason.FUSED, f"{Reason.FUSED.value}: {self.fused[node]}")
-        gone = {*self.gone(self.names[candidate.entry], dying), self.names[candidate.result]}
-        for name in dying - {self.names[candidate.result]}:
+        moved = {self.names[node] for node in candidate.moved if node in self.names}
+        gone = {*self.gone(self.names[candidate.entry], dying, moved), self.names[candidate.result], *moved}
+        for name in (dying | moved) - {self.names[candidate.result]}:
             uses = [use.node for use in self.values[name].uses()]
             if any(all(str(value.name) not in gone for value in node.outputs) for node in uses):
                 return Refusal(Reason.SHARED, f"the kind or the shape of {name} is asked for")
@@ -105,12 +106,12 @@ class _Compilation(Compilation[ir.Model]):
     def compared(self, result: ir.Model, example: Any) -> Checked:
         return compare_models(self.model, result, example)
 
-    def gone(self, entry: str, dying: Collection[str]) -> tuple[str, ...]:
+    def gone(self, entry: str, dying: Collection[str], staying: Collection[str] = ()) -> tuple[str, ...]:
         gone = {node for name in dying if (node := self.values[name].producer()) is not None}
         todo = list(gone)
         while todo:
             for source in todo.pop().inputs:
-                node = None if source is None or source.name == entry else source.producer()
+                node = None if source is None or source.name in {entry, *staying} else source.producer()
                 if node is None or node in gone or constant_of(source) is not None:
                     continue  # what is written down goes with the last that reads it
                 uses = [use.node for value in node.outputs for use in value.uses()]

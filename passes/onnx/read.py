@@ -429,6 +429,22 @@ def _axes(function: Callable[..., Any]) -> Callable[[_Reader, ir.Node], fx.Node]
     return rule
 
 
+def _mean(reader: _Reader, node: ir.Node) -> fx.Node:
+    rank = reader.rank(node.inputs[0])  # type: ignore[arg-type]
+    if node.op_type == "GlobalAveragePool":
+        return reader.call(torch.mean, reader.arguments(node)[0], list(range(2, rank)), True)
+    axes = list(_attribute(node, "axes", [])) or reader.integers(_input(node, 1))
+    if not axes:
+        raise _Unread
+    return reader.call(torch.mean, reader.arguments(node)[0], axes, bool(_attribute(node, "keepdims", 1)))
+
+
+def _depth_to_space(reader: _Reader, node: ir.Node) -> fx.Node:
+    if _attribute(node, "mode", "DCR") != "CRD":
+        raise _Unread
+    return reader.call(F.pixel_shuffle, reader.arguments(node)[0], _attribute(node, "blocksize"))
+
+
 _RULES: dict[str, Callable[[_Reader, ir.Node], Any]] = {
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
@@ -446,6 +462,9 @@ _RULES: dict[str, Callable[[_Reader, ir.Node], Any]] = {
     "Cast": _cast,
     "AveragePool": _average_pool,
     "Pad": _pad,
+    "GlobalAveragePool": _mean,
+    "ReduceMean": _mean,
+    "DepthToSpace": _depth_to_space,
     "Concat": _concat,
     "Split": _split,
     "Slice": _slice,
@@ -462,10 +481,10 @@ KNOWN = frozenset(
         *_RULES,
         *("Constant", "Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Sigmoid", "HardSigmoid", "Tanh"),
         *("HardSwish", "Mish", "Softplus", "Softmax", "LogSoftmax", "Clip", "Exp", "Log", "Sqrt", "Pow", "Abs", "Erf"),
-        *("MaxPool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Max"),
+        *("MaxPool", "GlobalMaxPool", "ReduceSum", "ReduceMax", "ReduceMin", "Max"),
         *("Min", "LayerNormalization", "InstanceNormalization", "GroupNormalization", "Resize", "Upsample", "Shape"),
         *("ConstantOfShape", "Expand", "Tile", "Where", "Equal", "Less", "Greater", "Not", "And", "Or", "ArgMax"),
-        *("ArgMin", "TopK", "NonMaxSuppression", "DepthToSpace", "SpaceToDepth", "Einsum", "Range", "NonZero", "Floor"),
+        *("ArgMin", "TopK", "NonMaxSuppression", "SpaceToDepth", "Einsum", "Range", "NonZero", "Floor"),
         *("Ceil", "Round", "Reciprocal", "Swish", "Attention", "LSTM", "GRU", "RNN", "LRN", "LpNormalization"),
     )
 )

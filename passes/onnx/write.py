@@ -48,18 +48,29 @@ def substitute(
         gone = [values[name].producer() for name in edit.gone]
         idle = [v for node in [producer, *gone] if node is not None for v in node.inputs if v is not None]
         removed = [producer, *(node for node in reversed(gone) if node is not None)]
+        if edit.end:
+            values[edit.end].replace_all_uses_with(values[edit.moved], replace_graph_outputs=True)
         writer = _Writer(graph, producer, values, taken, edit, edit.source in matrices)
         new = writer.layer(layer, values[edit.source])
-        new.type, new.shape, new.doc_string = old.type, old.shape, old.doc_string
-        new.metadata_props.update(old.metadata_props)
+        _describe(new, old)
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         _remove(graph, removed)
         new.name = edit.path
         values[edit.path] = new
+        if edit.end:
+            end = values.pop(edit.moved)
+            _describe(end, values[edit.end])
+            end.name, values[edit.end] = edit.end, end
         listed = (model.ir_version or 0) < 4  # where initialisers are listed among the inputs
         _drop(graph, idle, values, listed)
         writer.register(listed)
     return result
+
+
+def _describe(new: ir.Value, old: ir.Value) -> None:
+    """Say of a value what was said of the one that it takes the place of."""
+    new.type, new.shape, new.doc_string = old.type, old.shape, old.doc_string
+    new.metadata_props.update(old.metadata_props)
 
 
 def _remove(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
