@@ -192,9 +192,9 @@ def pooled(**options: Any) -> nn.Module:
         (C3, BN),
     ),
     Case(
-        "spatial-flip",
+        "repeated",
         Reason.NO_CONVOLUTION,
-        lambda: Net(lambda m, x: m.bn(m.a(x).flip(3)), a=conv(), bn=nn.BatchNorm2d(4)),
+        lambda: Net(lambda m, x: m.bn(m.a(x).repeat(1, 1, 1, 2)), a=conv(), bn=nn.BatchNorm2d(4)),
         (C3, BN),
     ),
     Case(

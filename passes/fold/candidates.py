@@ -223,6 +223,8 @@ def _moved(
     head, inside, order = heads[-1], {*moved, *mapped}, interpreter.flow.order
     if not order[head] < order[moved[0]] or not order[moved[-1]] < order[mapped[0]]:
         return None
+    if signals[head].form.out_channels != value.form.out_channels:  # joined with itself, in another dimension
+        return None
     for node in (head, *moved, *mapped[:-1]):
         readers = interpreter.graph.readers(node)
         if not all(reader in inside or interpreter.flow.shape_only(reader) for reader in readers):
