@@ -16,6 +16,10 @@ _QUIET = {Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.RANK_UNKNOWN, Reason.CHA
 """Reasons that only say where a region ends; they explain a batch norm that stays, and nothing else."""
 
 
+_OWN = {Reason.RANK_UNKNOWN, Reason.BATCH_STATISTICS}
+"""Reasons of a norm itself, whatever stands before it."""
+
+
 def worth_saying(flow: Flow, selection: Selection) -> list[Refusal]:
     """One refusal per layer that stays: those of the laws, and for every batch norm why it is still there."""
     dead = {n for candidate, _ in selection.chosen for n in candidate.dying}
@@ -28,8 +32,8 @@ def worth_saying(flow: Flow, selection: Selection) -> list[Refusal]:
     for node in flow.nodes:
         if node not in dead and _is_norm(flow, node):
             name = flow.unit.name(node)
-            unknown = (r for r in selection.refusals if r.layer == name and r.reason is Reason.RANK_UNKNOWN)
-            said.setdefault(name, next(unknown, None) or _why_norm_stays(flow, node).at(name))
+            own = (r for r in selection.refusals if r.layer == name and r.reason in _OWN)
+            said.setdefault(name, next(own, None) or _why_norm_stays(flow, node).at(name))
     return list(said.values())
 
 

@@ -25,7 +25,7 @@ from passes.graph.aten import retarget
 from passes.graph.call import Call
 from passes.graph.errors import NotCapturedError, RejectedError, refusal_of
 from passes.graph.generators import states
-from passes.graph.leaf import has_hooks, inherits_forward, is_based_on_layer
+from passes.graph.leaf import SCRIPT, has_hooks, inherits_forward, is_based_on_layer
 from passes.graph.marks import Snapshot, no_mark
 from passes.graph.patches import patched
 from passes.graph.tracer import Tracer
@@ -133,6 +133,10 @@ def trace_units(
             if id(module) in seen or id(module) in whole or not _worth_tracing(module):
                 continue
             seen.add(id(module))
+            if isinstance(module, torch.jit.ScriptModule):
+                if all(refusal.layer != path for refusal in untraced):
+                    untraced.append(Refusal(Reason.UNTRACEABLE, SCRIPT, path))
+                continue
             if not _has_forward(module):
                 queue += _children(path, module)
                 continue
@@ -347,8 +351,6 @@ def _steps(graph: fx.Graph) -> list[tuple[fx.Node | None, str]]:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):
-        return False
     return "forward" in module.__dict__ or type(module).forward is not nn.Module.forward
 
 
@@ -371,6 +373,7 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
     for at, refusal in unit.opaque.items():
         leaf = root.get_submodule(at)
         failed = refusal.reason in UNREAD and not refusal.message.startswith("compiled")
+        failed = failed and not isinstance(leaf, torch.jit.ScriptModule)
         todo += _children(join(unit.path, at), leaf) if failed else [(join(unit.path, at), leaf)]
     entered = {id(call.module) for call in unit.calls} | {id(root.get_submodule(at)) for at in leaves}
     above = {p.rsplit(".", i)[0] for p in called | leaves for i in range(1, p.count(".") + 1)}

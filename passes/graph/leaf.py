@@ -12,7 +12,7 @@ from passes.graph.nodes import LAYERS
 from passes.graph.opset import Kind, base_operation, operation_of_layer
 from passes.refusal import Reason, Refusal
 
-__all__ = ["has_hooks", "inherits_forward", "is_based_on_layer", "leaf_refusal", "library_leaves"]
+__all__ = ["SCRIPT", "has_hooks", "inherits_forward", "is_based_on_layer", "leaf_refusal", "library_leaves"]
 
 _INHERITED = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR, Kind.NORM)
 
@@ -42,6 +42,9 @@ def library_leaves(which: str) -> list[Any]:
     return list(getattr(fx_module, which)()) if fx_module is not None else []
 
 
+SCRIPT = "it is a script of torch.jit, whose code is not read: collapse the model first, then script the result"
+
+
 def leaf_refusal(module: nn.Module, leaf_types: tuple[type, ...]) -> Refusal | None:
     """Why a module is one call in the graph; without a message for layers that the laws know."""
     plain = type(module) in LAYERS or inherits_forward(module)
@@ -51,7 +54,7 @@ def leaf_refusal(module: nn.Module, leaf_types: tuple[type, ...]) -> Refusal | N
     if plain:
         return Refusal(Reason.UNTRACEABLE, "")
     if isinstance(module, torch.jit.ScriptModule):
-        return Refusal(Reason.UNTRACEABLE, "compiled on its own: it is a script")
+        return Refusal(Reason.UNTRACEABLE, SCRIPT)
     if isinstance(module, leaf_types) and not is_based_on_layer(module):
         # A norm that activates or a conv that standardises its weight is read through.
         return Refusal(Reason.UNTRACEABLE, "compiled on its own: its library says that it cannot be traced")

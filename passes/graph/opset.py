@@ -231,6 +231,7 @@ OPERATIONS: tuple[Operation, ...] = (
         F.instance_norm,
         torch.instance_norm,
         "aten.instance_norm.default",
+        affine=True,
     ),
     _norm("local_response_norm", nn.LocalResponseNorm, nn.CrossMapLRN2d, F.local_response_norm),
     _norm("normalize", F.normalize),
@@ -512,7 +513,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("setitem", Kind.MOVEMENT, in_place=(operator.setitem,), resizes=True),
     # Reductions.
     _reduce("mean", torch.mean, "aten.mean.dim", "aten.mean.default", affine=True),
-    _reduce("sum", torch.sum, "aten.sum.dim_IntList", "aten.sum.default"),
+    _reduce("sum", torch.sum, "aten.sum.dim_IntList", "aten.sum.default", affine=True),
     _reduce("amax", torch.amax, "aten.amax.default"),
     _reduce("amin", torch.amin, "aten.amin.default"),
     *(_reduce(id, getattr(torch, id)) for id in ("max", "min", "prod", "std", "var", "norm", "argmax", "argmin")),

@@ -277,6 +277,7 @@ class Tracer(Questions):
         return value
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:
+        args, kwargs = self._by_place(kind, target, args, kwargs)
         node = self.graph.create_node(kind, target, args, kwargs, *rest, **named)
         node.meta["call"] = self.current
         if context() != self.current.context:
@@ -294,6 +295,22 @@ class Tracer(Questions):
             buffer = str(base.target) in self._buffers  # made to be kept from call to call
             self.stop(Reason.STATE if buffer else Reason.EFFECT, f"its forward writes into {base.target}")
         return node
+
+    def _by_place(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a call with the tensors that it works on in their places, as everybody else writes them."""
+        if not kwargs or kind not in ("call_function", "call_module"):
+            return args, kwargs
+        args, kwargs = tuple(args), dict(kwargs)
+        if kind == "call_module":
+            names = tuple(inspect.signature(self.root.get_submodule(target).forward).parameters)[:1]
+        else:
+            names = ("input", "tensors") if str(getattr(target, "__module__", "")).startswith("torch") else ()
+        for name in names:
+            if not args and name in kwargs:
+                args = (kwargs.pop(name),)
+        if len(args) == 1 and kind == "call_function" and names and "input" not in kwargs and "other" in kwargs:
+            args = (*args, kwargs.pop("other"))
+        return args, kwargs
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)

@@ -19,7 +19,19 @@ from passes.laws.arguments import constant, number, signal
 from passes.laws.values import Signal, channel_axis_is, per_channel, settle
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["add", "addcmul", "batch_norm", "batch_norm_arguments", "div", "mul", "neg", "rsub", "sub"]
+__all__ = [
+    "add",
+    "addcmul",
+    "batch_norm",
+    "batch_norm_arguments",
+    "div",
+    "instance_norm",
+    "instance_norm_arguments",
+    "mul",
+    "neg",
+    "rsub",
+    "sub",
+]
 
 
 def batch_norm(
@@ -53,6 +65,23 @@ def batch_norm_arguments(m: Any, weights: Any) -> tuple[Any, ...]:
     """Statistics, weights and options of a layer."""
     mean, var = weights(m, "running_mean"), weights(m, "running_var")
     return mean, var, weights(m, "weight"), weights(m, "bias"), m.training, m.momentum, m.eps
+
+
+def instance_norm(
+    x: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+    use_input_stats: bool = True, momentum: Any = 0.1, eps: float = 1e-5,
+) -> Signal:  # fmt: skip
+    """Instance norm in evaluation, with running statistics: the same as batch norm with them."""
+    if use_input_stats:
+        raise RefusalError(Reason.BATCH_STATISTICS, "instance norm uses the statistics of each input")
+    return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+
+
+def instance_norm_arguments(m: Any, weights: Any) -> tuple[Any, ...]:
+    """Statistics, weights and options of a layer."""
+    mean, var = weights(m, "running_mean"), weights(m, "running_var")
+    own = m.training or not m.track_running_stats
+    return mean, var, weights(m, "weight"), weights(m, "bias"), own, m.momentum, m.eps
 
 
 def mul(x: Any, y: Any) -> Signal:

@@ -14,7 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passes.graph.opset import OPERATIONS, Operation
-from passes.laws.channelwise import add, addcmul, batch_norm, batch_norm_arguments, div, mul, neg, rsub, sub
+from passes.laws.channelwise import (
+    add,
+    addcmul,
+    batch_norm,
+    batch_norm_arguments,
+    div,
+    instance_norm,
+    instance_norm_arguments,
+    mul,
+    neg,
+    rsub,
+    sub,
+)
 from passes.laws.conv import addmm, conv, conv_arguments, conv_transpose, conv_transpose_arguments, linear, matmul
 from passes.laws.movement import (
     along,
@@ -25,10 +37,12 @@ from passes.laws.movement import (
     dropout,
     getitem,
     identity,
+    mean,
     moved,
     size,
     stack,
     stochastic_depth,
+    total,
 )  # fmt: skip
 from passes.laws.pool import avg_pool, avg_pool_arguments, pad, pad_arguments
 
@@ -75,7 +89,9 @@ LAWS: dict[str, Law] = {
     "pixel_unshuffle": moved(F.pixel_unshuffle),
     **{f"adaptive_avg_pool{n}d": averaged(getattr(F, f"adaptive_avg_pool{n}d")) for n in (1, 2, 3)},
     "interpolate": averaged(F.interpolate),
-    "mean": averaged(torch.mean),
+    "mean": mean,
+    "sum": total,
+    "instance_norm": instance_norm,
     "view_as": as_other,
     "getattr": attribute,
     "size": size,
@@ -87,6 +103,7 @@ ARGUMENTS: dict[str, Callable[[Any, Weights], tuple[Any, ...]]] = {
     **{f"conv_transpose{n}d": conv_transpose_arguments for n in (1, 2, 3)},
     "linear": lambda m, weights: (weights(m, "weight"), weights(m, "bias")),
     **dict.fromkeys(("batch_norm", "batch_norm2d", "batch_norm3d"), batch_norm_arguments),
+    "instance_norm": instance_norm_arguments,
     **{f"avg_pool{n}d": avg_pool_arguments for n in (1, 2, 3)},
     "pad": pad_arguments,
     **{f"{mode}_pad{n}d": pad_arguments for mode in ("reflection", "replication", "circular") for n in (1, 2, 3)},

@@ -10,6 +10,7 @@ Exact whenever it is not refused: nothing is computed, or, in the last line, it 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from passes.laws.arguments import plain, signal
+from passes.laws.channelwise import add, mul
 from passes.laws.values import Signal, average, channel_axis_is, crop, merge, move, pick, settle
 from passes.refusal import Reason, RefusalError
 
 __all__ = [
-    "along", "as_other", "attribute", "averaged", "cat", "dropout", "getitem", "identity", "moved", "size", "stack",
-    "stochastic_depth",
+    "along", "as_other", "attribute", "averaged", "cat", "dropout", "getitem", "identity", "mean", "moved", "size",
+    "stack", "stochastic_depth", "total",
 ]  # fmt: skip
 
 Law = Callable[..., Any]
@@ -107,6 +109,29 @@ def averaged(operation: Law) -> Law:
         return average(value, run)
 
     return law
+
+
+def total(x: Any, dim: Any = None, keepdim: bool = False) -> Signal:
+    """``torch.sum`` over a dimension along which several values were stacked."""
+    value = signal(x)
+    if value.ids is None or not isinstance(dim, int):
+        raise RefusalError(Reason.NOT_AFFINE)
+    parts = move(value, lambda ids: ids.unbind(dim))
+    summed = functools.reduce(add, parts)
+    result: Signal = move(summed, lambda ids: ids.unsqueeze(dim)) if keepdim else summed
+    return result
+
+
+def mean(x: Any, dim: Any = None, keepdim: bool = False) -> Signal:
+    """``torch.mean``: of values that were stacked, or over positions."""
+    value = signal(x)
+    if value.ids is not None and not value.mixed and isinstance(dim, int):
+        try:
+            return mul(total(x, dim, keepdim), 1 / value.ids.shape[dim])
+        except RefusalError:
+            pass  # they are positions
+    result: Signal = averaged(torch.mean)(x, dim, keepdim)
+    return result
 
 
 def as_other(x: Any, other: Any) -> Any:

@@ -1,0 +1,106 @@
+"""Ways of writing the same network: keywords for tensors, stacked branches that are summed, norms of another name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_networks import ready
+from test_layouts import Net, conv, norm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import reparam
+from passes.proof.compare import Verdict
+from passes.refusal import Reason
+
+C = 6
+IMAGE = torch.randn(2, 3, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def collapsed(forward: Callable[[Any, Tensor], Any], **layers: nn.Module) -> tuple[Any, reparam.Explanation]:
+    """The network after collapse, which computes what it did; and its report."""
+    torch.manual_seed(0)
+    model: Any = ready(Net(forward, **layers)).double()
+    folded, report = reparam.collapse_with_report(model, example_inputs=IMAGE)
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL
+    assert not report.taken_back
+    return folded, report
+
+
+KEYWORDS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "functions": lambda m, x: F.batch_norm(
+        input=F.conv2d(input=x, weight=m.a.weight, bias=m.a.bias),
+        running_mean=m.n.running_mean, running_var=m.n.running_var, weight=m.n.weight, bias=m.n.bias),
+    "layers": lambda m, x: m.n(input=m.a(input=x)).relu(),
+    "two operands": lambda m, x: torch.add(input=m.n(m.a(x)), other=m.n.bias[:, None, None]).relu(),
+    "a list": lambda m, x: m.n(torch.cat(tensors=[m.a(x)], dim=1)).relu(),
+    "of others": lambda m, x: torch.where(x.mean() > 9, input=m.n(m.a(x)), other=m.n.bias[:, None, None]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_tensors_by_keyword(name: str) -> None:
+    _, report = collapsed(KEYWORDS[name], a=conv(), n=norm(2))
+    assert len(report.folds) == 1
+
+
+def branches(count: int = 3) -> dict[str, nn.Module]:
+    made = (nn.Sequential(nn.Conv2d(3, C, k, padding=k // 2, bias=False), norm(2)) for k in (1, 3, 3)[:count])
+    return {f"b{i}": branch for i, branch in enumerate(made)}
+
+
+SUMS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "method": lambda m, x: torch.stack([m.b0(x), m.b1(x), m.b2(x)]).sum(0).relu(),
+    "function": lambda m, x: torch.sum(torch.stack([m.b0(x), m.b1(x), m.b2(x)], 1), dim=1).relu(),
+    "mean": lambda m, x: torch.stack([m.b0(x), m.b1(x), m.b2(x)], dim=-1).mean(-1).relu(),
+    "kept": lambda m, x: torch.stack([m.b0(x), m.b1(x), m.b2(x)]).sum(0, keepdim=True)[0].relu(),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_stacked_branches(name: str) -> None:
+    _, report = collapsed(SUMS[name], **branches())
+    assert report.after is not None
+    assert (report.after.convs, report.after.norms) == (1, 0)
+
+
+OTHER_SUMS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "over space": lambda m, x: torch.stack([m.b0(x), m.b1(x), m.b2(x)]).sum(3).relu(),
+    "over all": lambda m, x: torch.stack([m.b0(x), m.b1(x), m.b2(x)]).sum(),
+    "of both": lambda m, x: torch.stack([m.b0(x), m.b1(x), m.b2(x)]).sum((0, 3)).relu(),
+    "over the batch": lambda m, x: torch.stack([m.b0(x), m.b1(x), m.b2(x)]).mean(1).relu(),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SUMS)
+def test_other_sums_leave_the_branches(name: str) -> None:
+    _, report = collapsed(OTHER_SUMS[name], **branches())
+    assert report.after is not None
+    assert (report.after.convs, report.after.norms) == (3, 0)
+
+
+def test_instance_norm_with_running_statistics() -> None:
+    folded, report = collapsed(
+        lambda m, x: m.n(m.a(x)).relu(), a=conv(), n=nn.InstanceNorm2d(C, affine=True, track_running_stats=True)
+    )
+    assert len(report.folds) == 1
+    assert not any(isinstance(m, nn.InstanceNorm2d) for m in folded.modules())
+
+
+def test_instance_norm_of_its_input_says_so() -> None:
+    _, report = collapsed(lambda m, x: m.n(m.a(x)).relu(), a=conv(), n=nn.InstanceNorm2d(C, affine=True))
+    assert [(r.layer, r.reason) for r in report.refusals] == [("n", Reason.BATCH_STATISTICS)]
+    assert "statistics of each input" in report.refusals[0].message
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_script_is_named() -> None:
+    model = ready(nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), nn.ReLU()))
+    for network, path in ((torch.jit.script(model), ""), (nn.Sequential(torch.jit.script(model)), "0")):
+        report = reparam.collapse_with_report(network)[1]
+        assert [r.layer for r in report.untraced] == [path]
+        assert "collapse the model first" in report.untraced[0].message
