@@ -27,6 +27,7 @@ from passes.fold.selection import Guard, select
 from passes.graph.capture import Unit, join, trace_units
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example, observed_ranks
+from passes.graph.leaf import is_pruned
 from passes.graph.variants import OtherCalls
 from passes.proof.compare import EquivalenceError
 from passes.proof.hold import FoldKey, Ledger
@@ -104,6 +105,8 @@ def _compile_unit(
     for fold in folds:
         where = "" if undos is None else edited.paths[fold.candidate]
         explanation.folds.append(Record.of(flow, fold.candidate, fold.form, where, fold.error))
+        pruned = [flow.unit.name(n) for n in fold.candidate.dying if n in flow.modules and is_pruned(flow.modules[n])]
+        explanation.notes += [f"the pruning mask of {name} is in the folded weights" for name in pruned]
         if undos is not None:
             edits = [*fold.placement.slots, *(rewrite.call.path for rewrite in fold.placement.rewrites)]
             key = _fold_key(flow, fold.candidate)

@@ -11,6 +11,7 @@ from small_networks import ready
 from test_layouts import Net, conv, norm
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import reparam
 from passes.proof.compare import Verdict
@@ -104,3 +105,35 @@ def test_a_script_is_named() -> None:
         report = reparam.collapse_with_report(network)[1]
         assert [r.layer for r in report.untraced] == [path]
         assert "collapse the model first" in report.untraced[0].message
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_pruning_masks_are_folded_and_told(trained: bool) -> None:
+    torch.manual_seed(0)
+    model = ready(nn.Sequential(nn.Conv2d(3, C, 3, bias=False), nn.BatchNorm2d(C))).double()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    if trained:  # the weight beside the mask is as the last forward left it
+        with torch.no_grad():
+            model[0].weight_orig.mul_(3)
+    folded, report = reparam.collapse_with_report(model, example_inputs=IMAGE)
+    assert len(report.folds) == 1
+    assert report.notes == ["the pruning mask of 0 is in the folded weights"]
+    with torch.no_grad():
+        assert torch.allclose(folded(IMAGE), model(IMAGE), rtol=1e-12, atol=1e-12)
+    assert float((folded[0].weight == 0).double().mean()) == 0.5
+    assert folded.state_dict().keys() == {"0.weight", "0.bias"}
+    assert prune.is_pruned(model)
+    assert not prune.is_pruned(folded)
+    refused = reparam.plan(model, "acb").refused[0].refusal
+    assert refused is not None
+    assert "prune.remove" in refused.message
+
+
+def test_a_layer_keeps_its_name_where_a_factor_goes() -> None:
+    """The factor stands in the code of another module than the convolution."""
+    folded, report = collapsed(
+        lambda m, x: m.body(x).mul(0.1) + x,
+        body=nn.Sequential(nn.Conv2d(3, C, 3, padding=1), nn.ReLU(True), nn.Conv2d(C, 3, 3, padding=1)),
+    )
+    assert len(report.folds) == 1
+    assert set(folded.state_dict()) == {f"body.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}

@@ -16,6 +16,7 @@ from passes.edits.holders import Holder, holders, substituted
 from passes.edits.layer import GEOMETRY
 from passes.edits.rewritten import Remainder, rewrite
 from passes.graph.attributes import carry_attributes
+from passes.graph.leaf import makes_weight
 
 __all__ = ["Undo", "apply", "remainder"]
 
@@ -209,7 +210,7 @@ def _inherit(old: nn.Module, new: nn.Module) -> None:
     carry_attributes(old, new)
     for name, table in vars(old).items():
         hooks = name.startswith(("_forward_", "_backward_")) and name.endswith("_hooks") and bool(table)
-        if hooks and not any(hasattr(hook, "compute_weight") for hook in table.values()):
+        if hooks and not any(makes_weight(hook) for hook in table.values()):
             new.__dict__[name] = table
     for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
         if vars(old).get(name):

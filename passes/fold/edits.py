@@ -189,9 +189,9 @@ class _Writer:
 def _dead_inside(region: Candidate, change: Change) -> list[fx.Node]:
     """Nodes of the region that vanish from the forward being rewritten."""
     found, dying = [], region.dying
-    if region.head is not None:  # the layer, and what lies behind the moved value, are taken away one by one
-        behind = region.head < change.old
-        dying = tuple(n for n in dying if (region.head < n) is behind)
+    if change.head is not None:  # the layer, and what lies behind its value, are taken away one by one
+        behind = change.head < change.old
+        dying = tuple(n for n in dying if (change.head < n) is behind)
     for node in [*dying, *region.constants]:
         chain = list(call_of(node).chain())
         if change.call in chain and change.tail not in chain:

@@ -8,6 +8,7 @@ become Identity, or what remains of them; (b) the region is one module's whole f
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +30,8 @@ __all__ = ["Placement", "Rewrite", "nodes_in", "place"]
 class Rewrite:
     """In the forward of ``call``, ``old`` is replaced by ``source``, through the folded layer if ``layer``.
 
-    ``tail`` is a child call that keeps part of the region and is edited on its own.
+    ``tail`` is a child call that keeps part of the region and is edited on its own. With ``head``, the region's layer
+    stands where that node was, and what lies behind it vanishes on its own.
     """
 
     call: Call
@@ -37,6 +39,7 @@ class Rewrite:
     source: fx.Node
     layer: bool
     tail: Call | None = None
+    head: fx.Node | None = None
 
 
 @dataclass
@@ -59,16 +62,44 @@ class Step:
 def place(layout: Layout, region: Candidate) -> Placement:
     """Decide where the folded layer goes; raises :class:`RefusalError` with ``CODE`` if nowhere."""
     _check_reach(layout, region)
+    if region.head is not None:
+        return _apart(layout, region, region.head, region.moved[-1])
     placement = Placement()
-    if region.head is None:
-        _put(layout, region, Step(region.result, region.entry, True), placement)
-        return placement
-    order = layout.flow.order
-    before = tuple(n for n in region.dying if order[n] <= order[region.head])
-    behind = tuple(n for n in region.dying if order[n] > order[region.head])
-    _put(layout, replace(region, dying=before), Step(region.head, region.entry, True), placement)
-    _put(layout, replace(region, dying=behind), Step(region.result, region.moved[-1], False), placement)
+    _put(layout, region, Step(region.result, region.entry, True), placement)
+    conv = _conv_elsewhere(layout, region, placement)
+    if conv is not None:
+        with suppress(RefusalError):
+            apart = _apart(layout, region, conv, conv)
+            if not any(rewrite.layer for rewrite in apart.rewrites):
+                return apart
     return placement
+
+
+def _apart(layout: Layout, region: Candidate, head: fx.Node, source: fx.Node) -> Placement:
+    """The layer where ``head`` was, and its value, as ``source`` has it, in the result's place."""
+    placement, order = Placement(), layout.flow.order
+    before = tuple(n for n in region.dying if order[n] <= order[head])
+    behind = tuple(n for n in region.dying if order[n] > order[head])
+    _put(layout, replace(region, dying=before), Step(head, region.entry, True), placement)
+    _put(layout, replace(region, dying=behind), Step(region.result, source, False), placement)
+    placement.rewrites = [replace(rewrite, head=head) for rewrite in placement.rewrites]
+    return placement
+
+
+def _conv_elsewhere(layout: Layout, region: Candidate, placement: Placement) -> fx.Node | None:
+    """The region's only convolution, if it is a layer that a rewritten forward would take away from where it stands.
+
+    There its weights have names that files know.
+    """
+    first, *behind = region.dying
+    calls = [rewrite.call for rewrite in placement.rewrites if rewrite.layer]
+    if region.convs != {first} or first.op != "call_module" or not behind or not calls:
+        return None
+    if str(first.target).rpartition(".")[0] in {call.path for call in calls}:
+        return None
+    inside = {first, *behind, *region.constants}
+    chained = all(source in inside or source in layout.flow.constant for n in behind for source in n.all_input_nodes)
+    return first if chained else None
 
 
 def _put(layout: Layout, region: Candidate, step: Step, placement: Placement) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.prune import BasePruningMethod
 
 from passes.graph.capture import Unit
 from passes.graph.copies import deep_copy
@@ -120,8 +121,10 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _computed(module: nn.Module, name: str) -> Tensor | None:
-    """A weight behind torch.nn.utils' weight_norm or spectral_norm hooks, or behind a parametrization."""
+    """A weight behind torch.nn.utils' weight_norm, spectral_norm or prune, or behind a parametrization."""
     for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
+            return hook.apply_mask(module)  # type: ignore[no-any-return]
         if getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
             extra = {"do_power_iteration": False} if "n_power_iterations" in vars(hook) else {}
             return hook.compute_weight(module, **extra)  # type: ignore[no-any-return]

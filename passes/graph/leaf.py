@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from passes.graph.nodes import LAYERS
 from passes.graph.opset import Kind, base_operation, operation_of_layer
 from passes.refusal import Reason, Refusal
 
-__all__ = ["SCRIPT", "has_hooks", "inherits_forward", "is_based_on_layer", "leaf_refusal", "library_leaves"]
+__all__ = [
+    "SCRIPT", "has_hooks", "inherits_forward", "is_based_on_layer", "is_pruned", "leaf_refusal", "library_leaves",
+    "makes_weight",
+]  # fmt: skip
 
 _INHERITED = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR, Kind.NORM)
 
@@ -30,10 +34,20 @@ def is_based_on_layer(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether user code runs around this module's forward or backward; torch's own weight_norm is none."""
+    """Whether user code runs around this module's forward or backward; what torch computes a weight by is none."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for name in names for hook in getattr(module, name, {}).values()]
-    return not all(hasattr(hook, "compute_weight") for hook in hooks)
+    return not all(makes_weight(hook) for hook in hooks)
+
+
+def makes_weight(hook: Any) -> bool:
+    """Whether this is a hook by which torch.nn.utils computes a weight: weight_norm, spectral_norm, prune."""
+    return hasattr(hook, "compute_weight") or isinstance(hook, BasePruningMethod)
+
+
+def is_pruned(module: nn.Module) -> bool:
+    """Whether weights of a module are multiplied by a mask of torch.nn.utils.prune."""
+    return any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
 
 
 def library_leaves(which: str) -> list[Any]:

@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from passes.edits.holders import apart
 from passes.graph.capture import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
+from passes.graph.leaf import is_pruned
 from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
 from passes.graph.variants import own_calls, variants
@@ -112,6 +113,8 @@ def _intrinsic(conv: _ConvNd, places: Counter[int], owners: Counter[int]) -> Ref
         return Refusal(Reason.BLOCK, "a transposed convolution: no block is defined for it")
     if hasattr(conv, "parametrizations"):
         return Refusal(Reason.COMPUTED, f"{Reason.COMPUTED.value}: remove it first (torch.nn.utils.parametrize)")
+    if is_pruned(conv):
+        return Refusal(Reason.COMPUTED, "it is pruned: make that permanent first (torch.nn.utils.prune.remove)")
     if "weight" not in conv._parameters:
         return Refusal(Reason.COMPUTED, "its weight is computed by weight_norm or spectral_norm: remove it first")
     if has_hooks(conv):
