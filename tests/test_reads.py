@@ -137,3 +137,12 @@ def test_a_layer_keeps_its_name_where_a_factor_goes() -> None:
     )
     assert len(report.folds) == 1
     assert set(folded.state_dict()) == {f"body.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("how", [lambda y: y.transpose(1, 2), lambda y: y.flatten(0, 1)])
+def test_a_norm_behind_an_unknown_rank_asks_for_inputs(how: Callable[[Tensor], Tensor]) -> None:
+    model = ready(Net(lambda m, x: m.n(how(m.a(x))).relu(), a=nn.Linear(5, C), n=norm(1))).double()
+    (refusal,) = reparam.explain(model).refusals
+    assert (refusal.layer, refusal.reason) == ("n", Reason.RANK_UNKNOWN)
+    assert "example_inputs" in refusal.message
+    assert len(reparam.explain(model, torch.randn(2, 7, 5).double()).folds) == 1

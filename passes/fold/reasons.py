@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
@@ -20,6 +22,10 @@ _OWN = {Reason.RANK_UNKNOWN, Reason.BATCH_STATISTICS}
 """Reasons of a norm itself, whatever stands before it."""
 
 
+FAR = 8
+"""Operations that are looked through for what makes a norm's place unknown."""
+
+
 def worth_saying(flow: Flow, selection: Selection) -> list[Refusal]:
     """One refusal per layer that stays: those of the laws, and for every batch norm why it is still there."""
     dead = {n for candidate, _ in selection.chosen for n in candidate.dying}
@@ -33,8 +39,23 @@ def worth_saying(flow: Flow, selection: Selection) -> list[Refusal]:
         if node not in dead and _is_norm(flow, node):
             name = flow.unit.name(node)
             own = (r for r in selection.refusals if r.layer == name and r.reason in _OWN)
-            said.setdefault(name, next(own, None) or _why_norm_stays(flow, node).at(name))
+            before = {flow.unit.name(n) for n in _affine_before(flow, node)}
+            unknown = (r for r in selection.refusals if r.layer in before and r.reason is Reason.RANK_UNKNOWN)
+            why = next(own, None) or next(unknown, None) or _why_norm_stays(flow, node)
+            said.setdefault(name, replace(why, layer=name))
     return list(said.values())
+
+
+def _affine_before(flow: Flow, node: fx.Node) -> list[fx.Node]:
+    """The affine operations through which a norm is reached, one after the other."""
+    found: list[fx.Node] = []
+    while len(found) < FAR:
+        sources = [source for source in node.all_input_nodes if source not in flow.constant]
+        if len(sources) != 1 or sources[0] not in flow.affine:
+            break
+        node = sources[0]
+        found.append(node)
+    return found
 
 
 def _is_norm(flow: Flow, node: fx.Node) -> bool:
