@@ -154,7 +154,7 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal) -> Candidat
     graph, flow, entry, form = interpreter.graph, interpreter.flow, interpreter.entry, value.form
     between = _between(graph, entry, result)
     head, moved = None, list[fx.Node]()
-    if value.ids is None:
+    if not value.is_moved:
         dying = _dying(interpreter, between, result, form)
     else:
         parts = _moved(interpreter, between, result, value)
@@ -214,10 +214,12 @@ def _moved(
 
     A map per channel may as well act before the layout changes.
     """
+    if not value.work or value.conv:
+        return None
     signals = {n: s for n in between if isinstance(s := interpreter.value(n), Signal)}
     mapped = [n for n in between if n in signals and signals[n].work and _lies_as(signals[n], value)]
-    moved = [n for n in between if n in signals and signals[n].ids is not None and n not in mapped]
-    heads = [n for n in between if n in signals and signals[n].ids is None]
+    moved = [n for n in between if n in signals and signals[n].is_moved and n not in mapped]
+    heads = [n for n in between if n in signals and not signals[n].is_moved]
     if result not in mapped or not moved or not heads or any(signals[n].work for n in moved):
         return None
     head, inside, order = heads[-1], {*moved, *mapped}, interpreter.flow.order
@@ -233,7 +235,7 @@ def _moved(
 
 
 def _lies_as(signal: Signal, other: Signal) -> bool:
-    return signal.ids is not None and other.ids is not None and torch.equal(signal.ids, other.ids)
+    return signal.is_moved and torch.equal(signal.ids, other.ids)
 
 
 def _stays_in_code(flow: Flow, node: fx.Node) -> bool:
@@ -290,7 +292,7 @@ def _harmless(interpreter: Interpreter, user: fx.Node, node: fx.Node, form: Form
     value = interpreter.value(node)
     if not isinstance(value, Signal):
         return True
-    return value.ids is None and value.form.same_size(form)
+    return not value.is_moved and value.form.same_size(form)
 
 
 def _dying_constants(graph: Contraction, dying: list[fx.Node]) -> list[fx.Node]:

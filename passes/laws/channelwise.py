@@ -46,9 +46,9 @@ def batch_norm(
         raise RefusalError(Reason.BATCH_STATISTICS)
     mean, var = constant(running_mean, value), constant(running_var, value)
     channels = value.form.out_channels
-    if value.ids is None and not channel_axis_is(value, 1):
+    if not value.is_moved and not channel_axis_is(value, 1):
         raise RefusalError(Reason.LAYOUT, "batch norm acts on dimension 1, which does not hold the channels here")
-    if value.ids is not None:  # a shuffle of pixels may have made several of one
+    if value.is_moved:  # a shuffle of pixels may have made several of one
         channels = value.ids.shape[1] if value.ids.dim() > 1 else 0
     if mean.shape[0] != channels:
         raise RefusalError(Reason.CHANNELS, f"batch norm of {mean.shape[0]} channels after {channels}")
@@ -137,9 +137,7 @@ def addcmul(x: Any, y: Any, z: Any, *, value: float = 1) -> Signal:
 def _sum(x: Signal, y: Signal) -> Signal:
     if x.mixed or y.mixed:
         raise RefusalError(Reason.LAYOUT, "a sum of averages, which may be different ones")
-    same_layout = (x.ids is None and y.ids is None) or (
-        x.ids is not None and y.ids is not None and torch.equal(x.ids, y.ids)
-    )
+    same_layout = (not x.is_moved and not y.is_moved) or (x.is_moved and y.is_moved and torch.equal(x.ids, y.ids))
     if not same_layout:
         x, y = settle(x), settle(y)
     if x.view != y.view:
@@ -155,6 +153,6 @@ def _affine(value: Signal, scale: Tensor | None, shift: Tensor | None) -> Signal
 
 def _dims_after_one(value: Signal) -> int:
     """How many dimensions stand behind the channels, so that a vector broadcasts along them."""
-    if value.ids is not None:
+    if value.is_moved:
         return value.ids.dim() - 2
     return 0 if value.view.last else value.view.n

@@ -116,7 +116,7 @@ class Interpreter:
             raise RefusalError(Reason.OTHER_INPUT)
         if region.moved:
             raise RefusalError(Reason.LAYOUT)
-        if (x.view.last, x.view.n) != (region.view.last, region.view.n) or x.ids is not None:
+        if (x.view.last, x.view.n) != (region.view.last, region.view.n) or x.is_moved:
             raise RefusalError(Reason.LAYOUT)
         form = region.form if self.dtype is None else form_of(self.flow, region, self.dtype)
         return x.with_form(form if x.untouched else x.form.then(form), work=form.weight.numel(), conv=True)

@@ -114,7 +114,7 @@ def averaged(operation: Law) -> Law:
 def total(x: Any, dim: Any = None, keepdim: bool = False) -> Signal:
     """``torch.sum`` over a dimension along which several values were stacked."""
     value = signal(x)
-    if value.ids is None or not isinstance(dim, int):
+    if not value.is_moved or not isinstance(dim, int):
         raise RefusalError(Reason.NOT_AFFINE)
     parts = move(value, lambda ids: ids.unbind(dim))
     summed = functools.reduce(add, parts)
@@ -125,7 +125,7 @@ def total(x: Any, dim: Any = None, keepdim: bool = False) -> Signal:
 def mean(x: Any, dim: Any = None, keepdim: bool = False) -> Signal:
     """``torch.mean``: of values that were stacked, or over positions."""
     value = signal(x)
-    if value.ids is not None and not value.mixed and isinstance(dim, int):
+    if value.is_moved and not value.mixed and isinstance(dim, int):
         try:
             return mul(total(x, dim, keepdim), 1 / value.ids.shape[dim])
         except RefusalError:

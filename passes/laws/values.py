@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +44,16 @@ class View:
         return -1 if self.last else 1
 
 
+class Late:
+    """Numbers of elements that are computed when they are asked for: few averages have a norm behind them."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self.make = cache(make)
+
+    def __call__(self) -> Tensor:
+        return self.make()
+
+
 @dataclass(frozen=True)
 class Signal:
     """An affine function of the entry.
@@ -50,22 +61,33 @@ class Signal:
     Args:
         form: the function.
         view: the layout of the entry, shared by all values of a region.
-        ids: number of each element in the canonical layout, for a small example; None if canonical.
+        elements: number of each element in the canonical layout, for a small example; None if canonical.
         work: multiply-adds of the operation that made this value, per output position.
         conv: whether that operation is a convolution or linear layer.
         bias: how many bias numbers that operation holds.
         untouched: whether this is the entry itself.
-        mixed: whether elements are averages over one channel each: ``ids`` then tell the channel and nothing else.
+        mixed: whether elements are averages over one channel each: their numbers tell the channel and nothing else.
     """
 
     form: Form
     view: View
-    ids: Tensor | None = None
+    elements: Tensor | Late | None = None
     work: int = 0
     conv: bool = False
     bias: int = 0
     untouched: bool = False
     mixed: bool = False
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the value does not lie as a convolution leaves it."""
+        return self.elements is not None
+
+    @property
+    def ids(self) -> Tensor:
+        """The numbers of the elements, of a value that does not lie as a convolution leaves it."""
+        assert self.elements is not None
+        return self.elements() if isinstance(self.elements, Late) else self.elements
 
     def with_form(self, form: Form, work: int | None = None, conv: bool = False, bias: int = 0) -> Signal:
         """Same layout, another function."""
@@ -75,7 +97,7 @@ class Signal:
     @property
     def shape(self) -> tuple[Any, ...]:
         """Shape as the traced code may use it; sizes of the example are marked so that they cannot become numbers."""
-        if self.ids is not None:
+        if self.is_moved:
             return tuple(Dim(s) for s in self.ids.shape)
         if self.view.last and self.view.rank is None:
             raise RefusalError(Reason.RANK_UNKNOWN)
@@ -115,7 +137,7 @@ class Dim:
 
 def settle(signal: Signal) -> Signal:
     """The same value in canonical layout; refuses if it does not lie that way."""
-    if signal.ids is None:
+    if not signal.is_moved:
         return signal
     if signal.mixed:
         raise RefusalError(Reason.LAYOUT, "is averaged over positions before")
@@ -130,7 +152,7 @@ def settle(signal: Signal) -> Signal:
     wanted = whole.index_select(axis, torch.tensor(rows, dtype=torch.long, device="cpu"))
     if wanted.shape != got.shape or not torch.equal(wanted, got):
         raise RefusalError(Reason.LAYOUT)
-    return replace(signal, form=signal.form.rows(rows), ids=None, untouched=False)
+    return replace(signal, form=signal.form.rows(rows), elements=None, untouched=False)
 
 
 def move(signal: Signal, operation: Callable[[Tensor], Any]) -> Any:
@@ -147,19 +169,22 @@ def average(signal: Signal, operation: Callable[[Tensor], Any]) -> Signal:
     A map of each channel may as well act before it: the weights add up to 1. Which channel an element belongs to, the
     operation says itself, of a tensor that holds the number of its channel everywhere.
     """
-    ids = _ids(signal)
-    averaged = operation(_channel_of(signal, ids).double())
-    channel = averaged.round()
-    if not bool(((averaged - channel).abs() < 1e-6).all()):
-        raise RefusalError(Reason.LAYOUT, "averages over several channels")
-    numbers = channel.long() * _positions(signal)
-    return replace(signal, ids=numbers, mixed=True, work=0, conv=False, bias=0, untouched=False)
+
+    def late() -> Tensor:
+        averaged = operation(_channel_of(signal, _ids(signal)).double())
+        channel = averaged.round()
+        if not bool(((averaged - channel).abs() < 1e-6).all()):
+            raise RefusalError(Reason.LAYOUT, "averages over several channels")
+        numbers: Tensor = channel.long() * _positions(signal)
+        return numbers
+
+    return replace(signal, elements=Late(late), mixed=True, work=0, conv=False, bias=0, untouched=False)
 
 
 def pick(signal: Signal, operation: Callable[[Tensor], Any]) -> Any:
     """As :func:`move`, along the channels: of a signal in canonical layout, only their order is looked at."""
     rank = signal.view.rank if signal.view.last else signal.view.n + 2
-    if signal.ids is not None or rank is None:
+    if signal.is_moved or rank is None:
         return move(signal, operation)
     shape = [1] * rank
     shape[signal.view.channel_axis] = -1
@@ -176,7 +201,7 @@ def pick(signal: Signal, operation: Callable[[Tensor], Any]) -> Any:
 
 def crop(signal: Signal, index: Sequence[Any]) -> Signal:
     """Python indexing: anything along channels, ``start:-stop:step`` along space."""
-    if signal.ids is None and not signal.view.last:
+    if not signal.is_moved and not signal.view.last:
         signal, index = _crop_space(signal, list(index))
     ids = _ids(signal)
     axis = 0
@@ -199,14 +224,14 @@ def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor], 
     if len({part.view for part in parts}) != 1 or any(part.mixed for part in parts):
         raise RefusalError(Reason.LAYOUT)
     form = ConvForm.concat([part.form for part in parts])
-    joined = replace(parts[0], form=form, ids=None, work=0, conv=False, bias=0, untouched=False)
-    if along in (1, -1 - joined.view.n) and not joined.view.last and all(part.ids is None for part in parts):
+    joined = replace(parts[0], form=form, elements=None, work=0, conv=False, bias=0, untouched=False)
+    if along in (1, -1 - joined.view.n) and not joined.view.last and all(not part.is_moved for part in parts):
         return joined
     whole = _canonical_ids(joined)
     axis, start, ids = joined.view.channel_axis, 0, []
     for part in parts:
         own = whole.narrow(axis, start, part.form.out_channels)
-        ids.append(own if part.ids is None else own.flatten()[_position(part)])
+        ids.append(own if not part.is_moved else own.flatten()[_position(part)])
         start += part.form.out_channels
     return _moved(joined, operation(ids))
 
@@ -215,7 +240,7 @@ def per_channel(signal: Signal, value: Tensor) -> Tensor:
     """``value``, broadcast against the signal, as one number per channel of its form ``(out,)``; else refuses."""
     if value.numel() == 1:
         return value.reshape(1).expand(signal.form.out_channels)
-    if signal.ids is not None:
+    if signal.is_moved:
         return value.reshape(-1)[_numbers_of_channels(signal, value.shape).to(value.device)]
     rank = signal.view.rank if signal.view.last else signal.view.n + 2
     at = -1 if signal.view.last else -1 - signal.view.n
@@ -228,7 +253,6 @@ def per_channel(signal: Signal, value: Tensor) -> Tensor:
 
 def _numbers_of_channels(signal: Signal, shape: torch.Size) -> Tensor:
     """Which number of a constant of this shape meets each channel of the form; refuses if several meet one."""
-    assert signal.ids is not None
     channel = _channel_of(signal, signal.ids)
     try:
         met = _numbered(tuple(shape)).expand(channel.shape)
@@ -253,7 +277,7 @@ def channel_axis_is(signal: Signal, wanted: int) -> bool:
 
 def _channel_axis(signal: Signal) -> tuple[int, list[int] | None]:
     """Axis of the channels, and for a non-canonical layout where each channel of the form stands along it."""
-    if signal.ids is None:
+    if not signal.is_moved:
         return signal.view.channel_axis, None
     channel = _channel_of(signal, signal.ids)
     for axis in range(channel.dim()):
@@ -281,7 +305,7 @@ def _only_channels(signal: Signal, ids: Tensor, axis: int) -> bool:
     """Whether moving along ``axis`` changes the channel and nothing else."""
     if ids.shape[axis] == 1:
         return True
-    if signal.ids is None:
+    if not signal.is_moved:
         return axis == signal.view.channel_axis % ids.dim()
     step = _positions(signal)
     channel = _channel_of(signal, ids)
@@ -335,17 +359,16 @@ def _line(ids: Tensor, axis: int) -> Tensor:
 
 
 def _ids(signal: Signal) -> Tensor:
-    return _canonical_ids(signal) if signal.ids is None else signal.ids
+    return _canonical_ids(signal) if not signal.is_moved else signal.ids
 
 
 def _position(signal: Signal) -> Tensor:
     """Index tensor that takes the signal's elements out of its flattened canonical layout."""
-    assert signal.ids is not None
     return signal.ids
 
 
 def _moved(signal: Signal, ids: Tensor) -> Signal:
-    moved = replace(signal, ids=ids, work=0, conv=False, bias=0, untouched=False)
+    moved = replace(signal, elements=ids, work=0, conv=False, bias=0, untouched=False)
     try:
         return settle(moved)
     except RefusalError:

@@ -93,7 +93,7 @@ class Reading:
             value = interpreter.value(self.result)
         if isinstance(value, Refusal):
             raise RefusalError(value.reason, value.message, value.layer)
-        if not isinstance(value, Signal) or value.ids is not None:
+        if not isinstance(value, Signal) or value.is_moved:
             raise RefusalError(Reason.LAYOUT)
         return value, interpreter
 
