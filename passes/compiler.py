@@ -28,6 +28,8 @@ from passes.graph.capture import Unit, join, trace_units
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example, observed_ranks
 from passes.graph.leaf import is_pruned
+from passes.graph.opset import base_operation
+from passes.graph.shapes import Known
 from passes.graph.variants import OtherCalls
 from passes.proof.compare import EquivalenceError
 from passes.proof.hold import FoldKey, Ledger
@@ -247,13 +249,26 @@ def _traced(model: nn.Module, explanation: Explanation, example: Example | None)
 
 
 def _ranks(model: nn.Module, units: list[Unit], example: Example | None) -> dict[Unit, list[int | None]]:
-    """Numbers of dimensions of what each unit is given, where an example shows them."""
+    """Numbers of dimensions of what each unit is given, where an example shows them.
+
+    What it shows of the results of calls that are not read is noted in the graphs.
+    """
     if example is None:
         return {}
-    if len(units) == 1 and units[0].root is model:
+    calls = [
+        (join(unit.path, str(node.target)), node)
+        for unit in units
+        for node in unit.graph.nodes
+        if node.op == "call_module" and str(node.target) in unit.opaque
+    ]
+    if len(units) == 1 and units[0].root is model and not calls:
         return {units[0]: [x.dim() if isinstance(x, Tensor) else None for x in example.args]}
-    seen = observed_ranks(model, [unit.path for unit in units], example)
-    return {unit: seen.get(unit.path, []) for unit in units}
+    given, returned = observed_ranks(model, [unit.path for unit in units], {path for path, _ in calls}, example)
+    for path, node in calls:
+        (rank,) = returned.get(path, [None])
+        if rank is not None and base_operation(model.get_submodule(path)) is None:
+            node.meta["known"] = Known(rank, None, None)
+    return {unit: given.get(unit.path, []) for unit in units}
 
 
 def clock(explanation: Explanation, stage: str) -> AbstractContextManager[None]:

@@ -146,3 +146,28 @@ def test_a_norm_behind_an_unknown_rank_asks_for_inputs(how: Callable[[Tensor], T
     assert (refusal.layer, refusal.reason) == ("n", Reason.RANK_UNKNOWN)
     assert "example_inputs" in refusal.message
     assert len(reparam.explain(model, torch.randn(2, 7, 5).double()).folds) == 1
+
+
+class Guarded(nn.Module):
+    """Cannot be read as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            raise ValueError("too bright")
+        y: Tensor = self.embed(x).relu()
+        return y
+
+
+def test_inputs_tell_the_rank_behind_what_is_not_read() -> None:
+    layers = {"g": Guarded(), "a": nn.Linear(5, C), "n": norm(1)}
+    model = ready(Net(lambda m, x: m.n(m.a(m.g(x)).transpose(1, 2)).relu(), **layers)).double()
+    assert Reason.RANK_UNKNOWN in [r.reason for r in reparam.explain(model).refusals]
+    x = torch.randn(2, 7, 5).double()
+    folded, report = reparam.collapse_with_report(model, example_inputs=x)
+    assert len(report.folds) == 1
+    with torch.no_grad():
+        assert torch.allclose(folded(x), model(x), rtol=1e-12, atol=1e-12)

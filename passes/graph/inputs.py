@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -279,15 +279,24 @@ def _config(model: nn.Module) -> Mapping[str, Any]:
     return {}
 
 
-def observed_ranks(model: nn.Module, paths: list[str], example: Example) -> dict[str, list[int | None]]:
-    """How many dimensions the arguments of the modules at ``paths`` have when a copy of ``model`` is run.
+def observed_ranks(
+    model: nn.Module, paths: Iterable[str], results: Iterable[str], example: Example
+) -> tuple[dict[str, list[int | None]], dict[str, list[int | None]]]:
+    """How many dimensions the arguments of modules have when a copy of ``model`` is run, and what others return.
 
     None where calls differ; empty if the model does not run on these inputs.
-    """
-    seen: dict[str, list[int | None]] = {}
 
-    def note(path: str, given: tuple[Any, ...]) -> None:
-        ranks = [x.dim() if isinstance(x, Tensor) else None for x in given]
+    Args:
+        model: not changed.
+        paths: of the modules whose arguments are looked at.
+        results: of those whose result is; what is no tensor has no rank.
+        example: inputs of the model.
+    """
+    given: dict[str, list[int | None]] = {}
+    returned: dict[str, list[int | None]] = {}
+
+    def note(seen: dict[str, list[int | None]], path: str, values: tuple[Any, ...]) -> None:
+        ranks = [x.dim() if isinstance(x, Tensor) else None for x in values]
         before = seen.get(path, ranks)
         seen[path] = [a if a == b else None for a, b in zip(before, ranks, strict=False)]
 
@@ -295,9 +304,11 @@ def observed_ranks(model: nn.Module, paths: list[str], example: Example) -> dict
     try:
         own = deep_copy(model)
         for path in paths:
-            own.get_submodule(path).register_forward_pre_hook(lambda _, given, path=path: note(path, given))
+            own.get_submodule(path).register_forward_pre_hook(lambda _, x, path=path: note(given, path, x))
+        for path in results:
+            own.get_submodule(path).register_forward_hook(lambda _, x, y, path=path: note(returned, path, (y,)))
         with torch.no_grad(), kept_generators():
             own(*copied(example.args), **copied(dict(example.kwargs)))
     except Exception:
-        return {}
-    return seen
+        return {}, {}
+    return given, returned
