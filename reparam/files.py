@@ -20,6 +20,7 @@ import os
 import pickle
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -52,6 +53,7 @@ __all__ = [
     "cast_like",
     "check_target",
     "check_writable",
+    "fill",
     "is_file_name",
     "load_into",
     "load_model",
@@ -361,8 +363,26 @@ def load_into(model: nn.Module, content: StateFile, path: str | os.PathLike[str]
     if problem:
         raise FileError(f"{path} does not fit the network: {problem}")
     cast_like(with_room(model), content.tensors)
-    model.load_state_dict(content.tensors, strict=True)
+    fill(model, content.tensors)
     return model.eval()
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, assign: bool = False) -> None:
+    """Load a state dict strictly, of which only the tensors are known.
+
+    A layer may ask for the version of the state dict that its library wrote (torchvision's MNASNet raises without one).
+    Such a file is taken to be of the version that is installed; torch's own layers read any.
+    """
+    state: Any = OrderedDict(tensors)
+    own = {path: module for path, module in model.named_modules() if not _says(type(module)).startswith("torch.")}
+    versions = {path: {"version": module._version} for path, module in own.items()}
+    state._metadata = getattr(tensors, "_metadata", None) or versions
+    model.load_state_dict(state, strict=True, assign=assign)
+
+
+def _says(kind: type[nn.Module]) -> str:
+    """The Python module of the class that says of which version the state dict of ``kind`` is."""
+    return next(base for base in kind.__mro__ if "_version" in vars(base)).__module__
 
 
 def cast_like(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:

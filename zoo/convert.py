@@ -416,7 +416,7 @@ def _hollow(model: nn.Module) -> nn.Module:
     """Move to the meta device what is in the state dict: a network that is only to be filled holds no numbers."""
     with torch.no_grad():
         empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-        model.load_state_dict(empty, strict=True, assign=True)
+        files.fill(model, empty, assign=True)
     return model
 
 

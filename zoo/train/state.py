@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from passes.edits.typed import fits, hints
 from reparam import ReparamError
-from reparam.files import misfit
+from reparam.files import fill, misfit
 from zoo.train.result import Epoch
 
 __all__ = ["DIGEST", "Parts", "State", "StateError", "check_digest", "digest", "parsed"]
@@ -150,9 +150,9 @@ class Parts:
 
     def take(self, state: State) -> None:
         """Go on from a state that :meth:`check` has let pass."""
-        self.model.load_state_dict(state.part("model"))
+        fill(self.model, state.part("model"))
         if self.averaged is not None:
-            self.averaged.load_state_dict(state.part("ema"))
+            fill(self.averaged, state.part("ema"))
         _unpack_optimizer(self.optimizer, state)
         if self.scaler is not None:
             self.scaler.load_state_dict(state.settings["scaler"])
