@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -171,3 +172,68 @@ def test_inputs_tell_the_rank_behind_what_is_not_read() -> None:
     assert len(report.folds) == 1
     with torch.no_grad():
         assert torch.allclose(folded(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def apart(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A function that cannot be read: what it returns may be what it is given."""
+    if float(x.sum()) > 1e9:
+        raise ValueError("too bright")
+    return x[:, :3], x[:, 3:]
+
+
+def together(y: Tensor, rest: Tensor) -> Tensor:
+    if float(y.sum()) > 1e9:
+        raise ValueError("too bright")
+    return y + rest
+
+
+def summed_in_place(m: Any, x: Tensor) -> Tensor:
+    y, rest = apart(torch.cat([x, x[:, :1]], 1))
+    z = m.a(y)
+    z += m.b(y)
+    return together(z, rest)
+
+
+def test_what_unread_code_makes_of_two_tensors_does_not_join_them() -> None:
+    """It may be either of them; a change of the one in place is none of the other."""
+    _, report = collapsed(summed_in_place, a=nn.Conv2d(3, C, 3, padding=1), b=nn.Conv2d(3, C, 1))
+    assert report.after is not None
+    assert report.after.convs == 1
+
+
+def changed_behind(m: Any, x: Tensor) -> Tensor:
+    y, rest = apart(torch.cat([x, x[:, :1]], 1))
+    z = m.a(y)
+    both = together(z, rest)
+    z += m.b(y)
+    return both + z
+
+
+def test_a_change_that_unread_code_may_hand_on_is_seen() -> None:
+    _, report = collapsed(changed_behind, a=nn.Conv2d(3, C, 3, padding=1), b=nn.Conv2d(3, C, 1))
+    assert report.after is not None
+    assert report.after.convs == 2
+
+
+class SamePadded(nn.Conv2d):
+    """Pads by the size of its input, in numbers of Python, as TensorFlow's layers do, and takes no symbols for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x.shape[2], int):
+            raise RuntimeError("a size that is no number")
+        wanted = [math.ceil(int(s) / 2) * 2 + self.kernel_size[0] - int(s) for s in x.shape[2:]]
+        return F.conv2d(F.pad(x, (0, wanted[1], 0, wanted[0])), self.weight, self.bias, stride=2)
+
+
+def test_the_type_of_what_a_layer_returns_is_known() -> None:
+    def listed(m: Any, x: Tensor) -> Tensor:
+        y = m.stem(x)
+        if isinstance(y, (list, tuple)):
+            y = y[-1]
+        result: Tensor = m.n(m.a(y)).relu()
+        return result
+
+    model = ready(Net(listed, stem=SamePadded(3, 3, 3), a=nn.Conv2d(3, C, 3), n=norm(2)))
+    plan = reparam.plan(model, "acb")
+    assert [row.layer for row in plan.expanded] == ["a"]
+    assert plan.expanded[0].found.norm is not None

@@ -31,7 +31,7 @@ class Memory:
     def refusal(self, region: Candidate) -> Refusal | None:
         """A refusal if the region's value, or a value that stays, depends on when something is changed in place."""
         memory, order = self.flow.memory, self.flow.order
-        if not memory.writes:
+        if not memory.written:
             return None
         entry, result = region.entry, region.result
         inside = {*region.between, *region.dying}
@@ -51,8 +51,7 @@ class Memory:
                 return self._say(change, "changes a tensor before the fold reads it")
         # Rule 2: a change that vanishes must not be seen by anyone else.
         for change in dying.intersection(memory.written) - probed:
-            for base in {memory.group[value] for value in memory.written[change]}:
-                values = memory.members[base]
+            for values in (memory.sharing(value) for value in memory.written[change]):
                 if any(value.op in ("placeholder", "get_attr") for value in values):
                     return self._say(change, "changes a tensor that its caller holds")
                 new = {result}  # what is made from the result is made from the fold's new tensor

@@ -41,12 +41,20 @@ class UnknownError(ValueError):
     """No answer: the value is not known, or the answer is not always the same."""
 
 
-class DependsError(UnknownError):
-    """The answer is not the same for every size; ``answer`` is that for the first one tried."""
+class UnseenError(UnknownError):
+    """Operations on the way take no symbols for sizes."""
 
-    def __init__(self, answer: Any, message: str) -> None:
+
+class DependsError(UnknownError):
+    """The answer is not the same for every size.
+
+    ``answer`` is that for the first one tried; ``unseen`` says that all that were tried agree, and that it cannot be
+    seen whether all others do.
+    """
+
+    def __init__(self, answer: Any, message: str, *, unseen: bool = False) -> None:
         super().__init__(message)
-        self.answer = answer
+        self.answer, self.unseen = answer, unseen
 
 
 class Answers:
@@ -148,7 +156,8 @@ class Answers:
                     try:
                         self._surely(runs[0].example, needed, question)
                     except UnknownError as error:
-                        raise DependsError(answers[0], str(error)) from error
+                        unseen = isinstance(error, UnseenError)
+                        raise DependsError(answers[0], str(error), unseen=unseen) from error
                 return answers[0]  # type: ignore[no-any-return]
         raise UnknownError(why)
 
@@ -171,7 +180,7 @@ class Answers:
             raise
         # An operation may refuse symbols, in any way.
         except Exception as error:
-            raise UnknownError(f"{_DEPENDS}, as far as can be seen ({type(error).__name__})") from error
+            raise UnseenError(f"{_DEPENDS}, as far as can be seen ({type(error).__name__})") from error
 
     def _unconditionally(self, compute: Callable[[], Any], node: fx.Node | None = None) -> None:
         """Raise :class:`UnknownError` if this sets a condition on sizes, which is no fact for what comes after."""

@@ -74,18 +74,15 @@ class Flow:
     def _written(self) -> set[fx.Node]:
         """Values made of weights that the forward changes, and those read under an older name after a change."""
         found: set[fx.Node] = set()
-        for base, changes in self.memory.writes.items():
-            values = self.memory.members[base]
-            last = max(self.order[change] for change in changes)
-            stale = any(
-                self.order[user] > self.order[change] > self.order[value]
-                for value in values
-                if self.order[value] < last
-                for user in value.users
-                for change in changes
-            )
-            if stale or any(value.op == "get_attr" for value in values):
-                found.update(values)
+        for change, into in self.memory.written.items():
+            for values in (self.memory.sharing(value) for value in into):
+                stale = any(
+                    self.order[user] > self.order[change] > self.order[value]
+                    for value in values
+                    for user in value.users
+                )
+                if stale or any(value.op == "get_attr" for value in values):
+                    found.update(values)
         return found
 
     def _refused(self, written: set[fx.Node]) -> dict[fx.Node, Refusal]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,31 +20,50 @@ from passes.graph.opset import Kind, Operation, is_shape_query, is_torch
 __all__ = ["Memory", "memory_of", "shared_by", "written_by"]
 
 
-@dataclass(frozen=True)
 class Memory:
     """Values that may share memory, and who writes.
 
+    A value is in memory of its own, or in that of values that it was made of; two may share memory if they may be in
+    the same. That is no equivalence: what code that nobody knows makes of two tensors may be either, and still those
+    two are apart.
+
     Args:
-        group: for each value, the first of the values that it may share memory with.
-        members: all values of a group, in order, by that first one; only of groups that are written into.
-        writes: the nodes that write into a group, in order.
         written: the arguments that a node writes into.
         hidden: nodes of which it is not known whether they write.
     """
 
-    group: dict[fx.Node, fx.Node]
-    members: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
-    writes: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
-    written: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
-    hidden: frozenset[fx.Node] = frozenset()
+    def __init__(self) -> None:
+        self.written: dict[fx.Node, list[fx.Node]] = {}
+        self.hidden: set[fx.Node] = set()
+        self._places: dict[fx.Node, int] = {}  # one bit for each place that a value may be in
+        self._own: dict[int, int] = {}  # the bit of a tensor that is read
+        self._changes: dict[int, list[fx.Node]] = {}
+        self._sharing: dict[int, list[fx.Node]] = {}
+
+    def put(self, node: fx.Node, sources: Iterable[fx.Node], held: Any = None) -> None:
+        """Enter a value that may be in memory of its own, or in that of ``sources``."""
+        places = 1 << len(self._places)
+        if held is not None:  # a tensor is read anew wherever it is used
+            places = self._own.setdefault(id(held), places)
+        for source in sources:
+            places |= self._places[source]
+        self._places[node] = places
 
     def changes(self, value: fx.Node) -> list[fx.Node]:
-        """The nodes that may change ``value``."""
-        return self.writes.get(self.group[value], []) if self.writes else []
+        """The nodes that may change ``value``, in order."""
+        places = self._places[value]
+        if places not in self._changes:
+            self._changes[places] = [
+                node for node, into in self.written.items() if any(self._places[other] & places for other in into)
+            ]
+        return self._changes[places]
 
     def sharing(self, value: fx.Node) -> list[fx.Node]:
-        """The values that may share memory with ``value``, itself included."""
-        return self.members.get(self.group[value], [value])
+        """The values that may share memory with ``value``, itself included, in order."""
+        places = self._places[value]
+        if places not in self._sharing:
+            self._sharing[places] = [node for node, other in self._places.items() if other & places]
+        return self._sharing[places]
 
 
 def memory_of(
@@ -57,48 +74,22 @@ def memory_of(
     opaque: Mapping[str, Any],
 ) -> Memory:
     """How the values of a graph lie in memory; ``held`` is what ``get_attr`` nodes read."""
-    first: dict[fx.Node, fx.Node] = {}
-    written: dict[fx.Node, list[fx.Node]] = {}
-
-    def root(node: fx.Node) -> fx.Node:
-        while first[node] is not node:
-            first[node] = first[first[node]]
-            node = first[node]
-        return node
-
-    order: dict[fx.Node, int] = {}
-    unknown: set[fx.Node] = set()
-    read: dict[int, fx.Node] = {}
+    memory = Memory()
     for node in nodes:
-        first[node], order[node] = node, len(order)
-        if node in held:  # a tensor is read anew wherever it is used
-            first[node] = read.setdefault(id(held[node]), node)
-        if node.op in ("placeholder", "get_attr", "output"):
-            continue
         operation = operations.get(node)
-        if isinstance(node.target, type) and all(user.op == "output" for user in node.users):
-            continue  # what holds the results on their way out
+        outward = isinstance(node.target, type) and all(user.op == "output" for user in node.users)
+        if node.op in ("placeholder", "get_attr", "output") or outward:  # or what holds the results on their way out
+            memory.put(node, (), held.get(node))
+            continue
         hidden = operation is None and not is_torch(node)
         hidden = hidden or (node.op == "call_module" and str(node.target) in opaque)
         if hidden:
-            unknown.add(node)
+            memory.hidden.add(node)
         changed = node.all_input_nodes if hidden else written_by(node, operation, modules.get(node))
         if changed:
-            written[node] = list(changed)
-        for other in [*changed, *(node.all_input_nodes if hidden else shared_by(node, operation))]:
-            a, b = root(node), root(other)
-            if a is not b:
-                first[max(a, b, key=order.__getitem__)] = min(a, b, key=order.__getitem__)
-    group = {node: root(node) for node in first}
-    writes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for node, values in written.items():
-        for base in dict.fromkeys(group[value] for value in values):
-            writes[base].append(node)
-    members: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for node, base in group.items():
-        if base in writes:
-            members[base].append(node)
-    return Memory(group, dict(members), dict(writes), written, frozenset(unknown))
+            memory.written[node] = list(changed)
+        memory.put(node, [*changed, *(node.all_input_nodes if hidden else shared_by(node, operation))])
+    return memory
 
 
 # ------------------------------------------------------------------ who writes

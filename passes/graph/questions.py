@@ -80,6 +80,8 @@ class Questions(TracerBase):
         try:
             answer = self.answers.ask(node, question)
         except DependsError as error:
+            if what == "type" and error.unseen:  # what an operation returns is of one type
+                return error.answer
             if type(error.answer) is not bool or what != "truth" or not self.forks:
                 self.stop(Reason.QUESTION, f"asks for the {what} of a value: {error}")
             return self._either(error.answer)
