@@ -100,7 +100,12 @@ def onnx(
     terminal.print(facts, soft_wrap=True)
     if out is not None:
         shown = [[row[0] if row[1] == BEFORE else "", *row[1:]] for row in rows]
-        write_text(out, f"# One ONNX file, four optimisers\n\n{facts}\n\n{markdown_table(HEADINGS, shown)}\n{note}\n")
+        asked = ",".join(Path(name).name for name in networks.split(","))
+        command = f"    reparam bench onnx{f' --networks {asked}' if networks else ''} --rounds {rounds}"
+        text = (
+            f"# One ONNX file, four optimisers\n\n{command}\n\n{facts}\n\n{markdown_table(HEADINGS, shown)}\n{note}\n"
+        )
+        write_text(out, text)
         terminal.print(f"wrote {out}", soft_wrap=True)
 
 
