@@ -476,9 +476,6 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str, Reason, str]] = {
         lambda: Calls(lambda m, x: m.conv(x.to(m.conv.weight.dtype)), conv=conv3()),
         "conv", Reason.CODE, "reads its weight",
     ),
-    "keyword argument": (
-        lambda: Calls(lambda m, x: m.conv(input=x), conv=conv3()), "conv", Reason.CODE, "keyword argument",
-    ),
 }  # fmt: skip
 
 

@@ -50,6 +50,18 @@ def test_tensors_by_keyword(name: str) -> None:
     assert len(report.folds) == 1
 
 
+@pytest.mark.parametrize("online", [False, True])
+def test_a_block_is_called_by_keyword_as_well(online: bool) -> None:
+    model = ready(Net(lambda m, x: m.n(input=m.a(input=x)).relu(), a=conv(), n=norm(2)))
+    plan = reparam.plan(model, "acb", online=online)
+    assert [row.layer for row in plan.expanded] == ["a"]
+    expanded = reparam.expand(model, "acb", online=online).eval()
+    with torch.no_grad():
+        assert torch.allclose(expanded(IMAGE.float()), model(IMAGE.float()), rtol=1e-5, atol=1e-5)
+    stock: Any = reparam.collapse(expanded, like=model)
+    assert stock.state_dict().keys() == model.state_dict().keys()
+
+
 def branches(count: int = 3) -> dict[str, nn.Module]:
     made = (nn.Sequential(nn.Conv2d(3, C, k, padding=k // 2, bias=False), norm(2)) for k in (1, 3, 3)[:count])
     return {f"b{i}": branch for i, branch in enumerate(made)}

@@ -31,11 +31,11 @@ class OnlineSum(BranchSum):
         self.geometry = Geometry.of(conv)
         self._record()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         # An optimizer's small steps are lost in bfloat16: the kernel is computed in the parameters' own dtype.
-        with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
+        with torch.autocast(input.device.type if isinstance(input, Tensor) else "cpu", enabled=False):
             weight, bias = self._program(self._values())
-        return self.geometry.convolve(x, weight, bias)
+        return self.geometry.convolve(input, weight, bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, online"

@@ -23,8 +23,8 @@ class KernelConv(nn.Module):
         """The kernel ``(out, in / groups, *kernel)``."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.geometry.convolve(x, self.kernel(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.geometry.convolve(input, self.kernel(), self.bias)
 
     def extra_repr(self) -> str:
         return str(self.geometry)

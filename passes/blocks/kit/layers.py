@@ -94,14 +94,14 @@ class BranchSum(nn.Module):
                 raise ReparamError(f"a branch of {block} cannot be named {name!r}: torch uses that name")
             self.add_module(name, branch)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # called by keyword as torch's layers are
         main, *others = self.children()
-        y: Tensor = main(x)
+        y: Tensor = main(input)
         for i, branch in enumerate(others):
             if i == 0:
-                y = y + branch(x)
+                y = y + branch(input)
             else:  # the sum is a tensor of its own by now, which nothing else reads: no need for another
-                y += branch(x)
+                y += branch(input)
         return y
 
     def extra_repr(self) -> str:
