@@ -28,6 +28,7 @@ try:
     from passes.onnx.collapse import collapse_model, compare_models, compare_with_module, explain_model
     from passes.onnx.constants import constant_of
     from passes.onnx.read import tensor_of
+    from passes.onnx.replay import fits_one_message
 except ModuleNotFoundError as missing:
     raise ReparamError(
         f"ONNX files need {missing.name}, which is not installed: pip install 'reparam[onnx]'"
@@ -39,8 +40,6 @@ __all__ = ["collapse", "collapse_with_report", "explain", "load", "save", "verif
 
 OLDEST = 7
 """Before this operator set, arithmetic broadcast by rules of its own."""
-LARGEST = 2 << 30
-"""Bytes of one protobuf message; what is larger has its weights in a file beside it."""
 
 
 def collapse(
@@ -203,19 +202,11 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     Raises:
         FileError: the file cannot be written.
     """
-    path = Path(path)
-    source = model.meta.get("path")
-    outside = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
-    if (
-        isinstance(source, Path)
-        and source.is_file()
-        and not outside
-        and ir.to_proto(model) == ir.to_proto(ir.load(source))
-    ):
+    path, source, small = Path(path), model.meta.get("path"), fits_one_message(model)
+    if isinstance(source, Path) and source.is_file() and small and ir.to_proto(model) == ir.to_proto(ir.load(source)):
         replace_file(path, lambda target: shutil.copyfile(source, target))
         return
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size < LARGEST and not outside:
+    if small:
         replace_file(path, lambda target: ir.save(model, target, format="protobuf"))
         return
     weights = beside(path)

@@ -403,11 +403,25 @@ def test_weights_in_a_file_beside_it(tmp_path: Path) -> None:
     onnx.save(make("two branches"), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     result, report = reparam.onnx.collapse_with_report(path)
     assert len(report.folds) == 1
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL
     out = tmp_path / "elsewhere"
     out.mkdir()
     reparam.onnx.save(result, out / "small.onnx")
-    assert reparam.onnx.verify(out / "small.onnx", path).ok
+    assert reparam.onnx.verify(out / "small.onnx", path).verdict is Verdict.EQUAL
     assert sorted(p.name for p in out.iterdir()) in (["small.onnx"], ["small.onnx", "small.onnx.data"])
+
+
+def test_a_model_that_no_message_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Over 2 GB: run and compared by way of files, and saved with its weights beside it."""
+    source = loaded(make("two branches"), tmp_path)
+    monkeypatch.setattr(replay, "LARGEST", 100)
+    folded, report = reparam.onnx.collapse_with_report(source)
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL
+    reparam.onnx.save(folded, tmp_path / "large.onnx")
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "large.onnx", "large.onnx.data"}
+    assert reparam.onnx.verify(tmp_path / "large.onnx", source).verdict is Verdict.EQUAL
 
 
 def test_a_model_that_a_person_has_edited_is_saved_as_it_is(tmp_path: Path) -> None:

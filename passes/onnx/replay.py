@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,10 @@ from torch import Tensor
 from passes.onnx.constants import Constants
 from passes.programs import needed_for
 
-__all__ = ["Region", "run_file"]
+__all__ = ["Region", "fits_one_message", "run_file"]
+
+LARGEST = 2 << 30
+"""Bytes of one protobuf message; what is larger has its weights in a file beside it."""
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -98,7 +103,20 @@ def run_file(model: ir.Model, inputs: Mapping[str, Any]) -> Sequence[Any]:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    if fits_one_message(model):
+        given: Any = ir.to_proto(model).SerializeToString()
+        return _run(onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"]), inputs)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        ir.save(model, path, external_data="weights")
+        return _run(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), inputs)
+
+
+def _run(session: Any, inputs: Mapping[str, Any]) -> Sequence[Any]:
     return session.run(None, dict(inputs))  # type: ignore[no-any-return]
+
+
+def fits_one_message(model: ir.Model) -> bool:
+    """Whether one protobuf message holds a model with its weights; none of them lies in another file."""
+    numbers = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    return not any(isinstance(n, ir.ExternalTensor) for n in numbers) and sum(n.nbytes for n in numbers) < LARGEST
