@@ -142,6 +142,31 @@ def test_pruning_masks_are_folded_and_told(trained: bool) -> None:
     assert "prune.remove" in refused.message
 
 
+def test_the_shape_of_what_vanishes_may_be_asked() -> None:
+    def asked(m: Any, x: Tensor) -> Tensor:
+        y = m.body(x).mul(0.1)
+        z: Tensor = (y + m.shift).relu() * y.shape[1]
+        return z
+
+    def behind(m: Any, x: Tensor) -> Tensor:
+        y = m.body(x).transpose(1, 3).mul(0.1)
+        z: Tensor = (y + m.shift).relu() * y.shape[1]
+        return z
+
+    class Shifted(Net):
+        def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
+            super().__init__(forward, body=nn.Sequential(nn.Sigmoid(), nn.Conv2d(3, C, 3)))
+            self.shift = nn.Parameter(torch.tensor(0.3))
+
+    for how in (asked, behind):
+        model = ready(Shifted(how)).double()
+        folded, report = reparam.collapse_with_report(model, example_inputs=IMAGE)
+        assert (len(report.folds), report.refusals) == (1, [])
+        assert set(folded.state_dict()) == {"body.1.weight", "body.1.bias"}
+        with torch.no_grad():
+            assert torch.allclose(folded(IMAGE), model(IMAGE), rtol=1e-12, atol=1e-12)
+
+
 def test_a_layer_keeps_its_name_where_a_factor_goes() -> None:
     """The factor stands in the code of another module than the convolution."""
     folded, report = collapsed(

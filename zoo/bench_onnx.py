@@ -7,7 +7,6 @@ thread; a ratio is to the untouched file in the same round.
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 import statistics
@@ -283,6 +282,3 @@ def _inputs(path: Path, session: Any) -> tuple[dict[str, Any], list[Any]]:
 
 def _distance(got: Any, wanted: Any) -> float:
     return float(abs(got - wanted).max() / max(float(abs(wanted).max()), 1e-30)) if wanted.size else 0.0
-
-
-logging.getLogger("onnxslim").setLevel(logging.ERROR)

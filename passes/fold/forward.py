@@ -68,6 +68,9 @@ class _Local:
         self.parts: list[fx.Node] = []
         self.constants: dict[str, Tensor] = {}
         self.given = {rewrite.old: rewrite.source for rewrite, _ in changes if not rewrite.layer}
+        for rewrite, region in changes:
+            if rewrite.head is not None and not rewrite.layer:  # whoever still asks for their shape asks what goes on
+                self.given |= {n: rewrite.source for n in region.dying if rewrite.head < n}
         self.first = {}
         for rewrite, region in changes:
             if rewrite.layer:

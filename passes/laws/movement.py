@@ -79,34 +79,23 @@ def along(operation: Law) -> Law:
 
 def moved(operation: Law) -> Law:
     """The law of any operation that only moves data, followed by example."""
-
-    def law(x: Any, *args: Any, **kwargs: Any) -> Any:
-        value = signal(x)
-
-        def run(ids: Tensor) -> Any:
-            try:
-                return operation(ids, *plain(args), **plain(kwargs))
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                raise RefusalError(Reason.LAYOUT, f"{Reason.LAYOUT.value} ({error})".splitlines()[0]) from error
-
-        return move(value, run)
-
-    return law
+    return _by_example(operation, move)
 
 
 def averaged(operation: Law) -> Law:
     """The law of what gives weighted means of one channel each: pooling, upsampling, a mean over space."""
+    return _by_example(operation, average)
 
+
+def _by_example(operation: Law, follow: Callable[[Signal, Callable[[Tensor], Any]], Any]) -> Law:
     def law(x: Any, *args: Any, **kwargs: Any) -> Any:
-        value = signal(x)
-
-        def run(channels: Tensor) -> Any:
+        def run(numbers: Tensor) -> Any:
             try:
-                return operation(channels, *plain(args), **plain(kwargs))
+                return operation(numbers, *plain(args), **plain(kwargs))
             except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
                 raise RefusalError(Reason.LAYOUT, f"{Reason.LAYOUT.value} ({error})".splitlines()[0]) from error
 
-        return average(value, run)
+        return follow(signal(x), run)
 
     return law
 

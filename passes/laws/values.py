@@ -231,7 +231,7 @@ def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor], 
     axis, start, ids = joined.view.channel_axis, 0, []
     for part in parts:
         own = whole.narrow(axis, start, part.form.out_channels)
-        ids.append(own if not part.is_moved else own.flatten()[_position(part)])
+        ids.append(own if not part.is_moved else own.flatten()[part.ids])
         start += part.form.out_channels
     return _moved(joined, operation(ids))
 
@@ -267,7 +267,7 @@ def _numbers_of_channels(signal: Signal, shape: torch.Size) -> Tensor:
 
 def channel_axis_is(signal: Signal, wanted: int) -> bool:
     """Whether the tensor's axis ``wanted`` holds the channels."""
-    axis, _ = _channel_axis(signal)
+    axis = _channel_axis(signal)
     if axis >= 0:
         return axis == wanted
     if signal.view.rank is None:
@@ -275,10 +275,10 @@ def channel_axis_is(signal: Signal, wanted: int) -> bool:
     return signal.view.rank - 1 == wanted
 
 
-def _channel_axis(signal: Signal) -> tuple[int, list[int] | None]:
-    """Axis of the channels, and for a non-canonical layout where each channel of the form stands along it."""
+def _channel_axis(signal: Signal) -> int:
+    """Axis of the channels, each of which stands there once."""
     if not signal.is_moved:
-        return signal.view.channel_axis, None
+        return signal.view.channel_axis
     channel = _channel_of(signal, signal.ids)
     for axis in range(channel.dim()):
         if channel.shape[axis] != signal.form.out_channels:
@@ -287,7 +287,7 @@ def _channel_axis(signal: Signal) -> tuple[int, list[int] | None]:
         if line.sort().values.tolist() == list(range(signal.form.out_channels)) and bool(
             (channel.movedim(axis, -1) == line).all()
         ):
-            return axis, torch.argsort(line).tolist()
+            return axis
     raise RefusalError(Reason.LAYOUT)
 
 
@@ -360,11 +360,6 @@ def _line(ids: Tensor, axis: int) -> Tensor:
 
 def _ids(signal: Signal) -> Tensor:
     return _canonical_ids(signal) if not signal.is_moved else signal.ids
-
-
-def _position(signal: Signal) -> Tensor:
-    """Index tensor that takes the signal's elements out of its flattened canonical layout."""
-    return signal.ids
 
 
 def _moved(signal: Signal, ids: Tensor) -> Signal:

@@ -76,10 +76,6 @@ class Constants:
             if self._is_constant(node):
                 self._computed.update(dict.fromkeys(node.outputs, node))
 
-    def is_computed(self, value: ir.Value | None) -> bool:
-        """Whether operators make this value of constants alone."""
-        return value is not None and value in self._computed
-
     def of(self, value: ir.Value | None) -> ir.TensorProtocol | None:
         """The tensor that a value always is; None if it has none, or none that is worth computing."""
         written = constant_of(value)
