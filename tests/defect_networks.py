@@ -86,6 +86,47 @@ def norm(width: int = 4, **options: Any) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(width, **options)
 
 
+# ------------------------------------------------------------------ norms behind what moves or averages
+
+
+@network(FLAT)
+class TwoAverages(nn.Module):
+    """Two means of one value over its rows, of which the second is turned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n = conv(), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return torch.relu(self.n(y.mean(3) + F.adaptive_avg_pool2d(y, (None, 1)).squeeze(3).flip(2)))
+
+
+@network(FLAT)
+class ReadBetween(nn.Module):
+    """The average is read by another as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n = conv(), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).mean((2, 3))
+        return torch.relu(self.n(y)) + torch.tanh(y)
+
+
+@network(FLAT)
+class ShuffledPixels(nn.Module):
+    """Four channels of the convolution are one of the norm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n = conv(4, 12), norm(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.n(F.pixel_shuffle(self.a(x), 2)))
+
+
 # ------------------------------------------------------------------ blocks of the literature
 
 simple("repvgg", FLAT, lambda: seq(RepVGG(4, 4), nn.ReLU(), RepVGG(4, 6, stride=2), nn.ReLU(), RepVGG(6, 6, groups=2)))
