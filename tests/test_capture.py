@@ -451,3 +451,28 @@ def test_a_device_is_that_of_the_model_unless_something_moves_the_value() -> Non
     for move, device in moves:
         report = reparam.explain(lively(Asks(move, device)).eval())
         assert not report.untraced, (device, report)
+
+
+class KeepsBias(Two):
+    """A cache of what depends on parameters only, given to a function of torch (attention with relative positions)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.kept = nn.Parameter(torch.randn(16)), dict[str, Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if str(x.device) not in self.kept:
+            self.kept[str(x.device)] = self.bias[torch.arange(16).reshape(4, 4).flip(0)]
+        y = self.n(self.a(x)).flatten(2)
+        attended = nn.functional.scaled_dot_product_attention(y, y, y, attn_mask=self.kept[str(x.device)])
+        return attended.unflatten(2, x.shape[2:])
+
+
+def test_what_a_cache_keeps_may_go_to_any_function() -> None:
+    model = lively(KeepsBias())
+    result, report = reparam.collapse_with_report(model)
+    assert len(report.folds) == 1
+    assert not report.untraced
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        assert [difference(describe(result(x)), describe(model(x)), "y") for _ in range(2)] == ["", ""]

@@ -23,6 +23,8 @@ __all__ = ["Holder", "apart", "holders", "substituted"]
 
 _TABLES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _DEPTH = 4
+_PLAIN = frozenset({bool, int, float, str, type(None), nn.Parameter, Tensor})
+"""Classes of most values: looked up first, since every attribute of every module is looked at."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def holders(model: nn.Module) -> dict[int, list[Holder]]:
     found: dict[int, list[Holder]] = {}
     for path, owner in model.named_modules():
         for name, value in vars(owner).items():
-            if name in _TABLES or name.endswith("_hooks") or not _may_hold(value):
+            if type(value) in _PLAIN or name in _TABLES or name.endswith("_hooks") or not _may_hold(value):
                 continue
             held: dict[int, bool] = {}
             for module, changeable in _modules_in(value, _DEPTH):
@@ -112,7 +114,8 @@ def _modules_in(value: Any, depth: int, changeable: bool = True) -> Iterator[tup
     else:
         inside, changeable = _inside(value), False
     for item in inside:
-        yield from _modules_in(item, depth - 1, changeable)
+        if type(item) not in _PLAIN:
+            yield from _modules_in(item, depth - 1, changeable)
 
 
 def _inside(value: Any) -> list[Any]:

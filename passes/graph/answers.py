@@ -163,6 +163,8 @@ class Answers:
 
     def _surely(self, example: Example, needed: Sequence[fx.Node], question: Callable[[Any], Answer]) -> None:
         """Raise :class:`UnknownError` if the answer is not the same for every size that the operations take."""
+        if _is_a_size(needed):  # nearly all questions of networks with windows; symbols take a while to make
+            raise UnknownError(_DEPENDS)
         if self._symbolic is None or self._symbolic.example is not example:
             # Without the usual exceptions: a size of 0 or 1 is a size, and sizes that are equal here need not be.
             self._sizes = ShapeEnv(specialize_zero_one=False, duck_shape=False)
@@ -319,6 +321,17 @@ def _tells_sizes(node: fx.Node) -> bool:
     """Whether a value may be a size, or say something of one."""
     operation = operation_of(node)
     return operation is None or operation.id in ("size", "facts", "sym_size")
+
+
+def _is_a_size(needed: Sequence[fx.Node]) -> bool:
+    """Whether the question is whether one size of an input is a certain number."""
+    *way, last = needed
+    if last.target not in (operator.eq, operator.ne) or len(way) not in (2, 3) or way[0].op != "placeholder":
+        return False
+    size, number = last.args
+    read = way[1].target == "size" if len(way) == 2 else way[2].target is operator.getitem
+    shape = len(way) == 2 or way[1].target == "size" or way[1].args[1:] == ("shape",)
+    return read and shape and size is way[-1] and len(size.args) == 2 and type(number) is int and number >= 0
 
 
 def _varied(base: Example) -> list[Example]:

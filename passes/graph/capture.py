@@ -11,6 +11,7 @@ if the graphs differ, it keeps something between calls, and no single graph says
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -335,11 +336,20 @@ def first_difference(graph: fx.Graph, other: fx.Graph) -> fx.Node | None:
 
 
 def _steps(graph: fx.Graph) -> list[tuple[fx.Node | None, str]]:
-    """What each node that depends on an input computes, in order; constants may be computed anywhere."""
+    """What each node that depends on an input computes, in order; constants may be computed anywhere.
+
+    What was only asked is left out: code that finds its cache filled asks less.
+    """
     names: dict[fx.Node, str] = {}
     constant: set[fx.Node] = set()
     steps: list[tuple[fx.Node | None, str]] = []
+    asked: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.target in _ASKING and asked.issuperset(node.users):
+            asked.add(node)
     for node in graph.nodes:
+        if node in asked:
+            continue
         does = f"{node.op} {node.target} {fx.map_arg((node.args, node.kwargs), names.__getitem__)}"
         if node.op == "get_attr" or (node.all_input_nodes and constant.issuperset(node.all_input_nodes)):
             constant.add(node)
@@ -348,6 +358,13 @@ def _steps(graph: fx.Graph) -> list[tuple[fx.Node | None, str]]:
             names[node] = f"step {len(steps)}"
             steps.append((node, does))
     return steps
+
+
+_ASKING = frozenset(
+    {getattr, "size", "dim", operator.getitem}
+    | {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+)
+"""What code that asks for a device or a size is made of; none of it changes anything."""
 
 
 def _has_forward(module: nn.Module) -> bool:

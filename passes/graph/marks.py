@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class Snapshot:
         """Give every module its attributes and contents back."""
         for module, attributes, containers in self.saved:
             now = module.__dict__
-            if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
+            same = len(now) == len(attributes) and all(map(is_, now, attributes))
+            if not same or not all(map(is_, now.values(), attributes.values())):
                 now.clear()
                 now.update(attributes)
             for _, container, content in containers:

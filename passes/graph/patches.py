@@ -204,12 +204,14 @@ def _asked(value: Any) -> Interceptor | None:
     return None if caller.partition(".")[0] in ("torch", "passes") else tracer
 
 
-_PLAIN = frozenset({bool, int, float, str, tuple, list, dict, slice, type(None), fx.Node})
+_PLAIN = frozenset(
+    {bool, int, float, str, tuple, list, dict, slice, type(None), type, fx.Node, torch.Tensor, nn.Parameter}
+)
 """Classes of what is asked for most, by torch.fx itself: nobody else answers for these."""
 
 
 def _isinstance(value: Any, kinds: Any, /) -> bool:
-    if type(value) in _PLAIN:
+    if type(value) in _PLAIN or active() is None:
         return _real_isinstance(value, kinds)
     tracer = _asked(value)
     if tracer is None and _real_isinstance(value, nn.Module):

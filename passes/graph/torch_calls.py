@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from passes.graph.patches import active
 from passes.graph.proxies import is_value
@@ -32,6 +33,8 @@ class TorchCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         values = [v for v in leaves((args, kwargs)) if is_value(v)]
         if values:
+            if any(v.tracer is not self.tracer for v in values):  # a cache kept it; torch.fx takes values of one trace
+                args, kwargs = tree_map(lambda v: self.tracer.taken_over(v) if is_value(v) else v, (args, kwargs))
             return fx.Proxy.__torch_function__(func, types, args, kwargs)
         if func in _RANDOM:
             return self.tracer.create_proxy("call_function", func, args, kwargs)

@@ -348,6 +348,10 @@ class Tracer(Questions):
             self.stop(Reason.STATE, "reads what an earlier call has left behind")
         return node
 
+    def taken_over(self, value: Value) -> Value:
+        """A value as one of this trace."""
+        return value if value.tracer is self else Value(self.own(value), self)
+
     def _again(self, other: Tracer, node: fx.Node) -> fx.Node:
         """A node of an earlier trace that depends on parameters only, computed again in this one."""
         if node not in self._copies:

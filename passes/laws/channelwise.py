@@ -146,8 +146,7 @@ def _sum(x: Signal, y: Signal) -> Signal:
 
 
 def _affine(value: Signal, scale: Tensor | None, shift: Tensor | None) -> Signal:
-    a = None if scale is None else per_channel(value, scale)
-    c = None if shift is None else per_channel(value, shift)
+    a, c = per_channel(value, scale, shift)
     return value.with_form(value.form.affine(a, c))
 
 

@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -236,12 +236,17 @@ def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor], 
     return _moved(joined, operation(ids))
 
 
-def per_channel(signal: Signal, value: Tensor) -> Tensor:
-    """``value``, broadcast against the signal, as one number per channel of its form ``(out,)``; else refuses."""
+def per_channel(signal: Signal, *values: Tensor | None) -> list[Tensor | None]:
+    """Each value, broadcast against the signal, as one number per channel of its form ``(out,)``; else refuses."""
+    numbered = cache(partial(_numbers_of_channels, signal))
+    return [None if value is None else _per_channel(signal, value, numbered) for value in values]
+
+
+def _per_channel(signal: Signal, value: Tensor, numbered: Callable[[torch.Size], Tensor]) -> Tensor:
     if value.numel() == 1:
         return value.reshape(1).expand(signal.form.out_channels)
     if signal.is_moved:
-        return value.reshape(-1)[_numbers_of_channels(signal, value.shape).to(value.device)]
+        return value.reshape(-1)[numbered(value.shape).to(value.device)]
     rank = signal.view.rank if signal.view.last else signal.view.n + 2
     at = -1 if signal.view.last else -1 - signal.view.n
     wrong = [i for i in range(-value.dim(), 0) if i != at and value.shape[i] != 1]
