@@ -473,6 +473,6 @@ def test_what_a_cache_keeps_may_go_to_any_function() -> None:
     result, report = reparam.collapse_with_report(model)
     assert len(report.folds) == 1
     assert not report.untraced
-    x = torch.randn(2, 4, 5, 5)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     with torch.no_grad():
         assert [difference(describe(result(x)), describe(model(x)), "y") for _ in range(2)] == ["", ""]
