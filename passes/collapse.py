@@ -65,16 +65,18 @@ def collapse_model(
     while True:
         ledger.begin()
         attempt = _attempt(model, example, ledger, inplace=inplace)
-        with timed(clock, "check"), attempt.undone_on_error():
+        with attempt.undone_on_error():
             checked = excused
-            if not ledger.touched:
-                checked = Checked(Verdict.EQUAL, "nothing was rewritten")
-            elif before is not None and excused is None:
-                checked = check_against(before, attempt.result, ledger)
+            with timed(clock, "check"):
+                if not ledger.touched:
+                    checked = Checked(Verdict.EQUAL, "nothing was rewritten")
+                elif before is not None and excused is None:
+                    checked = check_against(before, attempt.result, ledger)
             if checked is None or checked.ok:
                 return _finished(attempt, checked, ledger, clock)
             assert before is not None
-            excused = _take_back(model, attempt, checked, before, ledger)
+            with timed(clock, "check"):
+                excused = _take_back(model, attempt, checked, before, ledger)
 
 
 @dataclass(frozen=True)
