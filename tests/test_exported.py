@@ -212,6 +212,34 @@ def test_several_inputs_and_outputs_and_nested_ones() -> None:
     assert torch.allclose(got["maps"][1], wanted["maps"][1], atol=1e-5)
 
 
+class Builtins(nn.Module):
+    """Inputs with names that torch.fx changes in a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = conv(bias=False), bn(), conv(1), bn(), conv()
+
+    def forward(self, input: Tensor, filter: Tensor, *, next: Tensor) -> tuple[Tensor, Tensor]:
+        return self.b(self.a(input)) + self.c(input), self.d(self.e(filter)) + next
+
+
+@pytest.mark.parametrize("form", [lambda p: p, lambda p: p.module()], ids=["program", "module"])
+def test_inputs_may_be_called_as_builtins_are(form: Callable[[ExportedProgram], Any]) -> None:
+    model = ready(Builtins())
+    program = export(model, (maps(), maps()), {"next": maps()})
+    given = form(program)
+    result, report = reparam.collapse_with_report(given)
+    assert len(report.folds) == 2
+    assert reparam.explain(result).folds == []
+    if isinstance(result, ExportedProgram):
+        assert result.graph_signature.user_inputs == program.graph_signature.user_inputs
+        torch.export.save(result, file := io.BytesIO())
+        file.seek(0)
+        result = torch.export.load(file).module()
+    x, y, z = maps(), maps(), maps()
+    assert torch.allclose(torch.stack(result(x, y, next=z)), torch.stack(model(x, y, next=z)), atol=1e-5)
+
+
 def test_what_is_not_read_is_counted_and_named() -> None:
     model = build("nothing to fold")
     model.code = lambda m, x: torch.special.bessel_j0(m.c(torch.special.bessel_j0(m.a(x))))

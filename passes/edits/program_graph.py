@@ -30,7 +30,7 @@ class ModuleGraph:
     """A copy of a module with a graph, whose weights are its attributes."""
 
     def __init__(self, source: fx.GraphModule) -> None:
-        self.result = copy.deepcopy(source)
+        self.result = _copied(source)
         self.graph = self.result.graph
         self.core = _is_core(self.graph)
 
@@ -80,7 +80,7 @@ class ProgramGraph:
 
     def __init__(self, source: ExportedProgram) -> None:
         self.source = source
-        self.module = copy.deepcopy(source.graph_module)
+        self.module = _copied(source.graph_module)
         self.graph = self.module.graph
         self.signature = copy.deepcopy(source.graph_signature)
         self.state = dict(source.state_dict)
@@ -137,6 +137,17 @@ class ProgramGraph:
             constants=source.constants,
             verifiers=source.verifiers,
         )
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose nodes are called as those of ``module``: a signature and edits speak of them by name.
+
+    torch.fx gives the nodes of a copy new names where they are builtins of Python, as the input of a ``Sequential``.
+    """
+    copied = copy.deepcopy(module)
+    for node, original in zip(copied.graph.nodes, module.graph.nodes, strict=True):
+        node.name = original.name
+    return copied
 
 
 def _is_weight(spec: InputSpec) -> bool:
