@@ -16,6 +16,7 @@ import busy_threads
 import kill_moments
 import pytest
 import torch
+from torch import nn
 
 import reparam
 
@@ -77,6 +78,39 @@ def test_random_numbers_that_another_thread_draws_are_not_the_network_s(inplace:
         other.join()
     assert [len(report.folds) for report in result] == shared.folds
     assert not any(report.taken_back for report in result)
+
+
+BUSY, BOTH = threading.Lock(), threading.Event()
+
+
+class Meets(nn.Module):
+    """Says whether two threads were in its forward at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not BUSY.acquire(blocking=False):
+            BOTH.set()
+            return self.norm(self.conv(x))
+        time.sleep(0.05)
+        y = self.norm(self.conv(x))
+        BUSY.release()
+        return y
+
+
+def test_verbs_of_several_threads_run_networks_one_after_the_other() -> None:
+    """The generators that each seeds, and puts back, are the process's."""
+    done = []
+    models = [Meets().eval() for _ in range(3)]
+    threads = [threading.Thread(target=lambda m=m: done.append(reparam.explain(m))) for m in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 3
+    assert not BOTH.is_set()
 
 
 def test_a_server_that_still_loads_ends_with_its_parent(tmp_path: Path) -> None:
