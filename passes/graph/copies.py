@@ -7,6 +7,7 @@ cache what it computed. Such tensors carry a graph, and ``copy.deepcopy`` refuse
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
@@ -22,17 +23,18 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def deep_copy(module: Module) -> Module:
     """A copy that shares nothing with ``module``. Raises :class:`ReparamError` if it cannot be copied."""
-    return _copied(module, {**_computed(module), **_described(module)})
+    return _copied(module, {})
 
 
 def shadow(module: Module) -> Module:
     """A copy that shares parameters and buffers with ``module``, to be edited but not written into; raises as above."""
-    return _copied(module, {**_tensors(module), **_computed(module), **_described(module)})
+    return _copied(module, _tensors(module))
 
 
 def _copied(module: Module, memo: dict[int, Any]) -> Module:
+    held = _held(module)
     try:
-        return copy.deepcopy(module, memo)
+        return copy.deepcopy(module, {**memo, **_computed(held), **_described(held), **_empty(module)})
     # deepcopy runs user code, which may fail in any way.
     except Exception as error:
         name = type(module).__name__
@@ -73,13 +75,25 @@ def _held(module: nn.Module) -> list[Any]:
         for name, value in m.__dict__.items()
         if name not in tables and (isinstance(value, Tensor) or (isinstance(value, (dict, list, tuple)) and value))
     ]
-    return tree_leaves(values)
+    return tree_leaves([value for value in values if type(value) is not tuple or set(map(type, value)) != {int}])
 
 
-def _computed(module: nn.Module) -> dict[int, Any]:
-    return {id(t): t.detach().clone() for t in _attributes(module) if not t.is_leaf and not isinstance(t, FakeTensor)}
+def _computed(held: list[Any]) -> dict[int, Any]:
+    return {
+        id(t): t.detach().clone()
+        for t in held
+        if isinstance(t, Tensor) and not t.is_leaf and not isinstance(t, FakeTensor)
+    }
 
 
-def _described(module: nn.Module) -> dict[int, Any]:
+def _described(held: list[Any]) -> dict[int, Any]:
     """What only describes a graph, as modules that were unflattened from an export hold it: it stays the same."""
-    return {id(leaf): leaf for leaf in _held(module) if isinstance(leaf, (fx.Node, FakeTensor))}
+    return {id(leaf): leaf for leaf in held if isinstance(leaf, (fx.Node, FakeTensor))}
+
+
+def _empty(module: nn.Module) -> dict[int, Any]:
+    """New ones of the tables of hooks, a dozen per module, most of them empty; deepcopy takes long over each."""
+    return {id(v): type(v)() for m in module.modules() for v in vars(m).values() if type(v) in _TABLES and not v}
+
+
+_TABLES = frozenset({dict, OrderedDict})
