@@ -30,6 +30,7 @@ from passes.graph.copies import deep_copy
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example
 from passes.graph.modes import has_own_modes, kept_modes
+from passes.matching import renamed
 from passes.proof.check import check
 from passes.proof.hold import Exact
 from passes.proof.prove import prove
@@ -45,19 +46,22 @@ def collapse_like(
     model: nn.Module, like: nn.Module, example: Example | None, *, verify: bool | str
 ) -> tuple[nn.Module, Explanation]:
     """A copy of ``like`` that computes what ``model`` computes, compared with it; see :func:`reparam.collapse`."""
-    given, exact = model, Exact(keep=verify is True)
+    given, exact, by_graph = model, Exact(keep=verify is True), False
     if model.training and has_own_modes(model):  # what its own eval() computes, it computes on a copy
         model = deep_copy(model).eval()
     outcome = restore_blocks(model, like, exact, prove_folds=bool(verify))
     if outcome is None:
         exact = Exact(keep=verify is True)
         folded, explanation = collapse_model(model, example=None, verify="folds" if verify else False, exact=exact)
-        outcome = restore(folded, like, exact), explanation
+        restored, by_graph = restore(folded, like, exact)
+        if by_graph:
+            explanation.notes.append("like= names its layers otherwise: they were matched by the graph")
+        outcome = restored, explanation
         inside = dict(folded.named_modules())
         norms = [path for path, layer in outcome[0].named_modules() if isinstance(layer, _NormBase) and path in inside]
         explanation.edits += _put_back(inside, outcome[0], norms)
     result, explanation = outcome
-    if verify is True:
+    if verify is True or (verify and by_graph):  # where layers go was told by names, or has to be seen
         with timed(explanation.seconds, "check"):
             explanation.checked = check(given, result, example, exact=exact, effects=False)
             explanation.checked.raise_if_different()
@@ -236,56 +240,65 @@ def _put_bias(path: str, conv: _ConvNd, bias: Tensor | None, norm: Any, exact: E
         _copy(norm.running_mean, -bias, exact, -number)
 
 
-def restore(collapsed: nn.Module, like: nn.Module, exact: Exact) -> nn.Module:
-    """A copy of ``like`` (in eval mode) that computes what ``collapsed`` computes.
+def restore(collapsed: nn.Module, like: nn.Module, exact: Exact) -> tuple[nn.Module, bool]:
+    """A copy of ``like`` (in eval mode) that computes what ``collapsed`` does, and whether the graph told the names.
 
     Raises :class:`ReparamError`, naming the layer, where ``collapsed`` has no layer of the same shape for one of
     ``like``'s, or no place for its bias.
     """
     collapsed = _unwrapped(collapsed, like)
     result = _copy_with_room(like, collapsed)
-    have = dict(collapsed.state_dict(keep_vars=True))
-    whole = dict(have)
-    norms = _norm_behind(result)
-    missing, folded = [], set[str]()
+    have, state, norms = (
+        dict(collapsed.state_dict(keep_vars=True)),
+        result.state_dict(keep_vars=True),
+        _norm_behind(result),
+    )
+    by_graph = None
+    if any(_unmatched(have, state, norms)):  # a class that was written for deployment may name its layers otherwise
+        by_graph = renamed(collapsed, result)
+        have = have if by_graph is None else by_graph
+    missing, extra = _unmatched(have, state, norms)
+    if missing or extra:
+        raise ReparamError(
+            f"the collapsed network does not match the architecture given as like=: it lacks "
+            f"{', '.join(missing[:3]) or 'nothing'}, it has {', '.join(extra[:3]) or 'nothing'} besides; give the "
+            "architecture that the network was expanded from"
+        )
+    folded = {path for path in norms.values() if not _own(have, path)}
     with torch.no_grad():
-        state = result.state_dict(keep_vars=True)
         for name, tensor in state.items():
-            path = name.rpartition(".")[0]
-            if name in have:
-                if have[name].shape != tensor.shape:
-                    raise ReparamError(
-                        f"{name} has shape {tuple(have[name].shape)}, but {tuple(tensor.shape)} in like="
-                    )
-                _copy(tensor, have.pop(name), exact)
-            elif isinstance(result.get_submodule(path), _NormBase) and path in norms.values():
-                folded.add(path)
-            else:
-                missing.append(name)
+            if name not in have:
+                continue
+            if have[name].shape != tensor.shape:
+                raise ReparamError(f"{name} has shape {tuple(have[name].shape)}, but {tuple(tensor.shape)} in like=")
+            _copy(tensor, have[name], exact)
         for path in folded:
             make_identity(result.get_submodule(path), exact)
         for conv, norm in norms.items():
-            bias = have.pop(join(conv, "bias"), None)
+            bias = have.get(join(conv, "bias")) if join(conv, "bias") not in state else None
             if bias is not None:
                 module = result.get_submodule(norm)
                 if not isinstance(module.bias, Tensor):
                     raise ReparamError(f"{conv} has a bias after folding, and {norm} has no shift to take it")
                 _copy(module.bias, bias, exact)
         for conv, norm in norms.items():
-            if norm in folded and (weight := whole.get(join(conv, "weight"))) is not None:
+            if norm in folded and (weight := have.get(join(conv, "weight"))) is not None:
                 pair = result.get_submodule(conv), result.get_submodule(norm)
-                check_pair(conv, *pair, weight, whole.get(join(conv, "bias")))
-        for name in state.keys() & whole.keys():
-            if name.rpartition(".")[0] not in folded:
-                check_copy(name, state[name], whole[name])
-    if missing or have:
-        gone = ", ".join(missing[:3]) or "nothing"
-        extra = ", ".join(list(have)[:3]) or "nothing"
-        raise ReparamError(
-            f"the collapsed network does not match the architecture given as like=: it lacks {gone}, it has {extra} "
-            "besides; give the architecture that the network was expanded from"
-        )
-    return result
+                check_pair(conv, *pair, weight, have.get(join(conv, "bias")))
+        for name in state.keys() & have.keys():
+            check_copy(name, state[name], have[name])
+    return result, by_graph is not None
+
+
+def _unmatched(have: dict[str, Tensor], state: dict[str, Tensor], norms: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Tensors of the architecture without one of the network, and the other way round.
+
+    A norm that was folded is missing in the network, and its convolution has a bias instead.
+    """
+    gone = {path for path in norms.values() if not _own(have, path)}
+    missing = [name for name in state if name not in have and name.rpartition(".")[0] not in gone]
+    biases = {join(conv, "bias") for conv in norms}
+    return missing, [name for name in have if name not in state and name not in biases]
 
 
 def make_identity(norm: nn.Module, exact: Exact) -> None:
