@@ -30,6 +30,7 @@ from passes.graph.inputs import Example, observed_ranks
 from passes.graph.leaf import is_pruned
 from passes.graph.opset import base_operation
 from passes.graph.shapes import Known
+from passes.graph.together import runs_of
 from passes.graph.variants import OtherCalls
 from passes.proof.compare import EquivalenceError
 from passes.proof.hold import FoldKey, Ledger
@@ -84,7 +85,15 @@ def compile_model(
             if all(unit.root is not m for m in model.modules()):
                 continue  # inside a module that was probed and folded
             shared |= any(refusal.reason is Reason.SHARED for refusal in unit.opaque.values())
+            folds, refusals = len(explanation.folds), len(explanation.refusals)
+            for run in runs_of(unit):
+                _compile_unit(model, run, [], explanation, undos, ledger)
+            # What was decided for all calls of these layers is not told again of each call.
+            told = {layer for fold in explanation.folds[folds:] for layer in fold.layers}
+            told |= {refusal.layer for refusal in explanation.refusals[refusals:]}
+            refusals = len(explanation.refusals)
             _compile_unit(model, unit, ranks.get(unit, []), explanation, undos, ledger)
+            explanation.refusals[refusals:] = [r for r in explanation.refusals[refusals:] if r.layer not in told]
         # A container that is called twice may be one layer by now, and its surroundings can be read through it.
         if undos is None or not shared or len(explanation.folds) == before:
             return

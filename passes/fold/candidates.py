@@ -175,6 +175,8 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal) -> Candidat
         groups = form.most_groups // form.groups
         best = form.weight.numel() // groups + (form.numbers - form.weight.numel()), form.multiply_adds / groups
     if best[0] > numbers or best[1] > work:
+        if not computed and sum(bool(s.work) for s in signals.values()) == 1:
+            return None  # a layer alone: there is nothing to fold
         return Refusal(Reason.LARGER, cost_message(form, numbers, work), flow.unit.name(result))
     if best == (numbers, work) and len(convs) == 1 and not computed:
         return None
