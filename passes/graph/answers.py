@@ -41,20 +41,15 @@ class UnknownError(ValueError):
     """No answer: the value is not known, or the answer is not always the same."""
 
 
-class UnseenError(UnknownError):
-    """Operations on the way take no symbols for sizes."""
-
-
 class DependsError(UnknownError):
     """The answer is not the same for every size.
 
-    ``answer`` is that for the first one tried; ``unseen`` says that all that were tried agree, and that it cannot be
-    seen whether all others do.
+    ``answer`` is that for the first one tried; ``tried`` says that it is that for all that were tried.
     """
 
-    def __init__(self, answer: Any, message: str, *, unseen: bool = False) -> None:
+    def __init__(self, answer: Any, message: str, *, tried: bool = False) -> None:
         super().__init__(message)
-        self.answer, self.unseen = answer, unseen
+        self.answer, self.tried = answer, tried
 
 
 class Answers:
@@ -156,8 +151,7 @@ class Answers:
                     try:
                         self._surely(runs[0].example, needed, question)
                     except UnknownError as error:
-                        unseen = isinstance(error, UnseenError)
-                        raise DependsError(answers[0], str(error), unseen=unseen) from error
+                        raise DependsError(answers[0], str(error), tried=True) from error
                 return answers[0]  # type: ignore[no-any-return]
         raise UnknownError(why)
 
@@ -174,7 +168,7 @@ class Answers:
             for node in needed:
                 if node in self._unsure:
                     raise UnknownError(_DEPENDS)
-                if node not in self._symbolic.values and self._symbolic.reads_sizes(node):
+                if node not in self._symbolic.values and (self._symbolic.reads_sizes(node) or _cuts(node)):
                     self._unconditionally(functools.partial(self._symbolic.value, [node]), node)
                 value = self._symbolic.value([node])  # what operations on tensors ask is what they take
             self._unconditionally(functools.partial(question, value))
@@ -182,7 +176,7 @@ class Answers:
             raise
         # An operation may refuse symbols, in any way.
         except Exception as error:
-            raise UnseenError(f"{_DEPENDS}, as far as can be seen ({type(error).__name__})") from error
+            raise UnknownError(f"{_DEPENDS}, as far as can be seen ({type(error).__name__})") from error
 
     def _unconditionally(self, compute: Callable[[], Any], node: fx.Node | None = None) -> None:
         """Raise :class:`UnknownError` if this sets a condition on sizes, which is no fact for what comes after."""
@@ -198,7 +192,7 @@ class Answers:
         raise UnknownError(_DEPENDS)
 
     def _made_up(self) -> list[list[_Run]]:
-        """For each base size its runs: the base itself, another batch, other sizes."""
+        """For each base size its runs: the base itself, another batch, other sizes, an empty batch."""
         if self._bases is None:
             first = next((p for p in self.root.parameters() if p.is_floating_point()), None)
             dtype = torch.float32 if first is None else first.dtype
@@ -323,6 +317,14 @@ def _tells_sizes(node: fx.Node) -> bool:
     return operation is None or operation.id in ("size", "facts", "sym_size")
 
 
+def _cuts(node: fx.Node) -> bool:
+    """Whether an operation takes every size and gives pieces by it: a condition that it sets is none on its input."""
+    operation = operation_of(node)
+    if operation is None or operation.id not in ("split", "chunk", "tensor_split", "getitem"):
+        return False
+    return operation.id != "getitem" or any(isinstance(v, slice) for v in tree_leaves(node.args[1:]))
+
+
 def _is_a_size(needed: Sequence[fx.Node]) -> bool:
     """Whether the question is whether one size of an input is a certain number."""
     *way, last = needed
@@ -342,7 +344,7 @@ def _varied(base: Example) -> list[Example]:
     if any(isinstance(v, _Shape) and len(v.sizes) > 2 for v in tree_leaves(list(base))):
         # An odd size, one that every power of two divides that divides the base, and an oblong.
         varied += [each(lambda s: s.space(lambda n: n + 33)), each(lambda s: s.space(lambda n: 2 * n))]
-    return varied
+    return [*varied, each(lambda s: s.batch(-s.sizes[0] if s.sizes else 0))]
 
 
 def _needed(node: fx.Node) -> list[fx.Node]:

@@ -283,7 +283,7 @@ def _forks(
             for asked in first.calls:
                 if asked.path == call.path:
                     first.fixed.setdefault(
-                        asked, Refusal(Reason.QUESTION, "its forward decides by the size of a value")
+                        asked, Refusal(Reason.QUESTION, "its forward decides by a size, or by the mode of the call")
                     )
     if tried:
         snapshot.restore()

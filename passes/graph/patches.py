@@ -45,6 +45,7 @@ class Interceptor(Protocol):
     def call_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def call_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def enter_context(self, what: str) -> None: ...
+    def mode(self, now: bool) -> bool: ...
 
 
 def active() -> Interceptor | None:
@@ -145,6 +146,8 @@ class _Patches:
         cls.item(vars(builtins), "hasattr", _hasattr)
         cls.item(vars(torch), "is_tensor", _is_tensor)
         cls.item(vars(torch.jit), "isinstance", _jit_isinstance)
+        for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
+            cls.item(vars(torch), name, _mode(getattr(torch, name)))
         cls.attribute(torch.autograd.Function, "apply", classmethod(_apply))
         cls.attribute(torch.no_grad, "__enter__", _no_grad)
         for name, function in list(vars(math).items()):
@@ -265,6 +268,16 @@ def _is_tensor(obj: Any, /) -> bool:
     tracer = active()
     asked = tracer is not None and tracer.is_value(obj)
     return tracer.is_instance(obj, torch.Tensor) if asked and tracer is not None else _real_is_tensor(obj)
+
+
+def _mode(function: Any) -> Any:
+    @functools.wraps(function)
+    def asked(*args: Any) -> Any:
+        now, tracer = function(*args), active()
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return now if tracer is None or caller.partition(".")[0] in ("torch", "passes") else tracer.mode(now)
+
+    return asked
 
 
 def _jit_isinstance(obj: Any, target_type: Any) -> bool:

@@ -10,7 +10,7 @@ import dis
 import functools
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
@@ -31,7 +31,9 @@ class Value(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or (name not in _TENSOR_NAMES and self.tracer.lacks(self, name)):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        return Attribute(self, name)
+        if name == "grad_fn":  # it is compared with None, of which Python does not tell
+            self.tracer.refuse("is asked for what made it")
+        return Shape(self, name) if name == "shape" else Attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OWN:
@@ -100,6 +102,11 @@ class Attribute(Value):
         return self.tracer.call_method(self.attr, (self.root, *args), kwargs)
 
 
+@Sequence.register
+class Shape(Attribute):
+    """The sizes of a value: what ``match`` takes for a sequence."""
+
+
 class Held(Value):
     """A parameter or buffer; its shape is that of the tensor, as a number."""
 
@@ -137,7 +144,7 @@ def is_value(value: Any) -> bool:
     return type(value) in _KINDS
 
 
-_KINDS = frozenset((Value, Attribute, Held))
+_KINDS = frozenset((Value, Attribute, Shape, Held))
 
 
 def _augmented(name: str) -> Any:

@@ -80,7 +80,7 @@ class Questions(TracerBase):
         try:
             answer = self.answers.ask(node, question)
         except DependsError as error:
-            if what == "type" and error.unseen:  # what an operation returns is of one type
+            if what == "type" and error.tried:  # what an operation returns is of one type
                 return error.answer
             if type(error.answer) is not bool or what != "truth" or not self.forks:
                 self.stop(Reason.QUESTION, f"asks for the {what} of a value: {error}")
@@ -100,6 +100,8 @@ class Questions(TracerBase):
         return answer
 
     def to_bool(self, obj: Any) -> bool:
+        if isinstance(obj, Attribute) and obj.attr == "requires_grad" and not isinstance(obj.root, Held):
+            return self.mode(False)
         return bool(self._ask(obj, _truth, "truth"))
 
     def length(self, value: Value) -> int:
@@ -121,9 +123,18 @@ class Questions(TracerBase):
             return repr(value)
 
     def hash_of(self, value: Value) -> int:
-        """A number of dimensions is looked up in dictionaries; anything else is only itself."""
-        rank = value.attr == "ndim" if isinstance(value, Attribute) else value.node.target == "dim"
-        return hash(self._ask(value, int, "number")) if rank else object.__hash__(value)
+        """What sets and dictionaries look for: a tensor is only itself, a size or a dtype is its number."""
+        given = value.node.op == "placeholder" and value.node not in self.answers.open
+        if given or isinstance(value, Held) or self._is_tensor(self.own(value)):
+            return object.__hash__(value)
+        found = self._ask(value, lambda v: None if isinstance(v, Tensor) else hash(v), "hash")
+        return object.__hash__(value) if found is None else int(found)
+
+    def mode(self, now: bool) -> bool:
+        """Whether gradients, autocast or inference mode are on, which a caller decides anew for every call."""
+        if not self.forks:
+            self.stop(Reason.QUESTION, "asks for the mode that it is called in")
+        return self._either(now)
 
     def contains(self, value: Value, item: Any) -> bool:
         if is_value(item):
