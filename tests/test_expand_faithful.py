@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
+import os
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -711,13 +711,14 @@ def test_what_could_not_be_tried_is_said() -> None:
     assert [text[:25] for text in code] == ["code of the whole network"] * 2
 
 
-def test_a_model_that_differs_from_itself() -> None:
+def test_a_model_that_differs_from_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps a count where nobody looks: nothing can be told from a difference, and nothing is taken back."""
-    count = itertools.count(1)
+    monkeypatch.setenv("COUNT", "1")
 
     class Counts(ConvBN):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * next(count)
+            os.environ["COUNT"] = str(int(os.environ["COUNT"]) + 1)
+            return super().forward(x) * int(os.environ["COUNT"])
 
     plan = reparam.plan(exact(Counts()), "acb")
     assert [r.layer for r in plan.expanded] == ["conv"]

@@ -129,8 +129,14 @@ def trace_units(
     seen: set[int] = set()
     queue: list[tuple[str, nn.Module]] = [("", model)]
     with patched(), no_mark(model) as snapshot:
+        drawing = [m for m in model.modules() if snapshot.outside.draws(m)]
+        whole |= {id(m): Refusal(Reason.STATE, "its forward goes on with an iterator") for m in drawing}
         while queue:
             path, module = queue.pop(0)
+            if module in drawing and id(module) not in seen:
+                seen.add(id(module))
+                untraced.append(whole[id(module)].at(path))
+                queue += _children(path, module)
             if id(module) in seen or id(module) in whole or not _worth_tracing(module):
                 continue
             seen.add(id(module))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from passes.graph.contents import CONTAINERS, copied, refill, same_items
 from passes.graph.generators import kept_generators
-from passes.graph.outside import Outside, copied, refill, same_items
+from passes.graph.outside import Outside
 
 __all__ = ["Snapshot", "no_mark"]
 
@@ -24,7 +25,7 @@ class Snapshot:
         self.saved: list[tuple[nn.Module, dict[str, Any], list[tuple[str, Any, Any]]]] = []
         for module in model.modules():
             attributes = dict(module.__dict__)
-            tables = [(name, v) for name, v in attributes.items() if isinstance(v, (dict, list, set))]
+            tables = [(name, v) for name, v in attributes.items() if isinstance(v, CONTAINERS)]
             # Most are empty tables of hooks; copying thousands of those costs more than the trace.
             self.saved.append((module, attributes, [(name, t, copied(t) if t else None) for name, t in tables]))
 

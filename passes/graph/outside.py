@@ -10,23 +10,21 @@ import builtins
 import dis
 import functools
 import inspect
-import operator
-import sys
 import types
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["FOREIGN", "Outside", "copied", "kept_outside", "refill", "same_items"]
+from passes.graph.contents import CONTAINERS, FOREIGN, copied, has_data, inside, is_changeable, refill, same_items
 
-CONTAINERS = (list, dict, set, deque)
-LARGE = 10_000
-"""Items beyond which a container is a table of data, of which only the length is looked at."""
+__all__ = ["Outside", "kept_outside"]
+
 SMALL = 200
-FOREIGN = frozenset({"passes", "torch", "numpy", "builtins", *sys.stdlib_module_names}) - {"__main__"}
+DEPTH = 6
+"""How far what holds something that holds something is followed."""
 
 
 class Outside:
@@ -45,8 +43,21 @@ class Outside:
         self._containers = [(c, copied(c)) for c in walk.containers.values()]
         self._slots = [(get, put, get()) for get, put in walk.slots.values()]
         self._now = self._state()
-        self.small = sum(map(len, walk.containers.values())) + len(self._slots) <= SMALL
+        sizes = (len(c) if isinstance(c, CONTAINERS) else 1 for c in walk.containers.values())
+        self._iterates = bool(walk.iterators)
+        self.small = sum(sizes) + len(self._slots) <= SMALL
         """Whether it costs nothing to look again at every step."""
+
+    def draws(self, module: nn.Module) -> bool:
+        """Whether the forward of a module can reach an iterator, which nobody can put back once it has gone on."""
+        if not self._iterates:
+            return False
+        walk = _Walk()
+        walk.method(type(module), "forward")
+        walk.value(vars(module).get("forward"))
+        for name in walk.names & vars(module).keys():
+            walk.held(vars(module)[name])
+        return bool(walk.iterators)
 
     def _state(self) -> tuple[list[Any], list[Any]]:
         return [copied(c) for c, _ in self._containers], [get() for get, _, _ in self._slots]
@@ -88,6 +99,11 @@ class _Walk:
         self.containers: dict[int, Any] = {}
         self.slots: dict[Any, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
         self._seen: set[Any] = set()
+        self._held: dict[int, Any] = {}
+        self.names: set[str] = set()
+        """What the code speaks of."""
+        self.iterators: list[Any] = []
+        """What cannot be asked how far it is without going on."""
 
     def method(self, kind: type, name: str) -> None:
         """All definitions of a method that a call by name may reach, and what a class holds under that name."""
@@ -101,9 +117,7 @@ class _Walk:
                         )
 
     def value(self, value: Any, kind: type | None = None) -> None:
-        if isinstance(value, CONTAINERS):
-            self._container(value)
-        elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+        if isinstance(value, (staticmethod, classmethod, types.MethodType)):
             self.value(value.__func__, kind)
         elif isinstance(value, property):
             self.value(value.fget, kind)
@@ -118,28 +132,32 @@ class _Walk:
             if not _is_foreign(value) and not issubclass(value, (nn.Module, Tensor)):
                 for name in ("__init__", "__call__", "__enter__", "__exit__"):
                     self.method(value, name)
-        elif isinstance(value, types.SimpleNamespace) or _is_object(value):
-            self._container(vars(value))
-            self.value(type(value))
+        else:
+            self.held(value)
 
     def attributes(self, module: nn.Module) -> None:
-        """Objects that a module holds, and what lies within its containers; those themselves are its own."""
+        """What a module holds and can change; its own containers are looked at as attributes are."""
         for name, value in vars(module).items():
-            if name.startswith("_") or value is None or isinstance(value, (bool, int, float, str, Tensor)):
+            if type(value) in _PLAIN or name in _OF_TORCH:
                 continue
-            for item in _items(value) if isinstance(value, CONTAINERS) else [value]:
-                if isinstance(item, CONTAINERS):
-                    self._container(item)
-                elif _is_object(item):
-                    self._container(vars(item))
+            for item in inside(value) if isinstance(value, CONTAINERS) else (value,):
+                self.held(item)
 
-    def _container(self, container: Any) -> None:
-        if id(container) in self.containers:
+    def held(self, value: Any, depth: int = DEPTH) -> None:
+        """Anything that may change while it stays the same thing, and what it holds."""
+        if type(value) in _PLAIN or id(value) in self._held or not depth:
             return
-        self.containers[id(container)] = container
-        for item in _items(container):
-            if isinstance(item, CONTAINERS):
-                self._container(item)
+        self._held[id(value)] = value
+        if is_changeable(value):
+            self.containers[id(value)] = value
+        if hasattr(type(value), "__next__"):
+            self.iterators.append(value)
+        if isinstance(value, (types.FunctionType, types.MethodType)):
+            self.value(value)
+        elif has_data(value):
+            self.value(type(value))
+        for item in inside(value):
+            self.held(item, depth - 1)
 
     def _slot(self, key: Any, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
         self.slots.setdefault(key, (get, put))
@@ -148,6 +166,8 @@ class _Walk:
         if (function, kind) in self._seen:
             return
         self._seen.add((function, kind))
+        if vars(function):
+            self.held(vars(function))
         if _is_foreign(function):  # a decorator, which calls a person's function: contextlib's, torch.no_grad
             for cell in function.__closure__ or ():
                 if isinstance(_content(cell), types.FunctionType):
@@ -164,9 +184,14 @@ class _Walk:
                     id(cell), functools.partial(_content, cell), functools.partial(setattr, cell, "cell_contents")
                 )
         for code in _codes(function.__code__):
+            self.names.update(code.co_names)
+            classes = [space[name] for name in code.co_names if isinstance(space.get(name), type)]
             for name in code.co_names:
                 if name in space and not hasattr(builtins, name):
                     self.value(space[name])
+                for of in classes:
+                    if not issubclass(of, (nn.Module, Tensor)):
+                        self.method(of, name)
                 if kind is not None:
                     self.method(kind, name)
             for name in _assigned(code):
@@ -176,6 +201,9 @@ class _Walk:
 
 
 _EMPTY = object()
+_OF_TORCH = frozenset(vars(nn.Module()))
+"""Attributes that torch gives every module: its tables, which are looked at as such."""
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), nn.Parameter, torch.Size, torch.dtype, type})
 
 
 def _content(cell: Any) -> Any:
@@ -207,50 +235,7 @@ def _assigned(code: types.CodeType) -> tuple[str, ...]:
     return tuple(i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL")
 
 
-def _is_object(value: Any) -> bool:
-    """Whether it is an object of a person's own class."""
-    known = isinstance(value, (types.ModuleType, nn.Module, Tensor))
-    return hasattr(value, "__dict__") and not known and not _is_foreign(type(value))
-
-
 def _is_foreign(thing: Any) -> bool:
     # A function that wraps another says that it is of the other's module.
     home = thing.__globals__.get("__name__") if isinstance(thing, types.FunctionType) else None
     return str(home or getattr(thing, "__module__", None) or "").partition(".")[0] in FOREIGN
-
-
-# ------------------------------------------------------------------ containers
-
-
-def _items(container: Any) -> list[Any]:
-    if len(container) > LARGE:
-        return []
-    return list(container.values() if isinstance(container, dict) else container)
-
-
-def copied(container: Any) -> Any:
-    """The items as they are now, in a container of the plain kind; of a large one their number."""
-    if len(container) > LARGE:
-        return len(container)
-    return dict(container) if isinstance(container, dict) else list(container)
-
-
-def same_items(now: Any, before: Any) -> bool:
-    """Whether a container holds the very same things as a copy; their == may be anything."""
-    if isinstance(before, int):
-        return len(now) == before
-    if len(now) != len(before):
-        return False
-    if isinstance(now, dict):
-        return now.keys() == before.keys() and all(map(operator.is_, map(now.__getitem__, before), before.values()))
-    if isinstance(now, (set, frozenset)):
-        return {id(v) for v in now} == {id(v) for v in before}
-    return all(map(operator.is_, now, before))
-
-
-def refill(container: Any, content: Any) -> None:
-    """Give a container the content of its copy back."""
-    if isinstance(content, int):
-        return
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(content)

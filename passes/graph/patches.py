@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 from torch.fx import _symbolic_trace as fx_trace
 
-from passes.graph.outside import FOREIGN
+from passes.graph.contents import FOREIGN
 
 __all__ = ["Interceptor", "active", "intercept_function", "intercept_type", "intercepting", "patched", "suspended"]
 
