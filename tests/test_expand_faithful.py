@@ -376,16 +376,21 @@ class InTraining(TwoNorms):
 
 
 OTHER_CALLS: dict[str, tuple[type[nn.Module], tuple[Any, ...], dict[str, Any], str]] = {
-    "flag": (Flag, (True,), {}, "with aux=True the norm bn is not what alone reads it"),
-    "tensor": (Optional, (torch.rand(WIDTH, 1, 1).double(),), {}, "with mask the norm bn is not what alone reads it"),
+    "flag": (Flag, (True,), {}, "with another value of aux the norm bn is not what alone reads it"),
+    "tensor": (
+        Optional,
+        (torch.rand(WIDTH, 1, 1).double(),),
+        {},
+        "with another value of mask the norm bn",
+    ),
     "keyword": (Keyword, (), {"domain": "night"}, ""),
-    "compared": (Compared, ("adversarial",), {}, "with mode='adversarial' the norm bn"),
+    "compared": (Compared, ("adversarial",), {}, "with another value of mode the norm bn"),
     "index": (Index, (2,), {}, "with domain=1 the norm listed.0 is not what alone reads it"),
-    "other source": (Sources, (True,), {}, "with skip=True the norm bn reads something else"),
-    "returned": (Returned, (True,), {}, "with features=True the norm bn is not what alone reads it"),
-    "two flags": (Together, (True, True), {}, "with one=True, other=True the norm bn"),
+    "other source": (Sources, (True,), {}, "with another value of skip the norm bn reads something else"),
+    "returned": (Returned, (True,), {}, "with another value of features the norm bn is not what alone reads it"),
+    "two flags": (Together, (True, True), {}, "with another value of one and other the norm bn"),
     "passed on": (Passed, (True,), {}, "the norm body.bn is not what alone reads it"),
-    "untraceable": (Depends, (True,), {}, "with aux=True what reads it cannot be traced"),
+    "untraceable": (Depends, (True,), {}, "with another value of aux what reads it cannot be traced"),
     "modes": (InTraining, (), {}, "in evaluation the norm bn reads something else"),
 }
 
@@ -471,7 +476,7 @@ class Twice(TwoNorms):
 
 def test_a_convolution_that_another_call_uses_twice() -> None:
     refusal = reparam.plan(exact(Twice()), "acb").rows[0].refusal
-    assert refusal.message == "it is called more than once with again=True"
+    assert refusal.message == "it is called more than once with another value of again"
 
 
 class ReadsWeight(TwoNorms):
@@ -494,9 +499,24 @@ class Raises(TwoNorms):
         return self.bn(self.conv(x))
 
 
-def test_a_call_that_cannot_be_looked_into_counts_as_another_way() -> None:
+class Repeats(TwoNorms):
+    """Does something that nobody can read with every value but its default."""
+
+    def forward(self, x: Tensor, times: int = 1) -> Tensor:
+        y = self.conv(x)
+        for _ in range(times):
+            y = self.bn(y)
+        return y
+
+
+def test_a_call_that_is_rejected_is_no_other_way() -> None:
     (row,) = reparam.plan(exact(Raises()), "acb").expanded
-    assert "with groups what reads it cannot be traced" in row.found.norm_stays.message
+    assert row.found.norm_stays is None
+
+
+def test_a_call_that_cannot_be_looked_into_counts_as_another_way() -> None:
+    (row,) = reparam.plan(exact(Repeats()), "acb").expanded
+    assert row.found.norm_stays.reason is Reason.ARGUMENT
 
 
 # ------------------------------------------------------------------ every block that was put in is seen to run

@@ -26,7 +26,7 @@ from passes.laws.interpreter import Interpreter
 from passes.laws.layouts import is_conv, views
 from passes.laws.regions import Contraction, Region
 from passes.laws.values import Signal
-from passes.refusal import Reason, Refusal
+from passes.refusal import Reason, Refusal, RefusalError
 
 __all__ = ["Candidate", "Key", "cost_message", "find_candidates", "layers_of"]
 
@@ -157,7 +157,10 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal) -> Candidat
     if not value.is_moved:
         dying = _dying(interpreter, between, result, form)
     else:
-        parts = _moved(interpreter, between, result, value)
+        try:
+            parts = _moved(interpreter, between, result, value)
+        except RefusalError as error:  # it is not known where the numbers of an average lie
+            return error.refusal.at(flow.unit.name(result))
         if parts is None:
             return None
         head, moved, mapped = parts

@@ -84,6 +84,10 @@ class Answers:
             device = self._device(needed)
             return self._agreed(needed, question) if device is None else question(device)
 
+    def is_open(self, node: fx.Node) -> bool:
+        """Whether a value depends on an argument of which nothing is known."""
+        return bool(self.open) and not self.open.isdisjoint(_needed(node))
+
     def _device(self, needed: Sequence[fx.Node]) -> torch.device | None:
         """The device of a tensor, if that is asked for and nothing on the way could have taken it to another.
 

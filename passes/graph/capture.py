@@ -192,7 +192,7 @@ def _trace_unit(
             numbers=numbers,
             careful=careful,
             outside=snapshot.outside,
-            forks=given is None and not path and _is_small(root),
+            forks=given is not None or (not path and _is_small(root)),
         )
         graph = tracer.trace()
         drawn = not torch.equal(before[0], torch.get_rng_state()) or states() != before[1]
@@ -205,7 +205,7 @@ def _trace_unit(
             found = _states(root, tracer, graph, snapshot, leaves, inputs, numbers, given)
         others: tuple[Unit, ...] = ()
         if not found:
-            found, others = _forks(path, tracer, graph, snapshot, inputs, numbers)
+            found, others = _forks(path, tracer, graph, snapshot, inputs, numbers, given)
         if not found:
             break
         # A container with weights that is called twice is compiled once, as a unit of its own.
@@ -257,6 +257,7 @@ def _forks(
     snapshot: Snapshot,
     inputs: tuple[Any, ...] | None,
     numbers: bool,
+    given: dict[str, Any] | None,
 ) -> tuple[dict[int, Refusal], tuple[Unit, ...]]:
     """What the forward does where a question about a size has the other answer.
 
@@ -270,7 +271,7 @@ def _forks(
         call, forced = todo.pop(0)
         snapshot.restore()
         tried += 1
-        other = Tracer(first.root, first.leaves, inputs=inputs, numbers=numbers, forks=True, forced=forced)
+        other = Tracer(first.root, first.leaves, inputs=inputs, given=given, numbers=numbers, forks=True, forced=forced)
         try:
             flipped = other.trace() if tried <= MAX_FORKS else None
         except RejectedError:

@@ -72,7 +72,9 @@ class Questions(TracerBase):
     def _ask(self, value: Value, question: Callable[[Any], Any], what: str) -> Any:
         node = self.own(value)
         self._asked.add(node)
-        if node.op == "placeholder" and what == "type":
+        if what in ("truth", "type") and self.forks and self.answers.is_open(node):
+            return self._either(False)
+        if node.op == "placeholder" and what in ("type", "class"):
             self.stop(Reason.INPUT_TYPE, Reason.INPUT_TYPE.value)
         if isinstance(self.current.module, _ConvNd) and self.current.parent is not None:
             # A convolution that pads by a rule of its own is one layer, whatever answer would suit some sizes.
@@ -80,7 +82,7 @@ class Questions(TracerBase):
         try:
             answer = self.answers.ask(node, question)
         except DependsError as error:
-            if what == "type" and error.tried:  # what an operation returns is of one type
+            if what in ("type", "class") and error.tried:  # what an operation returns is of one type
                 return error.answer
             if type(error.answer) is not bool or what != "truth" or not self.forks:
                 self.stop(Reason.QUESTION, f"asks for the {what} of a value: {error}")
@@ -166,7 +168,7 @@ class Questions(TracerBase):
             return type(value.tensor)
         if self._is_tensor(value.node):
             return Tensor
-        kind: type = self._ask(value, lambda v: Tensor if isinstance(v, Tensor) else type(v), "type")
+        kind: type = self._ask(value, lambda v: Tensor if isinstance(v, Tensor) else type(v), "class")
         return kind
 
     def note_class_asked(self, module: nn.Module) -> None:

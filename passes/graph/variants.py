@@ -59,9 +59,16 @@ def variants(unit: Unit) -> list[Variant]:
 
 
 def _variants(unit: Unit) -> list[Variant]:
+    optional = _optional(unit.root)
+    if not optional:
+        return []
+    if whole := _open(unit, optional):
+        # One at a time says which of them it is.
+        alone = [variant for parameter in optional for variant in _open(unit, [parameter])] if len(optional) > 1 else []
+        return [*alone, *whole]
     found: list[Variant] = []
     together: dict[str, Any] = {}
-    for parameter in _optional(unit.root):
+    for parameter in optional:
         worked, tried = _of(unit, parameter)
         found += tried
         together |= worked
@@ -71,24 +78,37 @@ def _variants(unit: Unit) -> list[Variant]:
     return found
 
 
+def _open(unit: Unit, parameters: list[inspect.Parameter]) -> list[Variant]:
+    """The unit with these arguments left open, and what it does for either answer to what it asks of them."""
+    first = _traced(unit, {parameter.name: ... for parameter in parameters})
+    if first.unit is None:
+        return []
+    return [first, *(replace(first, unit=other) for other in first.unit.others)]
+
+
 def _of(unit: Unit, parameter: inspect.Parameter) -> tuple[dict[str, Any], list[Variant]]:
-    """The first value that can be traced, and what to look at; a failure counts if no value can."""
+    """The first value that can be traced, and what to look at.
+
+    Where the code asks for more than yes or no, a few values are no proof for all, unless there are no others.
+    """
     name, default = parameter.name, parameter.default
-    first = _traced(unit, {name: (not default) if isinstance(default, bool) else ...})
-    if first.unit is not None:
-        return {name: (not default) if isinstance(default, bool) else ...}, [first]
+    if found := _open(unit, [parameter]):
+        return {name: ...}, found
     worked: dict[str, Any] = {}
-    found = []
     for value in itertools.islice(_guesses(unit, default), MAX_GUESSES):
         guess = _traced(unit, {name: value})
         if guess.unit is not None:  # else the forward may well reject it
             found.append(guess)
             worked = worked or {name: value}
-    return worked, found or [first]
+    if not found or not isinstance(default, (bool, Enum)):
+        found.append(_traced(unit, {name: ...}))
+    return worked, found
 
 
 def _traced(unit: Unit, given: dict[str, Any]) -> Variant:
-    text = ", ".join(name if value is ... else f"{name}={value!r}" for name, value in given.items())
+    open_ones = [name for name, value in given.items() if value is ...]
+    what = ["another value of " + " and ".join(open_ones)] if open_ones else []
+    text = ", ".join([*what, *(f"{name}={value!r}" for name, value in given.items() if value is not ...)])
     try:
         return Variant(text, trace_variant(unit, given))
     # Any exception at all may come out of user code that runs on proxies.
@@ -118,6 +138,9 @@ def _passes_on(module: nn.Module) -> bool:
 
 def _guesses(unit: Unit, default: Any) -> Iterator[Any]:
     """Values that an argument might take, judged by its default and by what the code compares with."""
+    if isinstance(default, bool):
+        yield not default
+        return
     if isinstance(default, Enum):
         yield from (member for member in type(default) if member is not default)
         return
