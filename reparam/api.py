@@ -14,7 +14,7 @@ from passes.collapse import check_model, collapse_model, explain_model
 from passes.exported import Program, collapse_program, example_of, explain_program, is_program, module_of
 from passes.graph.generators import alone
 from passes.graph.inputs import Example, as_example, likely
-from passes.graph.outside import kept_outside
+from passes.graph.outside import kept_outside, kept_statistics
 from passes.proof.compare import Equivalence
 from passes.proof.run import default_device, run, runner_of
 from passes.proof.verify import compare
@@ -126,6 +126,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             stack.enter_context(default_device(device))
         if isinstance(model, nn.Module):  # what is none is refused inside
             stack.enter_context(kept_outside(model))
+            stack.enter_context(kept_statistics(model))
         yield
 
 

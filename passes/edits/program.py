@@ -6,7 +6,7 @@ from a graph and the graph made from the program generate the same code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter as Kind
 from keyword import iskeyword
@@ -60,6 +60,8 @@ class Argument:
         check_name(self.name)
         if self.kind not in KINDS:
             raise EditError(f"{self.name} is no ordinary parameter")
+        if self.name == "self":
+            raise EditError("a parameter is named self, as the module itself is in generated code")
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,10 @@ class Program:
             env[argument.name] = graph.placeholder(argument.name)
         for argument in self.arguments:
             if argument.fixed:
-                graph.call_function(unchanged, (env[argument.name], argument.value, argument.name))
+                if type(argument.value) in _LITERAL or argument.value is None:
+                    graph.call_function(unchanged, (env[argument.name], argument.value, argument.name))
+                else:  # what has no text that means the same again
+                    graph.call_function(_held(argument), (env[argument.name],))
         for op in self.operations:
             if op.name in env:
                 raise EditError(f"{op.name} is made twice")
@@ -171,6 +176,20 @@ class Program:
             env[op.name] = graph.call_method("clone", (node,)) if op.target in self.constants else node
         graph.output(mapped(self.output, node_of))
         return graph
+
+    def constants_of_code(self) -> Iterator[Any]:
+        """Everything that stands in the code itself: arguments of operations and the structure that is returned."""
+        todo: list[Any] = [self.output, *((op.args, dict(op.kwargs)) for op in self.operations)]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, (tuple, list)):
+                todo += value
+            elif isinstance(value, dict):
+                todo += [*value.keys(), *value.values()]
+            elif isinstance(value, slice):
+                todo += [value.start, value.stop, value.step]
+            elif not isinstance(value, Value):
+                yield value
 
     def defaults(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Of the positional parameters, and of the keyword-only ones."""
@@ -209,6 +228,14 @@ def unchanged(got: Any, wanted: Any, name: str) -> None:
 
 
 torch.fx.node._side_effectful_functions.add(unchanged)
+_LITERAL = frozenset({bool, int, str, torch.dtype, torch.device})
+
+
+def _held(argument: Argument) -> Callable[[Any], None]:
+    def unchanged_value(got: Any) -> None:
+        unchanged(got, argument.value, argument.name)
+
+    return unchanged_value
 
 
 def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:

@@ -7,6 +7,7 @@ as with ``torch.nn.utils.parametrize``, which also swaps the class. Copies and p
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from types import FunctionType
 from typing import Any
@@ -17,7 +18,7 @@ from passes.edits.program import Program
 from passes.graph.generated import forget_with
 from passes.refusal import ReparamError
 
-__all__ = ["Remainder", "Rewritten", "plain_class", "rewrite"]
+__all__ = ["Remainder", "Rewritten", "function_of", "plain_class", "rewrite"]
 
 
 class Rewritten:
@@ -26,15 +27,25 @@ class Rewritten:
     _programs: Mapping[str, Program]
     _folded: frozenset[str]
     _plain: type[nn.Module]
+    _read: frozenset[str]
+
+    def __init_subclass__(cls) -> None:
+        """A class that keeps a register of its subclasses, or asks them for something, is not told of this one."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        own = getattr(self._plain, "__deepcopy__", None)
+        if own is not None:
+            return own(self, memo)
+        if any(getattr(self._plain, name, None) is not getattr(nn.Module, name, None) for name in _COPYING):
+            return copy._reconstruct(self, memo, *self.__reduce__())  # type: ignore[attr-defined]
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._plain, dict(self._programs), self._folded), self.__dict__
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _restore, (self._plain, dict(self._programs), self._folded), state
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The new code no longer calls what is set here, or calls it for several layers: not to be ignored in silence.
@@ -42,6 +53,11 @@ class Rewritten:
             raise ReparamError(
                 f"{name} of this {self._plain.__name__} is folded with other layers and cannot be replaced any more: "
                 "replace it in the network that was collapsed"
+            )
+        if name in self._read and name in vars(self) and not _same(vars(self)[name], value):
+            raise ReparamError(
+                f"{name} of this {self._plain.__name__} was {vars(self)[name]!r:.40} when its forward was folded, and "
+                "is not read any more: set it in the network that was collapsed"
             )
         super().__setattr__(name, value)
 
@@ -65,15 +81,34 @@ def _swap(module: nn.Module, plain: type[nn.Module], programs: Mapping[str, Prog
     constants = {name: tensor for program in programs.values() for name, tensor in program.constants.items()}
     members = {
         **constants,
-        **{method: _function(program, method) for method, program in programs.items()},
+        **{method: function_of(program, method) for method, program in programs.items()},
         "_programs": programs,
         "_folded": folded,
         "_plain": plain,
+        "_read": frozenset(name for method in programs for name in _names_in(plain, method)) - {"training"},
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
     }
-    module.__class__ = type(plain.__name__, (Rewritten, plain), members)
+    object.__setattr__(module, "__class__", type(plain.__name__, (Rewritten, plain), members))
+
+
+_COPYING = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
+"""How a class may say what is copied of it."""
+
+
+def _names_in(plain: type[nn.Module], method: str) -> tuple[str, ...]:
+    """Names of attributes in the code of a method."""
+    code = getattr(inspect.unwrap(getattr(plain, method, None)), "__code__", None)  # type: ignore[arg-type]
+    return () if code is None else code.co_names
+
+
+def _same(value: Any, other: Any) -> bool:
+    try:
+        return value is other or (type(value) is type(other) and bool(value == other))
+    # Whatever a comparison of a person's own objects may raise.
+    except Exception:
+        return False
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -81,7 +116,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return module._plain if isinstance(module, Rewritten) else type(module)
 
 
-def _function(program: Program, name: str) -> FunctionType:
+def function_of(program: Program, name: str) -> FunctionType:
     """GraphModule generates the code and registers its source: tracebacks, torch.jit and torch.compile see it."""
     graph = program.graph()
     # It wants something in each place that the code names; the code finds the module's own there.

@@ -7,7 +7,7 @@ included.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from passes.fold.candidates import Candidate
 from passes.fold.folds import Fold
 from passes.fold.forward import new_forward
 from passes.fold.layout import Layout
-from passes.fold.methods import needed_elsewhere
+from passes.fold.methods import needed_elsewhere, parts_used
 from passes.fold.placement import Rewrite as Change
 from passes.graph.capture import Call, call_of, join
 from passes.graph.methods import MethodCall
@@ -72,11 +72,22 @@ class _Writer:
         for fold in self.folds:
             for path, is_layer in fold.placement.slots.items():
                 self._fill(path, fold.candidate if is_layer else None)
+            self.done.notes.extend(self._notes(fold.placement.slots))
             for rewrite in fold.placement.rewrites:
                 changes.setdefault(rewrite.call, []).append((rewrite, fold.candidate))
         for call, mine in _merged(changes).items():
             self._rewrite(call, mine)
         return self.done
+
+    def _notes(self, slots: Mapping[str, bool]) -> Iterator[str]:
+        """Other methods that use one of the slots without the others find the fold there, or nothing."""
+        owners = {path.rpartition(".")[0] for path in slots} | {""}
+        for owner in owners:
+            names = frozenset(_child(path, owner) for path in slots if _below(path, owner))
+            if len(names) > 1:
+                for method, some in parts_used(self.unit.root.get_submodule(owner), names):
+                    where = join(self.unit.path, owner) or "the model"
+                    yield f"{method} of {where} uses {', '.join(sorted(some))} alone, which holds the fold now"
 
     def _fill(self, path: str, region: Candidate | None) -> None:
         full = join(self.unit.path, path)

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from passes.edits.errors import EditError
 from passes.edits.program import Argument, Program
+from passes.edits.rewritten import function_of
 from passes.fold.candidates import Candidate
 from passes.fold.layout import Layout
 from passes.fold.placement import Rewrite, nodes_in
@@ -38,11 +41,20 @@ def new_forward(
     whose numbers the module itself takes: that fold has the module's own path. Refuses with ``CODE`` if the forward
     uses a module or weight that stands elsewhere.
     """
+    where = call.path or type(call.module).__name__
     try:
-        return _Local(layout, call, changes, names, dead, method, filled).build()
+        program = _Local(layout, call, changes, names, dead, method, filled).build()
+        if any(type(constant) not in _WRITTEN for constant in program.constants_of_code()):
+            function_of(program, "forward")  # a thing of a class of its own may have no text
+        return program
     except KeyError as missing:
-        where = call.path or type(call.module).__name__
         raise RefusalError(Reason.CODE, f"{missing} is not at hand in the forward of {where}") from missing
+    except (EditError, SyntaxError, TypeError, NameError) as error:
+        raise RefusalError(Reason.CODE, f"the forward of {where} cannot be written anew: {error}") from error
+
+
+_WRITTEN = frozenset({bool, int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.Size})
+"""Of what torch.fx writes into code, that which means the same there."""
 
 
 class _Local:

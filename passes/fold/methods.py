@@ -11,7 +11,7 @@ import dis
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 from passes.edits.rewritten import plain_class
 from passes.graph.methods import methods_of
 
-__all__ = ["asked_of_others", "needed_elsewhere"]
+__all__ = ["asked_of_others", "needed_elsewhere", "parts_used"]
 
 _LOADS = {"LOAD_ATTR", "LOAD_METHOD"}
 
@@ -33,12 +33,7 @@ def needed_elsewhere(module: nn.Module, called: set[str], read: set[str], rewrit
     with them the tensors that it reads.
     """
     methods = methods_of(plain_class(module))
-    reached: set[str] = set()
-    todo = ["forward"] if "forward" in methods else []
-    while todo:
-        for name in (_used(methods[todo.pop()]).own & methods.keys()) - reached:
-            reached.add(name)
-            todo.append(name)
+    reached = _reached(methods)
     found = {}
     for name, function in methods.items():
         used = _used(function)
@@ -46,6 +41,25 @@ def needed_elsewhere(module: nn.Module, called: set[str], read: set[str], rewrit
         if needed and name not in ("forward", rewritten):
             found[name] = needed | (read & used.own)
     return found
+
+
+def parts_used(module: nn.Module, names: frozenset[str]) -> list[tuple[str, frozenset[str]]]:
+    """Methods that ``forward`` does not hand its work to, and that use some of these children and not the others."""
+    methods = methods_of(plain_class(module))
+    besides = methods.keys() - _reached(methods) - {"forward"}
+    used = ((name, _used(methods[name]).own & names) for name in methods if name in besides)
+    return [(name, some) for name, some in used if some and some != names]
+
+
+def _reached(methods: Mapping[str, FunctionType]) -> set[str]:
+    """The methods that ``forward`` calls, and those that they call."""
+    reached: set[str] = set()
+    todo = ["forward"] if "forward" in methods else []
+    while todo:
+        for name in (_used(methods[todo.pop()]).own & methods.keys()) - reached:
+            reached.add(name)
+            todo.append(name)
+    return reached
 
 
 def asked_of_others(model: nn.Module) -> set[str]:

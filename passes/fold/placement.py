@@ -193,6 +193,8 @@ def _check_rewritable(layout: Layout, call: Call) -> None:
     if layout.flow.unit.path and _untraced_options(outermost):
         options = ", ".join(_untraced_options(outermost))
         raise RefusalError(Reason.CODE, f"untraceable code calls {layout.flow.unit.path} and may pass {options}")
+    if call.module._forward_pre_hooks_with_kwargs:  # it says what the forward is called with, in every call
+        raise RefusalError(Reason.HOOK, f"a hook of {where} changes its arguments, so its forward stays as it is")
     parameters = inspect.signature(call.module.forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise RefusalError(Reason.CODE, f"the forward of {where} takes *args or **kwargs and cannot be rewritten")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from passes.graph.contents import CONTAINERS, FOREIGN, copied, has_data, inside, is_changeable, refill, same_items
 
-__all__ = ["Outside", "kept_outside"]
+__all__ = ["Outside", "kept_outside", "kept_statistics"]
 
 SMALL = 200
 DEPTH = 6
@@ -92,6 +92,24 @@ def kept_outside(model: nn.Module) -> Iterator[None]:
         outside.restore()
 
 
+@contextmanager
+def kept_statistics(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers of a model in training that a function holds: a copy of the model has the same function."""
+    held = [m for m in model.modules() if m.training and any(b is not None for b in m._buffers.values())]
+    walk = _Walk()
+    for module in model.modules() if held else ():
+        walk.value(vars(module).get("forward"))
+        walk.attributes(module)
+    kept = [(b, b.detach().clone()) for m in held if id(m) in walk.layers for b in m._buffers.values() if b is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, content in kept:
+                if not torch.equal(buffer, content):
+                    buffer.copy_(content)
+
+
 class _Walk:
     """Follows code to what it can change; ``slots`` are names that are assigned, as a way to read and to set them."""
 
@@ -100,6 +118,8 @@ class _Walk:
         self.slots: dict[Any, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
         self._seen: set[Any] = set()
         self._held: dict[int, Any] = {}
+        self.layers: set[int] = set()
+        """Modules that functions hold."""
         self.names: set[str] = set()
         """What the code speaks of."""
         self.iterators: list[Any] = []
@@ -138,6 +158,9 @@ class _Walk:
     def attributes(self, module: nn.Module) -> None:
         """What a module holds and can change; its own containers are looked at as attributes are."""
         for name, value in vars(module).items():
+            if isinstance(value, type) and not _is_foreign(value) and not issubclass(value, (nn.Module, Tensor)):
+                for spoken in tuple(self.names):
+                    self.method(value, spoken)
             if type(value) in _PLAIN or name in _OF_TORCH:
                 continue
             for item in inside(value) if isinstance(value, CONTAINERS) else (value,):
@@ -178,6 +201,8 @@ class _Walk:
         self.value(inspect.unwrap(function), kind)
         space = function.__globals__
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            if isinstance(_content(cell), nn.Module):
+                self.layers |= {id(module) for module in _content(cell).modules()}
             if name != "__class__" and _content(cell) is not _EMPTY:
                 self.value(_content(cell), kind)
                 self._slot(
