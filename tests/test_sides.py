@@ -21,6 +21,7 @@ import torch
 from blocks import lively
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import reparam
 from reparam import Reason, ReparamError
@@ -112,6 +113,19 @@ def test_a_mode_is_asked_in_every_call(asks: Callable[[Tensor], bool]) -> None:
         assert same(result, model, x())
     with torch.inference_mode():
         assert same(result, model, x())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_where_gradients_are_asked_for_is_no_other_way(reentrant: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        inner = lambda x: m.n(both(m, x))  # noqa: E731
+        return checkpoint(inner, x, use_reentrant=reentrant) if x.requires_grad else inner(x)
+
+    model = module(forward)
+    result, report = reparam.collapse_with_report(model)
+    assert isinstance(result.n, nn.BatchNorm2d) == (report.folds == [])
+    assert same(result, model, x())
+    assert same(result, model, x().requires_grad_())
 
 
 def test_a_norm_that_a_mode_decides_about_stays_outside_of_a_block() -> None:

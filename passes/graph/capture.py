@@ -12,6 +12,7 @@ if the graphs differ, it keeps something between calls, and no single graph says
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -273,7 +274,9 @@ def _forks(
         tried += 1
         other = Tracer(first.root, first.leaves, inputs=inputs, given=given, numbers=numbers, forks=True, forced=forced)
         try:
-            flipped = other.trace() if tried <= MAX_FORKS else None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # nobody has asked for this way
+                flipped = other.trace() if tried <= MAX_FORKS else None
         except RejectedError:
             continue
         # Any exception at all may come out of user code that runs on proxies.

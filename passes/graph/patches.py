@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 from torch.fx import _symbolic_trace as fx_trace
+from torch.utils.checkpoint import CheckpointFunction
 
 from passes.graph.contents import FOREIGN
 
@@ -292,6 +293,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if tracer is None or not any(map(tracer.is_value, args)):
         apply: Any = _real_apply.__get__(None, cls)
         return apply(*args, **kwargs)
+    if cls is CheckpointFunction:  # it computes what it is given, and once more for the gradients
+        function, _, *given = args
+        return function(*given)
     return tracer.call_function(cls.apply, args, kwargs)
 
 
