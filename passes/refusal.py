@@ -33,6 +33,7 @@ class Reason(Enum):
     NOT_PER_CHANNEL = "scale or shift varies within a channel"
     LAYOUT = "moves data in a way that is not a channel permutation, a crop or a pad"
     RANK_UNKNOWN = "number of dimensions unknown; pass example_inputs"
+    CAST = "changes the dtype or the device"
     ATTRIBUTE = "an option of this layer is not understood"
     LARGER = "one convolution would cost more than the layers it replaces"
     FUSED = "part of what runtimes recognise and run as one operator"

@@ -14,7 +14,7 @@ from passes.refusal import Reason, Refusal
 
 __all__ = ["worth_saying"]
 
-_QUIET = {Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.RANK_UNKNOWN, Reason.CHANNELS, Reason.LAYOUT}
+_QUIET = {Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.RANK_UNKNOWN, Reason.CHANNELS, Reason.LAYOUT, Reason.CAST}
 """Reasons that only say where a region ends; they explain a batch norm that stays, and nothing else."""
 
 

@@ -94,11 +94,11 @@ class Flow:
             if changed and any(id(t) in changed for t in self.tensors.get(node, ())):
                 refused[node] = Refusal(Reason.IN_PLACE, "its weights are changed by a forward")
             elif operation is not None and operation.kind is Kind.CAST and not self._is_no_cast(node, operation):
-                refused[node] = Refusal(Reason.ATTRIBUTE, "a cast or a move between devices")
+                refused[node] = Refusal(Reason.CAST, "a cast or a move between devices")
             elif operation is not None and operation.kind is Kind.ARITHMETIC and node in self.dtype:
                 given = {self.dtype.get(n) for n in self.inputs(node)} - {None, self.dtype[node]}
                 if given and operation.affine:
-                    refused[node] = Refusal(Reason.ATTRIBUTE, f"gives {self.dtype[node]} for {given.pop()}")
+                    refused[node] = Refusal(Reason.CAST, f"gives {self.dtype[node]} for {given.pop()}")
         return refused
 
     def _is_no_cast(self, node: fx.Node, operation: Operation) -> bool:
