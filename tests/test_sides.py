@@ -97,6 +97,28 @@ def test_a_pattern_that_matches_sizes() -> None:
     assert same(result, model, x())
 
 
+def quotient_and_rest(m: Any, x: Tensor) -> Tensor:
+    quotient, rest = divmod(x.shape[-1], 4)
+    return F.relu(both(m, x)) * (quotient + rest)
+
+
+ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "rounded": lambda m, x: F.relu(both(m, x)) * round(x.shape[-1] / 5),
+    "quotient and rest": quotient_and_rest,
+    "limits of a dtype": lambda m, x: F.relu(both(m, x)) + torch.finfo(x.dtype).eps * torch.iinfo(torch.int8).max,
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic_with_what_is_asked_is_no_hindrance(name: str) -> None:
+    model = module(ARITHMETIC[name])
+    result, report = reparam.collapse_with_report(model)
+    assert len(report.folds) == 1
+    assert same(result, model, x())
+    assert same(result, model, x(1, 4, 9, 11))
+    assert isinstance(torch.finfo(torch.float32), torch.finfo)
+
+
 # ------------------------------------------------------------------ the mode of a call
 
 

@@ -47,6 +47,7 @@ class Interceptor(Protocol):
     def call_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def enter_context(self, what: str) -> None: ...
     def mode(self, now: bool) -> bool: ...
+    def dtype(self, value: Any) -> Any: ...
 
 
 def active() -> Interceptor | None:
@@ -147,6 +148,8 @@ class _Patches:
         cls.item(vars(builtins), "hasattr", _hasattr)
         cls.item(vars(torch), "is_tensor", _is_tensor)
         cls.item(vars(torch.jit), "isinstance", _jit_isinstance)
+        for limits in (torch.finfo, torch.iinfo):
+            cls.item(vars(torch), limits.__name__, _of_dtype(limits))
         for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
             cls.item(vars(torch), name, _mode(getattr(torch, name)))
         cls.attribute(torch.autograd.Function, "apply", classmethod(_apply))
@@ -269,6 +272,20 @@ def _is_tensor(obj: Any, /) -> bool:
     tracer = active()
     asked = tracer is not None and tracer.is_value(obj)
     return tracer.is_instance(obj, torch.Tensor) if asked and tracer is not None else _real_is_tensor(obj)
+
+
+def _of_dtype(limits: Any) -> Any:
+    """Stands for the limits of a dtype: they are asked for by the dtype of a value, which is the same in every call."""
+
+    class OfDtype(type):
+        def __call__(cls, *args: Any) -> Any:
+            tracer = active()
+            return limits(*(tracer.dtype(a) if tracer is not None and tracer.is_value(a) else a for a in args))
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return _real_isinstance(instance, limits)
+
+    return OfDtype(limits.__name__, (), {})
 
 
 def _mode(function: Any) -> Any:

@@ -57,6 +57,15 @@ class Value(fx.Proxy):
     def __float__(self) -> float:
         return float(self.tracer.number(self, float))
 
+    def __round__(self, *digits: Any) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
+
+    def __divmod__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", divmod, (self, other), {})
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", divmod, (other, self), {})
+
     def __contains__(self, item: Any) -> bool:
         return bool(self.tracer.contains(self, item))
 

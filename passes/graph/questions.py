@@ -132,6 +132,10 @@ class Questions(TracerBase):
         found = self._ask(value, lambda v: None if isinstance(v, Tensor) else hash(v), "hash")
         return object.__hash__(value) if found is None else int(found)
 
+    def dtype(self, value: Value) -> torch.dtype:
+        found: torch.dtype = self._ask(value, lambda v: v, "dtype")
+        return found
+
     def mode(self, now: bool) -> bool:
         """Whether gradients, autocast or inference mode are on, which a caller decides anew for every call."""
         if not self.forks:
