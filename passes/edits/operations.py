@@ -43,8 +43,8 @@ _OPERATOR = (
     "ixor", "le", "lshift", "lt", "matmul", "mod", "mul", "ne", "neg", "not_", "or_", "pos", "pow", "rshift", "setitem",
     "sub", "truediv", "truth", "xor",
 )  # fmt: skip
-_BUILTINS = ("abs", "bool", "dict", "divmod", "float", "getattr", "int", "len", "list", "max", "min", "round", "slice", "sum",
-             "tuple")  # fmt: skip
+_BUILTINS = ("abs", "bool", "dict", "divmod", "float", "getattr", "int", "len", "list", "max", "min", "round", "slice",
+             "sum", "tuple")  # fmt: skip
 _MATH = ("ceil", "exp", "floor", "isqrt", "log", "log2", "pow", "sqrt", "trunc")
 
 
