@@ -16,12 +16,10 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from passes.onnx.constants import Constants
+from passes.onnx.files import fits_one_message, write_beside
 from passes.programs import needed_for
 
-__all__ = ["Region", "fits_one_message", "run_file"]
-
-LARGEST = 2 << 30
-"""Bytes of one protobuf message; what is larger has its weights in a file beside it."""
+__all__ = ["Region", "run_file"]
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -108,15 +106,9 @@ def run_file(model: ir.Model, inputs: Mapping[str, Any]) -> Sequence[Any]:
         return _run(onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"]), inputs)
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        ir.save(model, path, external_data="weights")
+        write_beside(model, path, path.with_name("weights"), "weights")
         return _run(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), inputs)
 
 
 def _run(session: Any, inputs: Mapping[str, Any]) -> Sequence[Any]:
     return session.run(None, dict(inputs))  # type: ignore[no-any-return]
-
-
-def fits_one_message(model: ir.Model) -> bool:
-    """Whether one protobuf message holds a model with its weights; none of them lies in another file."""
-    numbers = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
-    return not any(isinstance(n, ir.ExternalTensor) for n in numbers) and sum(n.nbytes for n in numbers) < LARGEST

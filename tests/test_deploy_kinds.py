@@ -1,0 +1,192 @@
+"""Kinds of ONNX files and exported programs that are rare, and what is kept of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from test_onnx import BN, CONVS, PADS, C, array, loaded, make, model, norm
+
+import reparam
+import reparam.onnx
+from passes.proof.compare import Verdict
+from reparam.disk import FileError
+
+BRANCHES = f"""a = Conv <{PADS}> (x, w)
+    c = {BN.format("a", "n")}
+    f = ReduceMax <keepdims=0> (x)
+    t = Greater (f, zero)
+    y = If (t) <then_branch = g () => (float[] p) {{ k = Constant () p = Add (c, k) }},
+                else_branch = h () => (float[] q) {{ q = Neg (c) }}>"""
+
+
+def branching(number: onnx.TensorProto) -> onnx.ModelProto:
+    """A file with a constant inside of a branch, and a weight of that branch."""
+    made = model(BRANCHES, {**CONVS, **norm("n"), "zero": np.float32(0).reshape(())})
+    branch = next(a.g for a in made.graph.node[-1].attribute if a.name == "then_branch")
+    branch.node[0].attribute.append(helper.make_attribute("value", number))
+    branch.node[1].input[1] = "k2"
+    branch.node.insert(1, helper.make_node("Mul", ["k", "v2"], ["k2"]))
+    branch.initializer.append(numpy_helper.from_array(array(C, 1, 1), "v2"))
+    return made
+
+
+def outside(name: str, location: str, *shape: int) -> onnx.TensorProto:
+    tensor = numpy_helper.from_array(array(*shape), name)
+    onnx.external_data_helper.set_external_data(tensor, location=location)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    return tensor
+
+
+def beside(made: onnx.ModelProto, path: Path, location: str) -> Path:
+    """Write a file whose numbers, those of branches and constants included, are in another one."""
+    path.parent.mkdir(exist_ok=True)
+    options = {"save_as_external_data": True, "location": location, "size_threshold": 0, "convert_attribute": True}
+    onnx.save(made, path, **options)
+    return path
+
+
+def run(path: Path) -> Any:
+    x = np.ones((1, C, 12, 12), np.float32)
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+# ------------------------------------------------------------------ weights in other files
+
+
+def test_weights_of_branches_and_constants_go_with_the_file(tmp_path: Path) -> None:
+    path = beside(branching(numpy_helper.from_array(array(C, 1, 1), "k")), tmp_path / "in" / "model.onnx", "numbers")
+    result, report = reparam.onnx.collapse_with_report(path)
+    assert len(report.folds) == 1
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL
+    (tmp_path / "out").mkdir()
+    reparam.onnx.save(result, tmp_path / "out" / "out.onnx")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"out.onnx", "out.onnx.data"}
+    assert np.allclose(run(tmp_path / "out" / "out.onnx"), run(path), atol=1e-5)
+
+
+def test_a_constant_of_a_branch_or_a_function_from_elsewhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(branching(outside("k", "../secret", C, 1, 1)), path)
+    with pytest.raises(FileError, match=r"the weight 'k' is to come from outside of its folder: '\.\./secret'"):
+        reparam.onnx.load(path)
+    inner = helper.make_node("Constant", [], ["k"], value=outside("k", "gone", C, 1, 1))
+    nodes = [inner, helper.make_node("Mul", ["a", "k"], ["b"])]
+    function = helper.make_function("own", "Scale", ["a"], ["b"], nodes, [helper.make_opsetid("", 17)])
+    made = model("y = own.Scale (x)", {})
+    made.functions.append(function)
+    made.opset_import.append(helper.make_opsetid("own", 1))
+    onnx.save(made, path)
+    with pytest.raises(FileError, match="the file 'gone' with the weight 'k' is missing"):
+        reparam.onnx.load(path)
+
+
+def test_weights_that_the_source_reads_are_not_overwritten(tmp_path: Path) -> None:
+    made = model(
+        f"a = Conv <{PADS}> (x, w)\n c = {BN.format('a', 'n')}\n d = Relu (c)\n y = Conv (d, v)", {**CONVS, **norm("n")}
+    )
+    path = beside(made, tmp_path / "original.onnx", "model.onnx.data")
+    before, wanted = (tmp_path / "model.onnx.data").read_bytes(), run(path)
+    for _ in range(2):  # the second time over what the first has written
+        reparam.onnx.save(reparam.onnx.collapse(path), tmp_path / "model.onnx")
+        assert {p.name for p in tmp_path.iterdir()} == {
+            *("original.onnx", "model.onnx", "model.onnx.data", "model.onnx.1.data"),
+        }
+        assert (tmp_path / "model.onnx.data").read_bytes() == before
+        assert np.allclose(run(tmp_path / "model.onnx"), wanted, atol=1e-5)
+
+
+def test_a_file_in_which_nothing_folds_is_copied_with_its_weights(tmp_path: Path) -> None:
+    path = beside(model("a = Conv (x, w)\n y = Relu (a)", CONVS), tmp_path / "in" / "model.onnx", "numbers")
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / "out.onnx"
+    for _ in range(2):
+        reparam.onnx.save(reparam.onnx.collapse(path), out)
+        assert out.read_bytes() == path.read_bytes()
+        assert out.with_name("numbers").read_bytes() == path.with_name("numbers").read_bytes()
+        assert len(list(out.parent.iterdir())) == 2
+    out.unlink()
+    out.with_name("numbers").write_bytes(b"of another model")
+    with pytest.raises(FileError, match=r"numbers is there already, with other weights: write out\.onnx into another"):
+        reparam.onnx.save(reparam.onnx.collapse(path), out)
+    assert not out.exists()
+
+
+def test_what_is_said_of_a_weight_is_written_once(tmp_path: Path) -> None:
+    made = make("convolution and norm")
+    made.graph.initializer.append(numpy_helper.from_array(array(3), "unused"))
+    made.graph.initializer[-1].metadata_props.add(key="t", value="v")
+    reparam.onnx.save(reparam.onnx.collapse(loaded(made, tmp_path)), tmp_path / "out.onnx")
+    kept = {t.name: t for t in onnx.load(tmp_path / "out.onnx").graph.initializer}["unused"]
+    assert [(p.key, p.value) for p in kept.metadata_props] == [("t", "v")]
+
+
+# ------------------------------------------------------------------ files that are refused
+
+
+def twice(made: onnx.ModelProto) -> None:
+    made.graph.node.append(helper.make_node("Relu", ["x"], ["a"]))
+
+
+def reads_nothing(made: onnx.ModelProto) -> None:
+    made.graph.node[0].input[1] = "nothing"
+
+
+def returns_nothing(made: onnx.ModelProto) -> None:
+    made.graph.output[0].name = "nothing"
+
+
+def too_short(made: onnx.ModelProto) -> None:
+    made.graph.initializer[0].raw_data = b"123"
+
+
+def unknown_kind(made: onnx.ModelProto) -> None:
+    made.graph.initializer[0].data_type = 99
+
+
+def sparse() -> onnx.SparseTensorProto:
+    numbers = helper.make_tensor("s", TensorProto.FLOAT, [2], [1.0, 2.0])
+    return helper.make_sparse_tensor(numbers, helper.make_tensor("i", TensorProto.INT64, [2], [0, 3]), [C])
+
+
+def sparse_weight(made: onnx.ModelProto) -> None:
+    made.graph.sparse_initializer.append(sparse())
+
+
+def sparse_constant(made: onnx.ModelProto) -> None:
+    made.graph.node.insert(0, helper.make_node("Constant", [], ["s"], sparse_value=sparse()))
+
+
+def trained(made: onnx.ModelProto) -> None:
+    made.training_info.add().algorithm.name = "sgd"
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (twice, "Output 'a' is redeclared"),
+    (reads_nothing, "Conv 'a' reads 'nothing', which nothing in the file gives"),
+    (returns_nothing, "nothing in the file gives its output 'nothing'"),
+    (too_short, "the weight 'w' is no 4x4x3x3 numbers"),
+    (unknown_kind, "99 is not a valid DataType"),
+    (sparse_weight, "the tensor 's' is sparse, which onnx-ir drops: write it as a dense one"),
+    (sparse_constant, "the tensor 's' is sparse"),
+    (trained, r"training_info.* clear that field"),
+])  # fmt: skip
+def test_what_cannot_be_read_or_kept_gets_one_line(
+    damage: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path
+) -> None:
+    made = make("convolution and norm")
+    damage(made)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(made.SerializeToString())
+    with pytest.raises(FileError, match=message) as caught:
+        reparam.onnx.collapse(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
