@@ -89,6 +89,13 @@ class _Compilation(Compilation[Program]):
             return Checked(Verdict.INCONCLUSIVE, f"not compared: {error}")
         return check(observed, module_of(result), exact=self.ledger.exact, effects=False)
 
+    def taken(self) -> set[str]:
+        if isinstance(self.program, ExportedProgram):
+            return {*self.program.state_dict, *self.program.constants}
+        root = self.program
+        named = (root.named_modules, root.named_parameters, root.named_buffers)
+        return {name for each in named for name, _ in each(remove_duplicate=False)}
+
     def gone(self, entry: str, dying: Collection[str], staying: Collection[str] = ()) -> tuple[str, ...]:
         gone = {self.nodes[name] for name in dying}
         todo = list(gone)

@@ -92,6 +92,10 @@ class Compilation(ABC, Generic[Graph]):
         """Why a candidate would be no gain in a graph of this kind."""
         return None
 
+    @abstractmethod
+    def taken(self) -> set[str]:
+        """Names that no new weight may get."""
+
     def result(self, folds: list[Fold]) -> Graph:
         """The graph with these folds."""
         self._tell(folds)
@@ -141,7 +145,7 @@ class Compilation(ABC, Generic[Graph]):
         return Placement()
 
     def _edits(self, folds: list[Fold]) -> tuple[None, dict[Candidate, Refusal]]:
-        taken = {str(n.target) for n in self.flow.nodes if n.op == "get_attr"}
+        taken = self.taken()
         for fold in folds:
             candidate = fold.candidate
             weight, bias = self._numbers(fold, taken)

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from test_onnx import BN, CONVS, PADS, C, array, loaded, make, model, norm
+from test_onnx import BN, CONVS, PADS, C, array, loaded, make, model, norm, operators
 
 import reparam
 import reparam.onnx
 from passes.proof.compare import Verdict
+from passes.refusal import Reason
 from reparam.disk import FileError
 
 BRANCHES = f"""a = Conv <{PADS}> (x, w)
@@ -190,3 +192,88 @@ def test_what_cannot_be_read_or_kept_gets_one_line(
         reparam.onnx.collapse(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ names
+
+
+def named(where: str) -> onnx.ModelProto:
+    """A convolution without a bias and a norm, where something else is called as its bias would be."""
+    weights = {"conv.weight": CONVS["w"], **norm("n")}
+    folds = f'a = Conv <{PADS}> (x, "conv.weight")\n c = {BN.format("a", "n")}\n '
+    tails = {"a value": "t = Relu (c)\n y = Neg (t)", "an operator": "y = Neg (c)", "an unread weight": "y = Neg (c)",
+             "a branch": "y = If (yes) <then_branch = g () => (float[] p) { t = Relu (c) p = Neg (t) }, "
+             "else_branch = h () => (float[] q) { q = Neg (c) }>", "an input": "y = Mul (c, t)"}  # fmt: skip
+    made = model(folds.replace('"', "").replace("conv.weight", "w") + tails[where], {**weights, "yes": np.array(True)})
+    inner = [n for n in made.graph.node if n.op_type == "If"]
+    nodes = [*made.graph.node, *(n for node in inner for a in node.attribute for n in a.g.node)]
+    for node in nodes:
+        for names in (node.input, node.output):
+            names[:] = [{"w": "conv.weight", "t": "conv.bias"}.get(name, name) for name in names]
+    if where == "an operator":
+        made.graph.node[-1].name = "conv.bias"
+    if where == "an unread weight":
+        made.graph.initializer.append(numpy_helper.from_array(array(C), "conv.bias"))
+    if where == "an input":
+        made.graph.input.append(helper.make_tensor_value_info("conv.bias", TensorProto.FLOAT, [1]))
+    return made
+
+
+@pytest.mark.parametrize("where", ["a value", "an operator", "an unread weight", "a branch", "an input"])
+def test_a_new_bias_gets_a_name_that_nothing_has(where: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(named(where), path)
+    result, report = reparam.onnx.collapse_with_report(path)
+    assert (len(report.folds), report.taken_back) == (1, [])
+    assert "BatchNormalization" not in operators(result)
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL
+    new = next(node for node in result.graph if node.op_type == "Conv").inputs[2]
+    assert new is not None
+    assert new.name == "conv.bias_1"
+
+
+def test_a_weight_of_which_the_shape_is_asked_for_keeps_its_name(tmp_path: Path) -> None:
+    code = f"""k = Mul (w, two)
+        a = Conv <{PADS}> (x, k)
+        c = {BN.format("a", "n")}
+        s = CastLike (one, k)
+        y = Mul (c, s)"""
+    weights = {**CONVS, **norm("n"), "two": np.float32(2).reshape(1), "one": np.array([1])}
+    result = reparam.onnx.collapse(loaded(model(code, weights), tmp_path), verify=False)
+    reparam.onnx.save(result, tmp_path / "out.onnx")
+    assert np.allclose(run(tmp_path / "out.onnx"), run(tmp_path / "model.onnx"), atol=1e-5)
+
+
+# ------------------------------------------------------------------ operators of several results
+
+
+@pytest.mark.parametrize("opset", [9, 13])
+def test_a_norm_that_names_its_other_results_trains(opset: int, tmp_path: Path) -> None:
+    made = model(f"a = Conv <{PADS}> (x, w)\n y = {BN.format('a', 'n')}", {**CONVS, **norm("n")}, opset=opset)
+    made.graph.node[-1].output.extend(["m1", "v1", "m2", "v2"])
+    result, report = reparam.onnx.collapse_with_report(ir.from_proto(made))
+    assert operators(result) == ["Conv", "BatchNormalization"]
+    assert [refusal.reason for refusal in report.refusals] == [Reason.BATCH_STATISTICS]
+
+
+def test_a_norm_in_training_mode_says_so(tmp_path: Path) -> None:
+    made = model(f"a = Conv <{PADS}> (x, w)\n y = {BN.format('a', 'n')}", {**CONVS, **norm("n")})
+    made.graph.node[-1].attribute.append(helper.make_attribute("training_mode", 1))
+    made.graph.node[-1].output.extend(["m1", "v1"])
+    report = reparam.onnx.explain(ir.from_proto(made))
+    assert [refusal.reason for refusal in report.refusals] == [Reason.BATCH_STATISTICS]
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_dropout_whose_mask_is_read_stays(read: bool, tmp_path: Path) -> None:
+    made = model(
+        f"a = Conv <{PADS}> (x, w)\n d, mask = Dropout (a)\n y = {BN.format('d', 'n')}", {**CONVS, **norm("n")}
+    )
+    if read:
+        made.graph.node.append(helper.make_node("Not", ["mask"], ["z"]))
+    made.graph.output.append(helper.make_tensor_value_info("z" if read else "mask", TensorProto.BOOL, None))
+    result, report = reparam.onnx.collapse_with_report(loaded(made, tmp_path))
+    assert operators(result)[:3] == ["Conv", "Dropout", "BatchNormalization"]
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL

@@ -18,6 +18,7 @@ from passes.fold.candidates import Candidate
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example, likely, tensors_in
 from passes.onnx.constants import Constants, constant_of
+from passes.onnx.files import names_of
 from passes.onnx.patterns import fused_by_runtimes
 from passes.onnx.read import DTYPES, Read, read
 from passes.onnx.replay import Region, run_file
@@ -99,6 +100,9 @@ class _Compilation(Compilation[ir.Model]):
         if linear and len(candidate.convs) == 1 and len(candidate.dying) <= 1 + (candidate.form.bias is not None):
             return Refusal(Reason.LAYOUT, "it is written in as few operators already")
         return None
+
+    def taken(self) -> set[str]:
+        return names_of(self.model)
 
     def _is_matrix(self, candidate: Candidate) -> bool:
         return self.flow.rank.get(candidate.entry) == 2

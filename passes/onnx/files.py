@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-__all__ = ["fits_one_message", "graphs_of", "in_memory", "tensors_of", "write_beside"]
+__all__ = ["fits_one_message", "graphs_of", "in_memory", "names_of", "tensors_of", "write_beside"]
 
 LARGEST = 2 << 30
 """Bytes of one protobuf message; what is larger has its weights in a file beside it."""
@@ -38,6 +38,16 @@ def tensors_of(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
             for attribute in _attributes(node):
                 tensors = [attribute.value] if attribute.type is ir.AttributeType.TENSOR else attribute.value
                 yield from ((str(node.outputs[0].name if node.outputs else node.name), each) for each in tensors)
+
+
+def names_of(model: ir.Model) -> set[str]:
+    """The names of all values and operators, those inside of operators included: there an outer one would be hidden."""
+    found = set[str | None]()
+    for graph in graphs_of(model):
+        found |= {*graph.initializers, *(value.name for value in [*graph.inputs, *graph.outputs])}
+        for node in graph:
+            found |= {node.name, *(value.name for value in node.outputs)}
+    return {name for name in found if name}
 
 
 def fits_one_message(model: ir.Model) -> bool:

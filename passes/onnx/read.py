@@ -119,6 +119,8 @@ class _Reader:
         try:
             if rule is None or used != list(node.outputs[: len(used)]):
                 raise _Unread
+            if len(used) > 1 and node.op_type not in _SEVERAL:  # the mask of a dropout
+                raise _Unread
             made = rule(self, node)
         except (_Unread, KeyError, TypeError, ValueError, IndexError, RuntimeError):
             made = self.call(pure, [self.value(v) for v in [*node.inputs, *inner] if v is not None])
@@ -261,14 +263,18 @@ def _matmul(reader: _Reader, node: ir.Node) -> fx.Node:
     return reader.call(F.linear, x, reader.call(torch.transpose, weight, 0, 1))
 
 
-def _batch_norm(reader: _Reader, node: ir.Node) -> fx.Node:
+def _batch_norm(reader: _Reader, node: ir.Node) -> list[fx.Node]:
     x, scale, shift, mean, var = reader.arguments(node)
-    if _attribute(node, "training_mode", 0) or not _attribute(node, "spatial", 1):
-        raise _Unread
-    if reader.opset < 7 and not _attribute(node, "is_test", 0):
+    if not _attribute(node, "spatial", 1):
         raise _Unread
     eps = float(np.float32(_attribute(node, "epsilon", 1e-5)))
-    return reader.call(F.batch_norm, x, mean, var, scale, shift, False, 0.0, eps)
+    several = [value for value in node.outputs[1:] if value.name]
+    # Before operator set 14, whoever names its other results wants it to train.
+    training = bool(_attribute(node, "training_mode", 0)) or (reader.opset < 14 and bool(several))
+    if training:  # torch would write into the statistics, which are results here
+        made = reader.call(F.batch_norm, x, None, None, scale, shift, True, 0.0, eps)
+        return [made, *(reader.call(pure, *(mean, var, x)) for _ in node.outputs[1:])]
+    return [reader.call(F.batch_norm, x, mean, var, scale, shift, False, 0.0, eps)]
 
 
 def _binary(function: Callable[..., Any]) -> Callable[[_Reader, ir.Node], fx.Node]:
@@ -475,6 +481,9 @@ _RULES: dict[str, Callable[[_Reader, ir.Node], Any]] = {
     "Squeeze": _axes(torch.squeeze),
     "Unsqueeze": _axes(torch.unsqueeze),
 }
+
+_SEVERAL = ("Split", "BatchNormalization")
+"""Operators whose other results are read as well."""
 
 KNOWN = frozenset(
     (
