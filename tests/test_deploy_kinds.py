@@ -237,9 +237,11 @@ def test_a_weight_of_which_the_shape_is_asked_for_keeps_its_name(tmp_path: Path)
     code = f"""k = Mul (w, two)
         a = Conv <{PADS}> (x, k)
         c = {BN.format("a", "n")}
-        s = CastLike (one, k)
-        y = Mul (c, s)"""
-    weights = {**CONVS, **norm("n"), "two": np.float32(2).reshape(1), "one": np.array([1])}
+        s = Shape (k)
+        r = Size (k)
+        q = Cast <to=1> (r)
+        y = Mul (c, q)"""
+    weights = {**CONVS, **norm("n"), "two": np.float32(2).reshape(1)}
     result = reparam.onnx.collapse(loaded(model(code, weights), tmp_path), verify=False)
     reparam.onnx.save(result, tmp_path / "out.onnx")
     assert np.allclose(run(tmp_path / "out.onnx"), run(tmp_path / "model.onnx"), atol=1e-5)
@@ -277,3 +279,20 @@ def test_a_dropout_whose_mask_is_read_stays(read: bool, tmp_path: Path) -> None:
     assert operators(result)[:3] == ["Conv", "Dropout", "BatchNormalization"]
     assert report.checked is not None
     assert report.checked.verdict is Verdict.EQUAL
+
+
+# ------------------------------------------------------------------ regions that cannot be run alone
+
+
+def test_a_region_that_the_evaluator_does_not_run_is_left_alone_with_a_reason(tmp_path: Path) -> None:
+    code = f"""a = ConvTranspose <strides=[2,2], group=2> (x, g)
+        c = {BN.format("a", "n")}
+        r = Relu (c)
+        d = Conv <{PADS}> (r, w)
+        y = {BN.format("d", "m")}"""
+    made = model(code, {"g": array(C, 2, 3, 3), **CONVS, **norm("n"), **norm("m")})
+    result, report = reparam.onnx.collapse_with_report(loaded(made, tmp_path))
+    assert operators(result) == ["ConvTranspose", "BatchNormalization", "Relu", "Conv"]
+    told = [refusal for refusal in report.refusals if refusal.reason is Reason.ATTRIBUTE]
+    assert [refusal.message.partition(":")[0] for refusal in told] == ["cannot be replayed"]
+    assert "g" in told[0].layer.split(", ")
