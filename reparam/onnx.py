@@ -31,7 +31,7 @@ try:
 
     from passes.onnx import files
     from passes.onnx.collapse import collapse_model, compare_models, compare_with_module, explain_model
-    from passes.onnx.constants import constant_of
+    from passes.onnx.constants import constant_of, opset_of
     from passes.onnx.files import fits_one_message, graphs_of, in_memory, tensors_of, write_beside
     from passes.onnx.read import tensor_of
 except ModuleNotFoundError as missing:
@@ -192,7 +192,7 @@ def _check_kept(path: Path, proto: onnx.ModelProto) -> None:
 
 
 def _check_opset(path: Path, model: ir.Model) -> None:
-    version, newest = model.opset_imports.get("", 0), onnx.defs.onnx_opset_version()
+    version, newest = opset_of(model.opset_imports, 0), onnx.defs.onnx_opset_version()
     if version > newest:
         raise FileError(
             f"{path} is of operator set {version}; the installed onnx knows up to {newest}: pip install -U onnx"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from test_onnx import BN, CONVS, PADS, C, array, loaded, make, model, norm, operators
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import reparam
 import reparam.onnx
@@ -296,3 +300,163 @@ def test_a_region_that_the_evaluator_does_not_run_is_left_alone_with_a_reason(tm
     told = [refusal for refusal in report.refusals if refusal.reason is Reason.ATTRIBUTE]
     assert [refusal.message.partition(":")[0] for refusal in told] == ["cannot be replayed"]
     assert "g" in told[0].layer.split(", ")
+
+
+# ------------------------------------------------------------------ exported programs
+
+
+def pair() -> nn.Sequential:
+    norm = nn.BatchNorm2d(C)
+    norm.running_mean, norm.running_var = torch.randn(C), torch.rand(C) + 0.5
+    return nn.Sequential(nn.Conv2d(C, C, 3, padding=1, bias=False), norm)
+
+
+class Pairs(nn.Module):
+    """Two convolutions with norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = pair(), pair()
+
+
+class WithoutGradients(Pairs):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.a(x)
+        return self.b(y).relu()
+
+
+class InPlaceWithoutGradients(Pairs):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a[0](x)
+        with torch.no_grad():
+            y.add_(1)
+        return self.b(self.a[1](y))
+
+
+class Autocast(Pairs):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.a(x)
+        return self.b(y.float())
+
+
+class Branching(Pairs):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return torch.cond(y.sum() > 0, lambda z: self.b(z), lambda z: z * 2, (y,))
+
+
+INNER = (WithoutGradients, InPlaceWithoutGradients, Autocast, Branching)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch.cond asks for
+@pytest.mark.parametrize("network", INNER)
+@pytest.mark.parametrize("form", ["program", "module"])
+def test_what_is_around_an_inner_graph_folds(network: type[nn.Module], form: str) -> None:
+    program = torch.export.export(network().eval(), (torch.randn(2, C, 8, 8),))
+    given: Any = program if form == "program" else program.module()
+    result, report = reparam.collapse_with_report(given)
+    assert len(report.folds) == 1
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL
+    assert len(reparam.explain(given).folds) == 1
+    if form == "program":
+        x = torch.randn(2, C, 8, 8)
+        assert torch.allclose(result.module()(x), program.module()(x), atol=1e-2 if network is Autocast else 1e-5)
+
+
+class Counting(nn.Module):
+    """A forward that counts its calls, in a buffer that a state dict has and in one that it has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = pair()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("hidden", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        self.hidden.add_(1)
+        return self.layers(x) + self.calls + self.hidden
+
+
+def test_a_program_shares_nothing_that_can_be_written_with_its_source() -> None:
+    program = torch.export.export(Counting().eval(), (torch.randn(2, C, 8, 8),))
+    result = reparam.collapse(program)
+    result.module()(torch.randn(2, C, 8, 8))
+    for parameter in result.parameters():
+        parameter.data.zero_()
+    assert (float(program.state_dict["calls"]), float(program.constants["hidden"])) == (0.0, 0.0)
+    assert not any(
+        result.state_dict[name] is tensor for name, tensor in program.state_dict.items() if name in result.state_dict
+    )
+    assert all(bool(parameter.abs().sum()) for name, parameter in program.named_parameters() if "bias" not in name)
+
+
+def test_a_program_that_was_unflattened_folds() -> None:
+    program = torch.export.export(pair().eval(), (torch.randn(2, C, 8, 8),))
+    torch.export.unflatten(program)
+    result, report = reparam.collapse_with_report(program)
+    assert len(report.folds) == 1
+    assert "unflattened_module" not in result.graph_module.meta
+
+
+class ChannelsLast(nn.Module):
+    """A view that only data in another order than usual has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).permute(0, 2, 3, 1).view(x.shape[0], -1)
+
+
+def test_made_up_inputs_lie_in_memory_as_the_graph_says() -> None:
+    x = torch.randn(2, C, 8, 8).contiguous(memory_format=torch.channels_last)
+    module = torch.export.export(ChannelsLast().eval(), (x,)).module()
+    report = reparam.collapse_with_report(module)[1]
+    assert len(report.folds) == 1
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL
+
+
+def test_made_up_inputs_that_a_module_refuses_are_not_the_callers() -> None:
+    x = torch.randn(2, C, 8, 8).contiguous(memory_format=torch.channels_last)
+    module = torch.export.export(ChannelsLast().eval(), (x,)).module()
+    next(n for n in module.graph.nodes if n.name == "x").meta["val"] = torch.empty(2, C, 8, 8)
+    checked = reparam.collapse_with_report(module)[1].checked
+    assert checked is not None
+    assert str(checked).startswith("not compared: it takes no input of the shapes that it says")
+
+
+def test_results_that_nobody_reads_do_not_keep_a_norm() -> None:
+    module = make_fx(pair().eval())(torch.randn(2, C, 8, 8))
+    assert any(node.target is operator.getitem and not node.users for node in module.graph.nodes)
+    result, report = reparam.collapse_with_report(module)
+    assert len(report.folds) == 1
+    assert sum(node.target is operator.getitem for node in result.graph.nodes) == 0
+    x = torch.randn(2, C, 8, 8)
+    assert torch.allclose(result(x), module(x), atol=1e-5)
+
+
+# ------------------------------------------------------------------ small things
+
+
+def test_an_input_of_bytes_is_made_up(tmp_path: Path) -> None:
+    made = model(f"f = Cast <to=1> (x)\n a = Conv <{PADS}> (f, w)\n y = {BN.format('a', 'n')}", {**CONVS, **norm("n")})
+    made.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    checked = reparam.onnx.collapse_with_report(loaded(made, tmp_path))[1].checked
+    assert checked is not None
+    assert checked.verdict is Verdict.EQUAL
+
+
+def test_the_long_name_of_the_standard_operators(tmp_path: Path) -> None:
+    made = make("two branches")
+    made.opset_import[0].domain = "ai.onnx"
+    report = reparam.onnx.collapse_with_report(loaded(made, tmp_path))[1]
+    assert len(report.folds) == 1
+    made.opset_import[0].version = 5
+    with pytest.raises(FileError, match="operator set 5"):
+        reparam.onnx.collapse(loaded(made, tmp_path))

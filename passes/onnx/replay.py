@@ -61,7 +61,8 @@ class Region:
             [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None) for name in self.outputs],
             [onnx.numpy_helper.from_array(array, name) for name, array in numbers.items()],
         )
-        opsets = [onnx.helper.make_opsetid(name, version) for name, version in model.opset_imports.items()]
+        versions = {**model.opset_imports, "": constants.opset}
+        opsets = [onnx.helper.make_opsetid(name, version) for name, version in versions.items()]
         self._evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets), new_ops=[_Norm])
 
     def run(self, x: Tensor) -> tuple[Tensor, float]:

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import PADS
 from passes.edits.edit import Substitute
+from passes.onnx.constants import opset_of
 from passes.onnx.files import names_of
 from passes.programs import fresh
 
@@ -185,7 +186,7 @@ class _Writer:
     def pad(self, x: ir.Value, amounts: list[int], mode: str) -> ir.Value:
         half = len(amounts) // 2
         whole = [0, 0, *amounts[:half], 0, 0, *amounts[half:]]
-        if self.graph.opset_imports.get("", 1) < 11:
+        if opset_of(self.graph.opset_imports) < 11:
             return self.node("Pad", [x], {"pads": whole, "mode": mode})
         return self.node("Pad", [x, self.initializer(f"{self.edit.weight}_pads", np.array(whole))], {"mode": mode})
 
