@@ -460,3 +460,32 @@ def test_the_long_name_of_the_standard_operators(tmp_path: Path) -> None:
     made.opset_import[0].version = 5
     with pytest.raises(FileError, match="operator set 5"):
         reparam.onnx.collapse(loaded(made, tmp_path))
+
+
+@pytest.mark.parametrize("rule", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("size", [11, 12])
+def test_padding_by_a_rule_where_the_file_fixes_the_size(rule: str, size: int, tmp_path: Path) -> None:
+    code = f"""a = Conv <auto_pad="{rule}", strides=[2, 3]> (x, w)
+        c = {BN.format("a", "n")}
+        r = Relu (c)
+        d = Conv <auto_pad="{rule}", strides=[2, 2]> (r, k)
+        y = {BN.format("d", "m")}"""
+    weights = {**CONVS, "k": array(C, C, 4, 2), **norm("n"), **norm("m")}
+    result, report = reparam.onnx.collapse_with_report(
+        loaded(model(code, weights, shape=f"N,4,{size},{size}"), tmp_path)
+    )
+    assert operators(result) == ["Conv", "Relu", "Conv"]
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL
+    open_sizes = loaded(model(code, weights, shape="N,4,H,W"), tmp_path)
+    assert reparam.onnx.explain(open_sizes).folds == []
+
+
+def test_tokens_of_a_batch_of_any_size(tmp_path: Path) -> None:
+    code = f"a = Conv <{PADS}> (x, w)\n t = Reshape (a, s)\n y = {BN.format('t', 'n')}"
+    made = model(code, {**CONVS, "s": np.array([0, C, -1]), **norm("n")})
+    del made.graph.output[0].type.tensor_type.shape.dim[3:]
+    result, report = reparam.onnx.collapse_with_report(loaded(made, tmp_path))
+    assert operators(result) == ["Conv", "Reshape"]
+    assert report.checked is not None
+    assert report.checked.verdict is Verdict.EQUAL

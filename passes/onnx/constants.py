@@ -74,6 +74,9 @@ class Constants:
 
     def __init__(self, graph: ir.Graph, opset: int, shapes: Mapping[str, ir.Value], *, overridable: bool) -> None:
         self.opset, self.shapes, self.overridable = opset, shapes, overridable
+        inputs = [value.shape for value in graph.inputs if not value.is_initializer()]
+        self.fixed = all(shape is not None and all(isinstance(size, int) for size in shape[1:]) for shape in inputs)
+        """Whether all sizes are, but for the batch's."""
         self._computed: dict[ir.Value, ir.Node] = {}
         self._known: dict[ir.Value, ir.TensorProtocol | None] = {}
         self._left = MOST

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
@@ -25,7 +26,7 @@ from passes.graph.opset import pure
 from passes.graph.shapes import Known
 from passes.onnx.constants import Constants
 
-__all__ = ["Read", "inner_values", "read", "tensor_of"]
+__all__ = ["Read", "inner_values", "read", "tensor_of", "with_pads"]
 
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
@@ -198,18 +199,38 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 # ------------------------------------------------------------------ operators
 
 
-def _pads(node: ir.Node, n: int, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[int]:
+def _pads(node: ir.Node, constants: Constants, kernel: Sequence[int]) -> list[int]:
     """Leading, then trailing pads of each dimension."""
+    n = len(kernel)
     auto = _attribute(node, "auto_pad", "NOTSET")
     if auto == "NOTSET":
         return list(_attribute(node, "pads", [0] * 2 * n))
     if auto == "VALID":
         return [0] * 2 * n
-    if any(stride != 1 for stride in strides):  # it depends on the input's size
-        raise _Unread
+    strides, dilations = (_attribute(node, name, [1] * n) for name in ("strides", "dilations"))
     total = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+    if any(stride != 1 for stride in strides):  # then it depends on the input's size, which a file may fix
+        sizes = (constants.shape(node.inputs[0]) or [])[2:]  # type: ignore[arg-type]
+        known = [size for size in sizes if size is not None]
+        if not constants.fixed or len(known) != n:
+            raise _Unread
+        total = [max(t - (size - 1) % stride, 0) for t, size, stride in zip(total, known, strides, strict=True)]
     less, more = [t // 2 for t in total], [t - t // 2 for t in total]
     return less + more if auto == "SAME_UPPER" else more + less
+
+
+def with_pads(node: ir.Node, constants: Constants) -> onnx.NodeProto:
+    """An operator with the pads that it has at the sizes of the file, where those decide about them."""
+    proto = ir.to_proto(node)
+    if node.domain or node.op_type not in ("Conv", "AveragePool") or "strides" not in node.attributes:
+        return proto
+    if _attribute(node, "auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
+        weight = None if node.op_type == "AveragePool" else constants.shape(node.inputs[1])  # type: ignore[arg-type]
+        pads = _pads(node, constants, weight[2:] if weight else _attribute(node, "kernel_shape"))  # type: ignore[arg-type]
+        kept = [attribute for attribute in proto.attribute if attribute.name != "auto_pad"]
+        del proto.attribute[:]
+        proto.attribute.extend([*kept, onnx.helper.make_attribute("pads", pads)])
+    return proto
 
 
 def _conv(reader: _Reader, node: ir.Node) -> fx.Node:
@@ -220,7 +241,7 @@ def _conv(reader: _Reader, node: ir.Node) -> fx.Node:
     kernel = [int(size or 0) for size in shape[2:]]
     n = len(kernel)
     strides, dilations = (list(_attribute(node, name, [1] * n)) for name in ("strides", "dilations"))
-    pads, group = _pads(node, n, kernel, strides, dilations), _attribute(node, "group", 1)
+    pads, group = _pads(node, reader.constants, kernel), _attribute(node, "group", 1)
     paired = tuple(zip(pads[:n], pads[n:], strict=True))
     return reader.call(CONVS[n], x, weight, bias[0] if bias else None, strides, paired, dilations, group)
 
@@ -315,7 +336,7 @@ def _average_pool(reader: _Reader, node: ir.Node) -> fx.Node:
     kernel = list(_attribute(node, "kernel_shape"))
     n = len(kernel)
     strides, dilations = (list(_attribute(node, name, [1] * n)) for name in ("strides", "dilations"))
-    pads = _pads(node, n, kernel, strides, dilations)
+    pads = _pads(node, reader.constants, kernel)
     counted, ceil = bool(_attribute(node, "count_include_pad", 0)), bool(_attribute(node, "ceil_mode", 0))
     if any(d != 1 for d in dilations) or ceil or (any(pads) and not counted):
         raise _Unread

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from passes.onnx.constants import Constants
 from passes.onnx.files import fits_one_message, write_beside
+from passes.onnx.read import with_pads
 from passes.programs import needed_for
 
 __all__ = ["Region", "run_file"]
@@ -52,7 +53,7 @@ class Region:
                 if value is not None and number is not None and value is not entry:
                     numbers[str(value.name)] = _number(number)
             if all(constants.of(value) is None for value in node.outputs):
-                protos.append(_in_double(ir.to_proto(node)))
+                protos.append(_in_double(with_pads(node, constants)))
         self.outputs = [name for proto in protos for name in proto.output if name]
         graph = onnx.helper.make_graph(
             protos,
