@@ -98,9 +98,12 @@ class _Compilation(Compilation[Program]):
     def taken(self) -> set[str]:
         if isinstance(self.program, ExportedProgram):
             return {*self.program.state_dict, *self.program.constants}
-        root = self.program
-        named = (root.named_modules, root.named_parameters, root.named_buffers)
-        return {name for each in named for name, _ in each(remove_duplicate=False)}
+        found = set[str]()
+        for path, module in self.program.named_modules(remove_duplicate=False):
+            registered = {**module._modules, **module._parameters, **module._buffers}
+            held = [*vars(module), *(name for name, value in registered.items() if value is not None)]
+            found.update(f"{path}.{name}" if path else name for name in held)
+        return found
 
     def gone(self, entry: str, dying: Collection[str], staying: Collection[str] = ()) -> tuple[str, ...]:
         gone = {self.nodes[name] for name in dying}

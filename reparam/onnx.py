@@ -159,7 +159,16 @@ def _read(path: Path) -> ir.Model:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
         _check_kept(path, proto)
         model = ir.from_proto(proto)
-    except (DecodeError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
+    except (
+        DecodeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"{path} is no ONNX file, or a damaged one ({_line(list(causes(error))[-1])})") from error

@@ -489,3 +489,29 @@ def test_tokens_of_a_batch_of_any_size(tmp_path: Path) -> None:
     assert operators(result) == ["Conv", "Reshape"]
     assert report.checked is not None
     assert report.checked.verdict is Verdict.EQUAL
+
+
+class NamedAsABias(nn.Module):
+    """An input that is called as torch.export would call the bias of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.n = pair()
+
+    def forward(self, x: Tensor, p_c_bias: Tensor) -> Tensor:
+        return self.n(self.c(x)) + p_c_bias
+
+
+def test_a_new_weight_of_a_program_gets_a_name_that_nothing_has() -> None:
+    given = torch.randn(2, C, 8, 8), torch.randn(1)
+    program = torch.export.export(NamedAsABias().eval(), given)
+    result, report = reparam.collapse_with_report(program)
+    assert len(report.folds) == 1
+    assert torch.allclose(result.module()(*given), program.module()(*given), atol=1e-5)
+    for other in (nn.Parameter(torch.ones(2)), "a text"):
+        module = program.module()
+        module.c.bias = other  # which no call reads
+        kept, report = reparam.collapse_with_report(module, example_inputs=given)
+        assert len(report.folds) == 1
+        assert torch.equal(kept.c.bias, other) if isinstance(other, Tensor) else kept.c.bias == other
+        assert torch.allclose(kept(*given), module(*given), atol=1e-5)

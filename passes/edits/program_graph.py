@@ -100,6 +100,7 @@ class ProgramGraph:
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_after(near) if near is not None else self.graph.inserting_before(first):
                 node = self.graph.placeholder("p_" + name.replace(".", "_"))
+            node.target = node.name  # which is unique, unlike the name that was asked for
             at = next((i + 1 for i, s in enumerate(specs) if near is not None and s.arg.name == near.name), 0)
             specs.insert(at, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name))
         else:
@@ -141,7 +142,9 @@ class ProgramGraph:
 
 
 def _tensors(constants: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in constants.items() if isinstance(value, Tensor)}
+    """The constants that are tensors; torch copies none that was computed with gradients."""
+    found = {name: value for name, value in constants.items() if isinstance(value, Tensor)}
+    return {name: value if value.is_leaf else value.detach() for name, value in found.items()}
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:
