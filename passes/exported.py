@@ -13,13 +13,14 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from passes.compiler import clock
 from passes.edits.edit import Substitute
 from passes.edits.program_graph import ModuleGraph, ProgramGraph, substitute
-from passes.graph.aten import is_aten, translated
+from passes.graph.aten import is_aten, is_idle, translated
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example
 from passes.programs import Compilation, collapse_graph, counts_of, needed_for, unit_of
 from passes.proof.check import Checked, NoInputError, check, observe
 from passes.proof.compare import Verdict
 from passes.proof.hold import Exact, Ledger
+from passes.refusal import ReparamError
 from passes.report import Counts, Explanation
 
 __all__ = ["Program", "collapse_program", "example_of", "explain_program", "is_program", "module_of"]
@@ -87,17 +88,34 @@ class _Compilation(Compilation[Program]):
             observed = observe(module_of(self.program), example)
         except NoInputError as error:
             return Checked(Verdict.INCONCLUSIVE, f"not compared: {error}")
+        except ReparamError as error:
+            if not example.made_up:
+                raise
+            said = " ".join(str(error.__cause__ or error).split())[:200]
+            return Checked(Verdict.INCONCLUSIVE, f"not compared: it takes no input of the shapes that it says: {said}")
         return check(observed, module_of(result), exact=self.ledger.exact, effects=False)
+
+    def taken(self) -> set[str]:
+        if isinstance(self.program, ExportedProgram):
+            return {*self.program.state_dict, *self.program.constants}
+        found = set[str]()
+        for path, module in self.program.named_modules(remove_duplicate=False):
+            registered = {**module._modules, **module._parameters, **module._buffers}
+            held = [*vars(module), *(name for name, value in registered.items() if value is not None)]
+            found.update(f"{path}.{name}" if path else name for name in held)
+        return found
 
     def gone(self, entry: str, dying: Collection[str], staying: Collection[str] = ()) -> tuple[str, ...]:
         gone = {self.nodes[name] for name in dying}
         todo = list(gone)
         while todo:
             for source in todo.pop().all_input_nodes:
-                only_here = source.op == "call_function" and gone.issuperset(source.users)
+                read = {user for user in source.users if not is_idle(user)}
+                only_here = source.op == "call_function" and gone.issuperset(read)
                 if source.name not in {entry, *staying} and source not in gone and only_here:
                     gone.add(source)
                     todo.append(source)
+        gone |= {user for node in gone for user in node.users if is_idle(user)}
         return tuple(node.name for node in self.program.graph.nodes if node in gone)
 
     def replay(self, entry: str, result: str, inputs: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
@@ -136,7 +154,8 @@ def _weights(program: Program) -> tuple[Mapping[str, str], Mapping[str, Any]]:
             owner: Any = program
             for part in str(node.target).split("."):
                 owner = getattr(owner, part)
-            found[str(node.target)] = owner
+            if not isinstance(owner, nn.Module):  # a graph inside of a call
+                found[str(node.target)] = owner
     return {}, found
 
 
@@ -171,6 +190,14 @@ def example_of(program: Program) -> Example | None:
             value = node.meta.get("val")
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return None
-            shape = [int(size) if isinstance(size, int) else size.node.hint for size in value.shape]
-            made.append(torch.randn(shape, generator=generator, dtype=value.dtype).to(value.device))
+            shape, strides = ([_hint(size) for size in sizes] for sizes in (value.shape, value.stride()))
+            numbers = torch.randn(shape, generator=generator, dtype=value.dtype)
+            if 0 not in strides:  # views in the graph are for data that lies as it did
+                numbers = torch.empty_strided(shape, strides, dtype=value.dtype).copy_(numbers)
+            made.append(numbers.to(value.device))
     return Example(tuple(made), made_up=True) if made else None
+
+
+def _hint(size: Any) -> int:
+    """A size, or that of the example where it is open."""
+    return size if isinstance(size, int) else int(size.node.hint)

@@ -92,6 +92,10 @@ class Compilation(ABC, Generic[Graph]):
         """Why a candidate would be no gain in a graph of this kind."""
         return None
 
+    @abstractmethod
+    def taken(self) -> set[str]:
+        """Names that no new weight may get."""
+
     def result(self, folds: list[Fold]) -> Graph:
         """The graph with these folds."""
         self._tell(folds)
@@ -134,14 +138,18 @@ class Compilation(ABC, Generic[Graph]):
         for node in [*candidate.dying, *candidate.moved]:
             if node is candidate.result or node not in self.names:
                 continue
-            if any(user not in dying for user in node.users):
+            if any(user not in dying and not self._is_part(user, dying) for user in node.users):
                 return Refusal(Reason.SHARED, f"the size of {self.names[node]} is asked for")
             if self.names[node] in self.kept:
                 return Refusal(Reason.SHARED, f"{self.names[node]} is part of an interface that is kept")
         return Placement()
 
+    def _is_part(self, node: fx.Node, of: Collection[fx.Node]) -> bool:
+        """Whether a question about a size is no call of the graph itself, but part of what others of them mean."""
+        return node not in self.names and all(user in of for user in node.users)
+
     def _edits(self, folds: list[Fold]) -> tuple[None, dict[Candidate, Refusal]]:
-        taken = {str(n.target) for n in self.flow.nodes if n.op == "get_attr"}
+        taken = self.taken()
         for fold in folds:
             candidate = fold.candidate
             weight, bias = self._numbers(fold, taken)

@@ -9,6 +9,9 @@ Needs the packages of ``pip install 'reparam[onnx]'``. Source of the folds: as f
 
 from __future__ import annotations
 
+import filecmp
+import functools
+import itertools
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,17 +21,19 @@ from typing import Any
 import torch
 
 from reparam import Explanation, ReparamError
-from reparam.disk import FileError, beside, move_file, replace_file
+from reparam.disk import FileError, beside, make_folder, move_file, replace_file
+from reparam.exhausted import causes
 
 try:
     import onnx
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
+    from passes.onnx import files
     from passes.onnx.collapse import collapse_model, compare_models, compare_with_module, explain_model
-    from passes.onnx.constants import constant_of
+    from passes.onnx.constants import constant_of, opset_of
+    from passes.onnx.files import fits_one_message, graphs_of, in_memory, tensors_of, write_beside
     from passes.onnx.read import tensor_of
-    from passes.onnx.replay import fits_one_message
 except ModuleNotFoundError as missing:
     raise ReparamError(
         f"ONNX files need {missing.name}, which is not installed: pip install 'reparam[onnx]'"
@@ -132,16 +137,12 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     path = Path(path)
     if not path.is_file():
         raise FileError(f"{path} is not there" if not path.exists() else f"{path} is no file")
-    try:
-        model = ir.load(path)
-    except (DecodeError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise FileError(f"{path} is no ONNX file, or a damaged one ({_line(error)})") from error
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    model = _read(path)
     if model.ir_version is None or not list(model.graph):
         raise FileError(f"{path} holds no ONNX graph")
     _check_opset(path, model)
     _check_external(path, model)
+    _check_numbers(path, model)
     _check_order(path, model)
     try:
         onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
@@ -152,8 +153,55 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     return model
 
 
+def _read(path: Path) -> ir.Model:
+    """What a file says, whatever it is worth."""
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        _check_kept(path, proto)
+        model = ir.from_proto(proto)
+    except (
+        DecodeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} is no ONNX file, or a damaged one ({_line(list(causes(error))[-1])})") from error
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    for _, tensor in tensors_of(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.base_dir = path.parent
+        elif isinstance(tensor, ir.serde.TensorProtoTensor):
+            tensor.raw.ClearField("metadata_props")  # onnx-ir has read them, and would write them twice
+    return model
+
+
+def _check_kept(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuse what onnx-ir drops or does not know: it would be missing in the result."""
+    if proto.training_info:
+        raise FileError(f"{path} says how it is trained (training_info), which would be lost: clear that field first")
+    todo = [proto.graph, *proto.functions]
+    while todo:
+        graph = todo.pop()
+        sparse = [each.values.name for each in getattr(graph, "sparse_initializer", ())]
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+                    sparse.append(node.output[0])
+                todo += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+        if sparse:
+            name = f"{sparse[0]!r:.80}"
+            raise FileError(f"{path}: the tensor {name} is sparse, which onnx-ir drops: write it as a dense one")
+
+
 def _check_opset(path: Path, model: ir.Model) -> None:
-    version, newest = model.opset_imports.get("", 0), onnx.defs.onnx_opset_version()
+    version, newest = opset_of(model.opset_imports, 0), onnx.defs.onnx_opset_version()
     if version > newest:
         raise FileError(
             f"{path} is of operator set {version}; the installed onnx knows up to {newest}: pip install -U onnx"
@@ -166,65 +214,117 @@ def _check_opset(path: Path, model: ir.Model) -> None:
 
 def _check_external(path: Path, model: ir.Model) -> None:
     folder = path.parent.resolve()
-    for value in model.graph.initializers.values():
-        number = value.const_value
+    for name, number in tensors_of(model):
         if not isinstance(number, ir.ExternalTensor):
             continue
         location = os.fspath(number.location)
         target = (folder / location).resolve()
         if os.path.isabs(location) or not target.is_relative_to(folder):
-            raise FileError(
-                f"{path}: the weight {value.name!r:.80} is to come from outside of its folder: {location!r:.80}"
-            )
+            raise FileError(f"{path}: the weight {name!r:.80} is to come from outside of its folder: {location!r:.80}")
         if not target.is_file():
-            raise FileError(f"{path}: the file {location!r:.80} with the weight {value.name!r:.80} is missing")
+            raise FileError(f"{path}: the file {location!r:.80} with the weight {name!r:.80} is missing")
         if target.stat().st_size < (number.offset or 0) + number.nbytes:
-            raise FileError(f"{path}: the file {location!r:.80} is too short for the weight {value.name!r:.80}")
+            raise FileError(f"{path}: the file {location!r:.80} is too short for the weight {name!r:.80}")
+
+
+def _check_numbers(path: Path, model: ir.Model) -> None:
+    for name, number in tensors_of(model):
+        try:
+            if isinstance(number, ir.serde.TensorProtoTensor):
+                number.numpy()
+        except (ValueError, TypeError) as error:
+            shape = "x".join(map(str, number.shape))
+            raise FileError(f"{path}: the weight {name!r:.80} is no {shape} numbers ({_line(error)})") from error
 
 
 def _check_order(path: Path, model: ir.Model) -> None:
-    seen = set[ir.Node]()
-    for node in model.graph:
-        for value in node.inputs:
-            producer = None if value is None else value.producer()
-            if producer is not None and producer.graph is model.graph and producer not in seen:
-                raise FileError(
-                    f"{path}: {node.op_type} {node.name!r:.80} reads what only comes later; the graph has a cycle"
-                )
-        seen.add(node)
+    for graph in graphs_of(model):
+        seen = set[ir.Node]()
+        for node in graph:
+            for value in node.inputs:
+                producer = None if value is None else value.producer()
+                reader = f"{node.op_type} {node.name or ' '.join(str(v.name) for v in node.outputs)!r:.80}"
+                if producer is not None and producer.graph is graph and producer not in seen:
+                    raise FileError(f"{path}: {reader} reads what only comes later; the graph has a cycle")
+                if value is not None and not _is_given(value):
+                    raise FileError(f"{path}: {reader} reads {value.name!r:.80}, which nothing in the file gives")
+            seen.add(node)
+        for value in graph.outputs:
+            if not _is_given(value):
+                raise FileError(f"{path}: nothing in the file gives its output {value.name!r:.80}")
+
+
+def _is_given(value: ir.Value) -> bool:
+    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
 
 
 def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write a model, whole or not at all; over 2 GB the weights go into ``path`` with ``.data`` behind it.
+    """Write a model, whole or not at all.
 
-    A model in which nothing was folded is its file, byte for byte.
+    Over 2 GB, or where its weights lay in another file, they go into ``path`` with ``.data`` behind it, with a number
+    before that where another model reads the file of that name. A model in which nothing was folded is its file, byte
+    for byte, with the files that it reads.
 
     Raises:
         FileError: the file cannot be written.
     """
-    path, source, small = Path(path), model.meta.get("path"), fits_one_message(model)
-    if isinstance(source, Path) and source.is_file() and small and ir.to_proto(model) == ir.to_proto(ir.load(source)):
-        replace_file(path, lambda target: shutil.copyfile(source, target))
-        return
-    if small:
+    path, source = Path(path), model.meta.get("path")
+    if isinstance(source, Path) and _is_still(source, model):
+        _copy(source, path, model)
+    elif fits_one_message(model):
         replace_file(path, lambda target: ir.save(model, target, format="protobuf"))
-        return
-    weights = beside(path)
-    try:
+    else:
+        data, weights = _free(path, model), beside(path)
 
         def write(target: Path) -> None:
-            ir.save(model, target, format="protobuf", external_data=weights.name)
-            proto = onnx.load_model(target, load_external_data=False)
-            for tensor in proto.graph.initializer:
-                for entry in tensor.external_data:
-                    if entry.key == "location":
-                        entry.value = f"{path.name}.data"
-            target.write_bytes(proto.SerializeToString())
-            move_file(weights, path.with_name(f"{path.name}.data"))
+            write_beside(model, target, weights, data.name)
+            move_file(weights, data)
 
-        replace_file(path, write)
-    finally:
-        weights.unlink(missing_ok=True)
+        try:
+            replace_file(path, write)
+        finally:
+            weights.unlink(missing_ok=True)
+
+
+def _is_still(source: Path, model: ir.Model) -> bool:
+    """Whether a model is what is in a file."""
+    if not source.is_file() or in_memory(model) >= files.LARGEST:
+        return False
+    return bool(ir.to_proto(model) == ir.to_proto(_read(source)))
+
+
+def _copy(source: Path, path: Path, model: ir.Model) -> None:
+    """Copy a file with those that it reads."""
+    locations = {os.fspath(each.location) for _, each in tensors_of(model) if isinstance(each, ir.ExternalTensor)}
+    theirs = {source.parent / each: path.parent / each for each in sorted(locations)}
+    own = _read_by(path)
+    for old, new in theirs.items():
+        if new.exists() and new.resolve() not in own and not filecmp.cmp(old, new, shallow=False):
+            raise FileError(f"{new} is there already, with other weights: write {path.name} into another folder")
+    for old, new in theirs.items():
+        if not new.exists() or not filecmp.cmp(old, new, shallow=False):
+            make_folder(new.parent)
+            replace_file(new, functools.partial(shutil.copyfile, old))
+    replace_file(path, lambda target: shutil.copyfile(source, target))
+
+
+def _free(path: Path, model: ir.Model) -> Path:
+    """Where the weights of what is written to ``path`` go: over no file but that of the model that was there before."""
+    own = _read_by(path) - _files_of(model)
+    names = (path.with_name(f"{path.name}{f'.{i}' if i else ''}.data") for i in itertools.count())
+    return next(name for name in names if not name.exists() or name.resolve() in own)
+
+
+def _read_by(path: Path) -> set[Path]:
+    """The files that a model reads; none if there is no model."""
+    try:
+        return _files_of(_read(path)) if path.is_file() else set()
+    except FileError:
+        return set()
+
+
+def _files_of(model: ir.Model) -> set[Path]:
+    return {Path(each.path).resolve() for _, each in tensors_of(model) if isinstance(each, ir.ExternalTensor)}
 
 
 def _line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import reparam
 import reparam.onnx
-from passes.onnx import replay
+from passes.onnx import files, replay
 from passes.proof.compare import Verdict
 from reparam import EquivalenceError, ReparamError
 from reparam.cli import app
@@ -415,7 +415,7 @@ def test_weights_in_a_file_beside_it(tmp_path: Path) -> None:
 def test_a_model_that_no_message_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Over 2 GB: run and compared by way of files, and saved with its weights beside it."""
     source = loaded(make("two branches"), tmp_path)
-    monkeypatch.setattr(replay, "LARGEST", 100)
+    monkeypatch.setattr(files, "LARGEST", 100)
     folded, report = reparam.onnx.collapse_with_report(source)
     assert report.checked is not None
     assert report.checked.verdict is Verdict.EQUAL

@@ -7,12 +7,12 @@ speak of. New ones take over the name of a weight that goes, so that a state dic
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.nn.modules.conv import _ConvNd
@@ -83,7 +83,8 @@ class ProgramGraph:
         self.module = _copied(source.graph_module)
         self.graph = self.module.graph
         self.signature = copy.deepcopy(source.graph_signature)
-        self.state = dict(source.state_dict)
+        # Both may be written into when the program runs or is trained: then only in the copy.
+        self.state, self.constants = copy.deepcopy((dict(source.state_dict), _tensors(source.constants)))
         self.core = source.dialect != "TRAINING" or _is_core(self.graph)
 
     def weights(self) -> dict[str, fx.Node]:
@@ -99,6 +100,7 @@ class ProgramGraph:
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_after(near) if near is not None else self.graph.inserting_before(first):
                 node = self.graph.placeholder("p_" + name.replace(".", "_"))
+            node.target = node.name  # which is unique, unlike the name that was asked for
             at = next((i + 1 for i, s in enumerate(specs) if near is not None and s.arg.name == near.name), 0)
             specs.insert(at, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name))
         else:
@@ -134,17 +136,27 @@ class ProgramGraph:
             range_constraints=copy.deepcopy(source.range_constraints),
             module_call_graph=copy.deepcopy(source.module_call_graph),
             example_inputs=source.example_inputs,
-            constants=source.constants,
+            constants={**source.constants, **self.constants},
             verifiers=source.verifiers,
         )
+
+
+def _tensors(constants: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The constants that are tensors; torch copies none that was computed with gradients."""
+    found = {name: value for name, value in constants.items() if isinstance(value, Tensor)}
+    return {name: value if value.is_leaf else value.detach() for name, value in found.items()}
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:
     """A copy whose nodes are called as those of ``module``: a signature and edits speak of them by name.
 
     torch.fx gives the nodes of a copy new names where they are builtins of Python, as the input of a ``Sequential``.
+    A module that torch has noted of it, such as the one that it was unflattened to, says nothing of the copy.
     """
-    copied = copy.deepcopy(module)
+    noted = {name: value for name, value in module.meta.items() if isinstance(value, nn.Module)}
+    copied = copy.deepcopy(module, {id(value): value for value in noted.values()})
+    for name in noted:
+        del copied.meta[name]
     for node, original in zip(copied.graph.nodes, module.graph.nodes, strict=True):
         node.name = original.name
     return copied
@@ -256,9 +268,17 @@ class _Writer:
 
     def call(self, target: Any, *args: Any) -> fx.Node:
         node = self.graph.call_function(target, args)
-        values = fx.map_arg(args, lambda n: n.meta.get("val"))
         mode = getattr(self.like.meta.get("val"), "fake_mode", None)
         if mode is not None:
+            values = fx.map_arg(args, lambda n: _within(mode, n.meta.get("val")))
             with mode:
                 node.meta["val"] = target(*values)
         return node
+
+
+def _within(mode: Any, value: Any) -> Any:
+    """What is said of a value, in one mode: ``make_fx`` notes each value in a mode of its own."""
+    if not isinstance(value, Tensor) or getattr(value, "fake_mode", None) is mode:
+        return value
+    with mode:
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from passes.graph.opset import operation_of
 from passes.graph.shapes import Known
 
-__all__ = ["CONVS", "TRANSPOSED", "Translated", "is_aten", "retarget", "translated"]
+__all__ = ["CONVS", "TRANSPOSED", "Translated", "is_aten", "is_idle", "retarget", "translated"]
 
 Rule = Callable[..., fx.Node | None]
 
@@ -65,8 +65,9 @@ def translated(source: fx.Graph, weights: Mapping[str, str]) -> Translated:
     origin: dict[fx.Node, fx.Node] = {}
     unread = Counter[str]()
     constants: dict[str, Tensor] = {}
+    inner = _inner_graphs(source)
     for node in source.nodes:
-        if _is_guard(node):
+        if _is_guard(node) or node in inner or is_idle(node):
             continue
         if node.op == "placeholder" and node.name in weights:
             made = graph.get_attr(weights[node.name])
@@ -74,7 +75,7 @@ def translated(source: fx.Graph, weights: Mapping[str, str]) -> Translated:
             constants[node.name] = constant
             made = graph.get_attr(node.name)
         elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: None if n in inner else new[n])
             made = _call(graph, node, args, kwargs)
             if operation_of(made) is None and made.target is not operator.getitem:
                 unread[str(node.target)] += 1
@@ -152,6 +153,13 @@ def _is_guard(node: fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).rpartition(".")[2] == "_guards_fn" and not node.users
 
 
+def _inner_graphs(graph: fx.Graph) -> set[fx.Node]:
+    """The graphs inside of calls: what runs without gradients, branches. Of those only the call is read."""
+    root = graph.owning_module
+    modules = set() if root is None else {name for name, _ in root.named_modules(remove_duplicate=False)}
+    return {node for node in graph.nodes if node.op == "get_attr" and str(node.target) in modules}
+
+
 def _is_function(target: Any) -> bool:
     """Whether this is a function of torch that a traced module calls, and no operator or control flow of an export."""
     home = str(getattr(target, "__module__", "") or "torch")
@@ -214,7 +222,12 @@ def _is_norm_of_several(node: Any) -> bool:
 
 def _only_first(node: fx.Node) -> bool:
     """Whether only the first of several results is read."""
-    return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+    return all(user.target is operator.getitem and (user.args[1] == 0 or is_idle(user)) for user in node.users)
+
+
+def is_idle(node: fx.Node) -> bool:
+    """Whether this is one of several results, which nobody reads: ``make_fx`` leaves them in its graphs."""
+    return node.target is operator.getitem and not node.users
 
 
 def _slice(

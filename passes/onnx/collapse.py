@@ -17,7 +17,8 @@ from passes.edits.edit import Substitute
 from passes.fold.candidates import Candidate
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example, likely, tensors_in
-from passes.onnx.constants import Constants, constant_of
+from passes.onnx.constants import Constants, constant_of, opset_of
+from passes.onnx.files import names_of
 from passes.onnx.patterns import fused_by_runtimes
 from passes.onnx.read import DTYPES, Read, read
 from passes.onnx.replay import Region, run_file
@@ -100,6 +101,9 @@ class _Compilation(Compilation[ir.Model]):
             return Refusal(Reason.LAYOUT, "it is written in as few operators already")
         return None
 
+    def taken(self) -> set[str]:
+        return names_of(self.model)
+
     def _is_matrix(self, candidate: Candidate) -> bool:
         return self.flow.rank.get(candidate.entry) == 2
 
@@ -129,7 +133,7 @@ def _read(model: ir.Model) -> tuple[Constants, Read]:
     shapes = {str(v.name): v for node in _with_shapes(model).graph for v in node.outputs}
     shapes = {str(v.name): v for v in model.graph.inputs} | shapes
     overridable = (model.ir_version or 0) >= 4
-    constants = Constants(model.graph, model.opset_imports.get("", 1), shapes, overridable=overridable)
+    constants = Constants(model.graph, opset_of(model.opset_imports), shapes, overridable=overridable)
     return constants, read(model.graph, constants)
 
 
@@ -260,12 +264,19 @@ def made_up(model: ir.Model) -> Iterator[dict[str, Any]]:
             assert value.dtype is not None
             open_sizes = [batch, *[size] * len(value.shape)]
             shape = [d if isinstance(d, int) and d > 0 else open_sizes[i] for i, d in enumerate(value.shape)]
-            dtype = DTYPES.get(value.dtype)
-            if dtype is None or dtype is torch.bfloat16:
+            if value.dtype not in _MADE_UP:
                 return
-            numbers = rng.standard_normal(shape) if dtype.is_floating_point else rng.integers(0, 2, shape)
+            numbers = rng.integers(0, 2, shape) if value.dtype in _WHOLE else rng.standard_normal(shape)
             made[str(value.name)] = numbers.astype(value.dtype.numpy())
         yield made
+
+
+_WHOLE = frozenset(
+    {ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64}
+    | {ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64}
+)
+_MADE_UP = _WHOLE | {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
+"""Kinds of which numbers can be made up."""
 
 
 def _nudged(model: ir.Model) -> ir.Model:

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-__all__ = ["Constants", "constant_of"]
+__all__ = ["Constants", "constant_of", "opset_of"]
 
 LARGEST = 1 << 24
 """Numbers that one operator may make of constants; what makes more stays an operator."""
@@ -36,6 +36,11 @@ _GROWING = frozenset(("Expand", "ConstantOfShape", "Tile", "Range", "Gather", "M
 _COMPUTED = _ELEMENTWISE | _SHRINKING | _GROWING
 """Operators that give the same numbers for the same numbers, and how many is known before. ``DequantizeLinear`` is none
 of them: its numbers are kept small on purpose."""
+
+
+def opset_of(imports: Mapping[str, int], default: int = 1) -> int:
+    """The standard operator set that is imported, under either of its names."""
+    return imports.get("", imports.get("ai.onnx", default))
 
 
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -69,6 +74,9 @@ class Constants:
 
     def __init__(self, graph: ir.Graph, opset: int, shapes: Mapping[str, ir.Value], *, overridable: bool) -> None:
         self.opset, self.shapes, self.overridable = opset, shapes, overridable
+        inputs = [value.shape for value in graph.inputs if not value.is_initializer()]
+        self.fixed = all(shape is not None and all(isinstance(size, int) for size in shape[1:]) for shape in inputs)
+        """Whether all sizes are, but for the batch's."""
         self._computed: dict[ir.Value, ir.Node] = {}
         self._known: dict[ir.Value, ir.TensorProtocol | None] = {}
         self._left = MOST

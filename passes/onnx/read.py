@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
@@ -25,7 +26,7 @@ from passes.graph.opset import pure
 from passes.graph.shapes import Known
 from passes.onnx.constants import Constants
 
-__all__ = ["Read", "inner_values", "read", "tensor_of"]
+__all__ = ["Read", "inner_values", "read", "tensor_of", "with_pads"]
 
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
@@ -119,6 +120,8 @@ class _Reader:
         try:
             if rule is None or used != list(node.outputs[: len(used)]):
                 raise _Unread
+            if len(used) > 1 and node.op_type not in _SEVERAL:  # the mask of a dropout
+                raise _Unread
             made = rule(self, node)
         except (_Unread, KeyError, TypeError, ValueError, IndexError, RuntimeError):
             made = self.call(pure, [self.value(v) for v in [*node.inputs, *inner] if v is not None])
@@ -196,18 +199,38 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 # ------------------------------------------------------------------ operators
 
 
-def _pads(node: ir.Node, n: int, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[int]:
+def _pads(node: ir.Node, constants: Constants, kernel: Sequence[int]) -> list[int]:
     """Leading, then trailing pads of each dimension."""
+    n = len(kernel)
     auto = _attribute(node, "auto_pad", "NOTSET")
     if auto == "NOTSET":
         return list(_attribute(node, "pads", [0] * 2 * n))
     if auto == "VALID":
         return [0] * 2 * n
-    if any(stride != 1 for stride in strides):  # it depends on the input's size
-        raise _Unread
+    strides, dilations = (_attribute(node, name, [1] * n) for name in ("strides", "dilations"))
     total = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+    if any(stride != 1 for stride in strides):  # then it depends on the input's size, which a file may fix
+        sizes = (constants.shape(node.inputs[0]) or [])[2:]  # type: ignore[arg-type]
+        known = [size for size in sizes if size is not None]
+        if not constants.fixed or len(known) != n:
+            raise _Unread
+        total = [max(t - (size - 1) % stride, 0) for t, size, stride in zip(total, known, strides, strict=True)]
     less, more = [t // 2 for t in total], [t - t // 2 for t in total]
     return less + more if auto == "SAME_UPPER" else more + less
+
+
+def with_pads(node: ir.Node, constants: Constants) -> onnx.NodeProto:
+    """An operator with the pads that it has at the sizes of the file, where those decide about them."""
+    proto = ir.to_proto(node)
+    if node.domain or node.op_type not in ("Conv", "AveragePool") or "strides" not in node.attributes:
+        return proto
+    if _attribute(node, "auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
+        weight = None if node.op_type == "AveragePool" else constants.shape(node.inputs[1])  # type: ignore[arg-type]
+        pads = _pads(node, constants, weight[2:] if weight else _attribute(node, "kernel_shape"))  # type: ignore[arg-type]
+        kept = [attribute for attribute in proto.attribute if attribute.name != "auto_pad"]
+        del proto.attribute[:]
+        proto.attribute.extend([*kept, onnx.helper.make_attribute("pads", pads)])
+    return proto
 
 
 def _conv(reader: _Reader, node: ir.Node) -> fx.Node:
@@ -218,7 +241,7 @@ def _conv(reader: _Reader, node: ir.Node) -> fx.Node:
     kernel = [int(size or 0) for size in shape[2:]]
     n = len(kernel)
     strides, dilations = (list(_attribute(node, name, [1] * n)) for name in ("strides", "dilations"))
-    pads, group = _pads(node, n, kernel, strides, dilations), _attribute(node, "group", 1)
+    pads, group = _pads(node, reader.constants, kernel), _attribute(node, "group", 1)
     paired = tuple(zip(pads[:n], pads[n:], strict=True))
     return reader.call(CONVS[n], x, weight, bias[0] if bias else None, strides, paired, dilations, group)
 
@@ -261,14 +284,18 @@ def _matmul(reader: _Reader, node: ir.Node) -> fx.Node:
     return reader.call(F.linear, x, reader.call(torch.transpose, weight, 0, 1))
 
 
-def _batch_norm(reader: _Reader, node: ir.Node) -> fx.Node:
+def _batch_norm(reader: _Reader, node: ir.Node) -> list[fx.Node]:
     x, scale, shift, mean, var = reader.arguments(node)
-    if _attribute(node, "training_mode", 0) or not _attribute(node, "spatial", 1):
-        raise _Unread
-    if reader.opset < 7 and not _attribute(node, "is_test", 0):
+    if not _attribute(node, "spatial", 1):
         raise _Unread
     eps = float(np.float32(_attribute(node, "epsilon", 1e-5)))
-    return reader.call(F.batch_norm, x, mean, var, scale, shift, False, 0.0, eps)
+    several = [value for value in node.outputs[1:] if value.name]
+    # Before operator set 14, whoever names its other results wants it to train.
+    training = bool(_attribute(node, "training_mode", 0)) or (reader.opset < 14 and bool(several))
+    if training:  # torch would write into the statistics, which are results here
+        made = reader.call(F.batch_norm, x, None, None, scale, shift, True, 0.0, eps)
+        return [made, *(reader.call(pure, *(mean, var, x)) for _ in node.outputs[1:])]
+    return [reader.call(F.batch_norm, x, mean, var, scale, shift, False, 0.0, eps)]
 
 
 def _binary(function: Callable[..., Any]) -> Callable[[_Reader, ir.Node], fx.Node]:
@@ -309,7 +336,7 @@ def _average_pool(reader: _Reader, node: ir.Node) -> fx.Node:
     kernel = list(_attribute(node, "kernel_shape"))
     n = len(kernel)
     strides, dilations = (list(_attribute(node, name, [1] * n)) for name in ("strides", "dilations"))
-    pads = _pads(node, n, kernel, strides, dilations)
+    pads = _pads(node, reader.constants, kernel)
     counted, ceil = bool(_attribute(node, "count_include_pad", 0)), bool(_attribute(node, "ceil_mode", 0))
     if any(d != 1 for d in dilations) or ceil or (any(pads) and not counted):
         raise _Unread
@@ -475,6 +502,9 @@ _RULES: dict[str, Callable[[_Reader, ir.Node], Any]] = {
     "Squeeze": _axes(torch.squeeze),
     "Unsqueeze": _axes(torch.unsqueeze),
 }
+
+_SEVERAL = ("Split", "BatchNormalization")
+"""Operators whose other results are read as well."""
 
 KNOWN = frozenset(
     (

@@ -16,12 +16,11 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from passes.onnx.constants import Constants
+from passes.onnx.files import fits_one_message, write_beside
+from passes.onnx.read import with_pads
 from passes.programs import needed_for
 
-__all__ = ["Region", "fits_one_message", "run_file"]
-
-LARGEST = 2 << 30
-"""Bytes of one protobuf message; what is larger has its weights in a file beside it."""
+__all__ = ["Region", "run_file"]
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -54,7 +53,7 @@ class Region:
                 if value is not None and number is not None and value is not entry:
                     numbers[str(value.name)] = _number(number)
             if all(constants.of(value) is None for value in node.outputs):
-                protos.append(_in_double(ir.to_proto(node)))
+                protos.append(_in_double(with_pads(node, constants)))
         self.outputs = [name for proto in protos for name in proto.output if name]
         graph = onnx.helper.make_graph(
             protos,
@@ -63,7 +62,8 @@ class Region:
             [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None) for name in self.outputs],
             [onnx.numpy_helper.from_array(array, name) for name, array in numbers.items()],
         )
-        opsets = [onnx.helper.make_opsetid(name, version) for name, version in model.opset_imports.items()]
+        versions = {**model.opset_imports, "": constants.opset}
+        opsets = [onnx.helper.make_opsetid(name, version) for name, version in versions.items()]
         self._evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets), new_ops=[_Norm])
 
     def run(self, x: Tensor) -> tuple[Tensor, float]:
@@ -108,15 +108,9 @@ def run_file(model: ir.Model, inputs: Mapping[str, Any]) -> Sequence[Any]:
         return _run(onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"]), inputs)
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        ir.save(model, path, external_data="weights")
+        write_beside(model, path, path.with_name("weights"), "weights")
         return _run(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), inputs)
 
 
 def _run(session: Any, inputs: Mapping[str, Any]) -> Sequence[Any]:
     return session.run(None, dict(inputs))  # type: ignore[no-any-return]
-
-
-def fits_one_message(model: ir.Model) -> bool:
-    """Whether one protobuf message holds a model with its weights; none of them lies in another file."""
-    numbers = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
-    return not any(isinstance(n, ir.ExternalTensor) for n in numbers) and sum(n.nbytes for n in numbers) < LARGEST

@@ -17,6 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import PADS
 from passes.edits.edit import Substitute
+from passes.onnx.constants import opset_of
+from passes.onnx.files import names_of
 from passes.programs import fresh
 
 __all__ = ["substitute"]
@@ -40,7 +42,7 @@ def substitute(
     graph = result.graph
     values = {str(v.name): v for v in [*graph.inputs, *graph.initializers.values()]}
     values |= {str(v.name): v for node in graph for v in node.outputs}
-    taken = set(values)
+    taken = names_of(result)
     for edit, layer in edits:
         old = values[edit.path]
         producer = old.producer()
@@ -103,6 +105,11 @@ def _drop(graph: ir.Graph, values: Iterable[ir.Value], known: dict[str, ir.Value
             graph.remove(node, safe=True)
 
 
+def _is_there(value: ir.Value) -> bool:
+    node = value.producer()
+    return value.is_initializer() or value.is_graph_input() if node is None else node.graph is not None
+
+
 class _Writer:
     """Writes a layer as operators in front of a node."""
 
@@ -120,8 +127,12 @@ class _Writer:
         self.new: list[ir.Value] = []
 
     def register(self, listed: bool) -> None:
-        """Enter the new weights, once the names that they take over are free."""
+        """Enter the new weights, once the names that they take over are free; some stay, whose shape is asked for."""
         for value in self.new:
+            old = self.values.get(str(value.name))
+            if old is not None and _is_there(old):
+                value.name = fresh(str(value.name), self.taken)
+            self.taken.add(str(value.name))
             if listed:
                 self.graph.inputs.append(value)
             self.graph.register_initializer(value)
@@ -175,7 +186,7 @@ class _Writer:
     def pad(self, x: ir.Value, amounts: list[int], mode: str) -> ir.Value:
         half = len(amounts) // 2
         whole = [0, 0, *amounts[:half], 0, 0, *amounts[half:]]
-        if self.graph.opset_imports.get("", 1) < 11:
+        if opset_of(self.graph.opset_imports) < 11:
             return self.node("Pad", [x], {"pads": whole, "mode": mode})
         return self.node("Pad", [x, self.initializer(f"{self.edit.weight}_pads", np.array(whole))], {"mode": mode})
 
@@ -184,6 +195,7 @@ class _Writer:
         self.taken.add(name)
         node = ir.node(kind, inputs, options, name=name)
         node.outputs[0].name = fresh(f"{self.edit.path}/{kind}", self.taken)
+        self.taken.add(node.outputs[0].name)
         node.outputs[0].type = self.before.outputs[0].type
         self.graph.insert_before(self.before, node)
         return node.outputs[0]
