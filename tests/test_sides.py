@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import contextvars
 import copy
 import enum
@@ -58,6 +59,20 @@ def same(result: Any, model: Any, given: Tensor, **options: Any) -> bool:
 
 # ------------------------------------------------------------------ what depends on a size
 
+
+def squeezed(m: Any, x: Tensor) -> Tensor:
+    y = F.adaptive_avg_pool2d(both(m, x), 1).squeeze()
+    return y.unsqueeze(0) if y.dim() == 1 else y
+
+
+def is_wide(x: Tensor) -> bool:
+    return int(x.shape[-1]) > 500
+
+
+def pieces(x: Tensor) -> list[Tensor]:
+    return [x[..., :500], x[..., 500:]] if int(x.shape[-1]) > 500 else [x]
+
+
 BY_SIZE: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "pieces of a batch": (lambda m, x: torch.cat([F.relu(both(m, c)) for c in x.split(16)]), (33, 4, 5, 5)),
     "pieces of a row": (lambda m, x: both(m, x) + sum(z.mean() for z in x.split(500, -1)), (1, 4, 3, 1200)),
@@ -68,6 +83,21 @@ BY_SIZE: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     ),
     "a set of sizes": (lambda m, x: F.relu(both(m, x)) * (2 if x.shape[-1] in {12, 17} else 1), (1, 4, 12, 12)),
     "a table of sizes": (lambda m, x: F.relu(both(m, x)) * {12: 2.0}.get(x.shape[-1], 1.0), (1, 4, 12, 12)),
+    "a rank behind squeeze": (squeezed, (1, 4, 5, 5)),
+    "the size of a rank behind squeeze": (
+        lambda m, x: (y := F.adaptive_avg_pool2d(both(m, x), 1).squeeze()) * (2 if len(y.shape) == 1 else 1),
+        (1, 4, 5, 5),
+    ),
+    "asked by a function": (lambda m, x: F.relu(both(m, x)) * (2 if is_wide(x) else 1), (1, 4, 3, 600)),
+    "pieces of a function": (lambda m, x: both(m, x) + sum(z.mean() for z in pieces(x)), (1, 4, 3, 600)),
+    "pieces that are unsafe": (lambda m, x: torch.cat(torch.unsafe_split(both(m, x), 500, -1), -1), (1, 4, 3, 600)),
+    "the same size": (lambda m, x: F.relu(both(m, x)) * (2 if x.is_same_size(x.mT) else 1), (1, 4, 3, 6)),
+    "a comparison as a number": (lambda m, x: (m.a(x) + m.b(x) * (x.shape[2] != 12)).relu(), (1, 4, 12, 12)),
+    "a comparison of several": (
+        lambda m, x: (m.a(x) + m.b(x) * (1 + (x.shape[2:] == (12, 12)))).relu(),
+        (1, 4, 12, 12),
+    ),
+    "a tensor of sizes": (lambda m, x: F.relu(both(m, x)) * torch.tensor(x.shape[-2:]).sum(), (1, 4, 3, 7)),
     "no samples": (lambda m, x: x[:, :1] if x.numel() == 0 else F.relu(both(m, x)), (0, 4, 5, 5)),
     "any samples": (lambda m, x: F.relu(both(m, x)) if x.shape[0] else x[:, :1], (0, 4, 5, 5)),
 }
@@ -124,17 +154,27 @@ def test_arithmetic_with_what_is_asked_is_no_hindrance(name: str) -> None:
 
 @pytest.mark.parametrize(
     "asks",
-    [lambda y: torch.is_grad_enabled(), lambda y: y.requires_grad, lambda y: torch.is_inference_mode_enabled()],
-    ids=["gradients", "a value's", "inference mode"],
+    [
+        lambda y: torch.is_grad_enabled(),
+        lambda y: y.requires_grad,
+        lambda y: torch.is_inference_mode_enabled(),
+        lambda y: torch.is_autocast_enabled("cpu"),
+        lambda y: y.dtype == torch.bfloat16,
+        lambda y: y.is_contiguous(),
+    ],
+    ids=["gradients", "a value's", "inference mode", "autocast", "a dtype", "a layout"],
 )
 def test_a_mode_is_asked_in_every_call(asks: Callable[[Tensor], bool]) -> None:
-    model = module(lambda m, x: F.relu((y := both(m, x)) * (2 if asks(y) else 1)))
-    result = reparam.collapse(model)
-    assert same(result, model, x())
-    with torch.no_grad():
-        assert same(result, model, x())
-    with torch.inference_mode():
-        assert same(result, model, x())
+    model = module(lambda m, x: F.relu((y := both(m, x)) * (2 if asks(y) else 1))).float()
+    result, given = reparam.collapse(model), x().float()
+    contexts: list[Any] = [contextlib.nullcontext(), torch.no_grad(), torch.inference_mode()]
+    for context in contexts:
+        with context:
+            assert torch.allclose(result(given), model(given), atol=1e-5)
+    given = given.to(memory_format=torch.channels_last)
+    assert torch.allclose(result(given), model(given), atol=1e-5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(result(given), model(given), rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

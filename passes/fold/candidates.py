@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx, nn
@@ -19,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.conv_form import Form
 from passes.fold.cost import numbers_of
-from passes.graph.capture import call_of
+from passes.graph.capture import Call, call_of
 from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind
 from passes.laws.interpreter import Interpreter
@@ -63,6 +64,17 @@ class Candidate(Region):
     def swallowed(self) -> tuple[Candidate, ...]:
         """The inner regions that vanish in this one; the others stay beside it."""
         return tuple(r for r in self.inner if isinstance(r, Candidate) and r.result in self.dying)
+
+    @cached_property
+    def by_call(self) -> dict[Call, list[tuple[fx.Node, Call | None]]]:
+        """The dying nodes of each call, each with the call inside of it that made the node, if it did not itself."""
+        found: dict[Call, list[tuple[fx.Node, Call | None]]] = {}
+        for node in self.dying:
+            below = None
+            for call in call_of(node).chain():
+                found.setdefault(call, []).append((node, below))
+                below = call
+        return found
 
     @property
     def key(self) -> Key:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import cached_property
 from itertools import chain, islice
 
@@ -108,15 +108,32 @@ class Layout:
 
         There are none where it only asked (``bn.weight is None``, or for a dtype), which leaves no node.
         """
-        inside = {id(c) for c in self.flow.unit.calls if c.path == path}
+        calls, nodes, names = self._by_path
+        inside: Set[int] = calls.get(path, set())
         found: dict[str, list[fx.Node]] = {}
         if not inside and path not in self.flow.unit.opaque:  # nor were they read in vain by the module itself
-            found = {name: [] for name in self.flow.unit.read if name.startswith(path + ".")}
-        for node in self.flow.nodes:
-            theirs = node.op == "get_attr" and str(node.target).startswith(path + ".")
-            if theirs and not any(id(c) in inside for c in call_of(node).chain()):
+            found = {name: [] for name in names.get(path, ())}
+        for node in nodes.get(path, ()):
+            if not any(id(c) in inside for c in call_of(node).chain()):
                 found.setdefault(str(node.target), []).append(node)
         return found
+
+    @cached_property
+    def _by_path(self) -> tuple[dict[str, set[int]], dict[str, list[fx.Node]], dict[str, list[str]]]:
+        """By the path of a module: its calls, the nodes that read tensors in it, and the names of such tensors."""
+        calls: dict[str, set[int]] = defaultdict(set)
+        for call in self.flow.unit.calls:
+            calls[call.path].add(id(call))
+        nodes: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in self.flow.nodes:
+            if node.op == "get_attr":
+                for path in _paths_above(str(node.target)):
+                    nodes[path].append(node)
+        names: dict[str, list[str]] = defaultdict(list)
+        for name in self.flow.unit.read:
+            for path in _paths_above(name):
+                names[path].append(name)
+        return dict(calls), dict(nodes), dict(names)
 
     def misled(self, module: nn.Module, form: Form) -> bool:
         """Whether other code asks the module for something that the layer of this form would answer differently."""
@@ -132,6 +149,11 @@ class Layout:
     def reads_numbers(self, path: str) -> bool:
         """Whether other code reads more of a tensor of the module at ``path`` than its dtype and device."""
         return any(not _asks_for_kind(user) for nodes in self.read(path).values() for n in nodes for user in n.users)
+
+
+def _paths_above(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _asks_for_kind(node: fx.Node) -> bool:

@@ -278,15 +278,10 @@ def _has_conv(layout: Layout, region: Candidate, item: fx.Node | Call) -> bool:
 def _items(region: Candidate, call: Call) -> list[fx.Node | Call] | None:
     """What ``call`` itself runs of the region: leaf modules and child calls, in order; None if bare operations too."""
     items: dict[fx.Node | Call, None] = {}
-    for node in region.dying:
-        chain = list(call_of(node).chain())
-        if call not in chain:
-            continue
-        at = chain.index(call)
-        item: fx.Node | Call = node if at == 0 else chain[at - 1]
-        if at == 0 and node.op != "call_module":
+    for node, below in region.by_call.get(call, ()):
+        if below is None and node.op != "call_module":
             return None
-        items[item] = None
+        items[node if below is None else below] = None
     return list(items) or None
 
 

@@ -140,7 +140,7 @@ class Answers:
         sizes = _asks_for_sizes(needed[-1])
         for runs in self._made_up():
             answers: list[Any] = []
-            for run in runs if sizes else runs[:2]:
+            for run in runs if sizes else [*runs[:2], *([runs[0].under_autocast()] if _asks_for_dtype(needed) else ())]:
                 try:
                     answers.append(question(run.value(needed)))
                 # Whatever the network raises on this size means that it does not take it.
@@ -196,7 +196,7 @@ class Answers:
         raise UnknownError(_DEPENDS)
 
     def _made_up(self) -> list[list[_Run]]:
-        """For each base size its runs: the base itself, another batch, other sizes, an empty batch."""
+        """For each base size its runs: the base itself, other batches and sizes, one sample and none."""
         if self._bases is None:
             first = next((p for p in self.root.parameters() if p.is_floating_point()), None)
             dtype = torch.float32 if first is None else first.dtype
@@ -244,15 +244,19 @@ def _unlogged() -> Iterator[None]:
 class _Run:
     """The values of one graph for one example, as fake tensors."""
 
-    def __init__(self, answers: Answers, mode: FakeTensorMode, example: Example) -> None:
-        self.answers, self.mode, self.example = answers, mode, example
+    def __init__(self, answers: Answers, mode: FakeTensorMode, example: Example, autocast: bool = False) -> None:
+        self.answers, self.mode, self.example, self.autocast = answers, mode, example, autocast
         self.values: dict[fx.Node, Any] = {}
+
+    def under_autocast(self) -> _Run:
+        """The same for a caller who lets torch choose dtypes."""
+        return _Run(self.answers, self.mode, self.example, autocast=True)
 
     def value(self, needed: Sequence[fx.Node]) -> Any:
         if not self.values:
             made = tree_map(lambda v: v.make(self.mode) if isinstance(v, _Shape) else v, self.example)
             self.values.update(zip(self.answers.placeholders, made, strict=True))
-        with self.mode:
+        with self.mode, torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             symbols = self.mode.shape_env is not None
             return _evaluate(self.values, needed, self._read, self.answers.root, symbols)
 
@@ -286,7 +290,7 @@ class _Shape:
         return mode.from_tensor(made, symbolic_context=every)
 
     def batch(self, more: int) -> _Shape:
-        return _Shape((self.sizes[0] + more, *self.sizes[1:]), self.dtype, self.device) if self.sizes else self
+        return _Shape((self.sizes[0] + more, *self.sizes[1:]), self.dtype, self.device)
 
     def space(self, change: Callable[[int], int]) -> _Shape:
         return _Shape((*self.sizes[:2], *map(change, self.sizes[2:])), self.dtype, self.device)
@@ -302,8 +306,10 @@ def _asks_for_sizes(node: fx.Node) -> bool:
     seen, todo = {node}, [node]
     while todo:
         node = todo.pop()
-        ranks = node.target is getattr and node.args[1] in _OF_ALL_SIZES
-        if ranks or (node.op == "call_method" and node.target in ("dim", "ndimension", "is_floating_point")):
+        asked = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else None
+        if asked in _RANKS and any(map(_cuts, _needed(node))):
+            return True
+        if asked in _RANKS or asked in _OF_ALL_SIZES:
             continue
         if node.target is getattr or _tells_sizes(node):
             return True
@@ -312,7 +318,16 @@ def _asks_for_sizes(node: fx.Node) -> bool:
     return False
 
 
-_OF_ALL_SIZES = ("dtype", "device", "ndim", "requires_grad", "is_cuda", "grad_fn")
+def _asks_for_dtype(needed: Sequence[fx.Node]) -> bool:
+    """Whether it is asked for the dtype of something that is computed, which autocast may change."""
+    return any(
+        node.target is getattr and node.args[1] == "dtype" and node.all_input_nodes[0].op != "placeholder"
+        for node in needed
+    )
+
+
+_OF_ALL_SIZES = ("dtype", "device", "requires_grad", "is_cuda", "grad_fn", "is_floating_point")
+_RANKS = ("dim", "ndim", "ndimension")
 
 
 def _tells_sizes(node: fx.Node) -> bool:
@@ -322,11 +337,16 @@ def _tells_sizes(node: fx.Node) -> bool:
 
 
 def _cuts(node: fx.Node) -> bool:
-    """Whether an operation takes every size and gives pieces by it: a condition that it sets is none on its input."""
+    """Whether an operation may take every size and give something else by it: its conditions are none on its input.
+
+    So does code that nobody knows; a layer has conditions on what it takes.
+    """
     operation = operation_of(node)
-    if operation is None or operation.id not in ("split", "chunk", "tensor_split", "getitem"):
-        return False
-    return operation.id != "getitem" or any(isinstance(v, slice) for v in tree_leaves(node.args[1:]))
+    if operation is None:
+        return node.op in ("call_function", "call_method") and node.target is not getattr
+    if operation.id == "getitem":
+        return any(isinstance(v, slice) for v in tree_leaves(node.args[1:]))
+    return operation.id in ("split", "chunk", "tensor_split", "squeeze")
 
 
 def _is_a_size(needed: Sequence[fx.Node]) -> bool:
@@ -342,13 +362,14 @@ def _is_a_size(needed: Sequence[fx.Node]) -> bool:
 
 def _varied(base: Example) -> list[Example]:
     def each(change: Callable[[_Shape], _Shape]) -> Example:
-        return tuple(tree_map(lambda v: change(v) if isinstance(v, _Shape) else v, list(base)))
+        return tuple(tree_map(lambda v: change(v) if isinstance(v, _Shape) and v.sizes else v, list(base)))
 
     varied = [base, each(lambda s: s.batch(1))]
     if any(isinstance(v, _Shape) and len(v.sizes) > 2 for v in tree_leaves(list(base))):
         # An odd size, one that every power of two divides that divides the base, and an oblong.
         varied += [each(lambda s: s.space(lambda n: n + 33)), each(lambda s: s.space(lambda n: 2 * n))]
-    return [*varied, each(lambda s: s.batch(-s.sizes[0] if s.sizes else 0))]
+    # Torch takes a size that is a symbol for another than one, and says nothing of it.
+    return [*varied, each(lambda s: s.batch(1 - s.sizes[0])), each(lambda s: s.batch(-s.sizes[0]))]
 
 
 def _needed(node: fx.Node) -> list[fx.Node]:

@@ -150,7 +150,7 @@ class _Patches:
         cls.item(vars(torch.jit), "isinstance", _jit_isinstance)
         for limits in (torch.finfo, torch.iinfo):
             cls.item(vars(torch), limits.__name__, _of_dtype(limits))
-        for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"):
+        for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"):
             cls.item(vars(torch), name, _mode(getattr(torch, name)))
         cls.attribute(torch.autograd.Function, "apply", classmethod(_apply))
         cls.attribute(torch.no_grad, "__enter__", _no_grad)

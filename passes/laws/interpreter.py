@@ -6,6 +6,7 @@ holds wherever the entry's value comes from.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -157,9 +158,14 @@ def _any_signal(value: Any) -> bool:
 
 def _plain_call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """Arithmetic on sizes."""
+    if node.target in (operator.is_, operator.is_not):
+        raise RefusalError(Reason.NOT_AFFINE)
     if node.op == "call_function" and any(isinstance(a, (Dim, int, tuple, list)) for a in args):
         try:
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        except (TypeError, AttributeError, IndexError) as error:
+        except RefusalError:
+            raise
+        # Any function at all, which was written for numbers.
+        except Exception as error:
             raise RefusalError(Reason.NOT_AFFINE) from error
     raise RefusalError(Reason.OTHER_INPUT)

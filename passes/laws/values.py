@@ -134,6 +134,12 @@ class Dim:
     def __rmul__(self, other: Any) -> Dim:
         return self._with(other, operator.mul, swap=True)
 
+    def _refuse(self, *_: Any) -> Any:
+        raise RefusalError(Reason.NOT_AFFINE, "compares a size of the input")
+
+    # Python has an answer of its own for each of these, which is that for no size.
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __hash__ = _refuse
+
 
 def settle(signal: Signal) -> Signal:
     """The same value in canonical layout; refuses if it does not lie that way."""
