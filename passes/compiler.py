@@ -96,6 +96,9 @@ def compile_model(
             explanation.refusals[refusals:] = [r for r in explanation.refusals[refusals:] if r.layer not in told]
         # A container that is called twice may be one layer by now, and its surroundings can be read through it.
         if undos is None or not shared or len(explanation.folds) == before:
+            for (method, some), owners in explanation.apart.items():
+                more = f" and of {len(owners) - 1} more" if len(owners) > 1 else ""
+                explanation.notes.append(f"{method} of {owners[0]}{more} uses {some} alone, which holds the fold now")
             return
 
 
@@ -125,6 +128,8 @@ def _compile_unit(
             ledger.layers[key] = ", ".join(layers_of(flow, fold.candidate))
     explanation.edits += edited.edits
     explanation.notes += edited.notes
+    for key, owners in edited.apart.items():
+        explanation.apart.setdefault(key, []).extend(owners)
     if undos is not None:
         undos.append(apply(model, edited.edits, edited.layers))
 

@@ -96,6 +96,8 @@ class Explanation:
         before, after: counts of layers; ``after`` is None while planning.
         seconds: time per stage: trace, plan, fold, proof.
         notes: things worth knowing, such as a model that was in training mode.
+        apart: modules with another method that uses a folded layer without what was folded into it, by the names of
+            both; the notes tell of them.
         taken_back: folds that did not hold; what they would have replaced is as it was.
         checked: what of the result was compared with the original; None while planning, or if not asked for.
     """
@@ -108,6 +110,7 @@ class Explanation:
     after: Counts | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    apart: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     taken_back: list[Refusal] = field(default_factory=list)
     checked: Checked | None = None
 

@@ -44,12 +44,14 @@ class Edited:
         layers: the folded layers by path.
         paths: where each region's layer stands.
         notes: what a person should know.
+        apart: modules with another method that uses a folded layer without what was folded into it, by both names.
     """
 
     edits: list[Edit] = field(default_factory=list)
     layers: dict[str, nn.Module] = field(default_factory=dict)
     paths: dict[Candidate, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    apart: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
 
 def edits_of(layout: Layout, folds: Sequence[Fold]) -> Edited:
@@ -72,22 +74,23 @@ class _Writer:
         for fold in self.folds:
             for path, is_layer in fold.placement.slots.items():
                 self._fill(path, fold.candidate if is_layer else None)
-            self.done.notes.extend(self._notes(fold.placement.slots))
+            self._note_methods(fold.placement.slots)
             for rewrite in fold.placement.rewrites:
                 changes.setdefault(rewrite.call, []).append((rewrite, fold.candidate))
         for call, mine in _merged(changes).items():
             self._rewrite(call, mine)
         return self.done
 
-    def _notes(self, slots: Mapping[str, bool]) -> Iterator[str]:
-        """Other methods that use one of the slots without the others find the fold there, or nothing."""
-        owners = {path.rpartition(".")[0] for path in slots} | {""}
-        for owner in owners:
+    def _note_methods(self, slots: Mapping[str, bool]) -> None:
+        """Other methods that use the layer without what was folded into it find the fold there."""
+        for owner in {path.rpartition(".")[0] for path in slots} | {""}:
             names = frozenset(_child(path, owner) for path in slots if _below(path, owner))
             if len(names) > 1:
+                layer = {_child(path, owner) for path, is_layer in slots.items() if is_layer and _below(path, owner)}
                 for method, some in parts_used(self.unit.root.get_submodule(owner), names):
-                    where = join(self.unit.path, owner) or "the model"
-                    yield f"{method} of {where} uses {', '.join(sorted(some))} alone, which holds the fold now"
+                    if layer & some:
+                        where = join(self.unit.path, owner) or "the model"
+                        self.done.apart.setdefault((method, ", ".join(sorted(some))), []).append(where)
 
     def _fill(self, path: str, region: Candidate | None) -> None:
         full = join(self.unit.path, path)
