@@ -135,6 +135,11 @@ def quotient_and_rest(m: Any, x: Tensor) -> Tensor:
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     "rounded": lambda m, x: F.relu(both(m, x)) * round(x.shape[-1] / 5),
     "quotient and rest": quotient_and_rest,
+    "a pool over all": lambda m, x: F.avg_pool2d(both(m, x), x.size()[2:]),
+    "a pool over a size": lambda m, x: F.avg_pool2d(both(m, x), (x.shape[2], x.shape[3])),
+    "zeros of a size": lambda m, x: F.relu(both(m, x)) + torch.zeros(x.size(0), 4, x.size(2), x.size(3), dtype=x.dtype),
+    "ones of a shape": lambda m, x: F.relu(both(m, x)) * torch.ones(x.shape, dtype=x.dtype),
+    "numbers of a size": lambda m, x: F.relu(both(m, x)) + torch.arange(x.shape[-1]),
     "limits of a dtype": lambda m, x: F.relu(both(m, x)) + torch.finfo(x.dtype).eps * torch.iinfo(torch.int8).max,
 }
 

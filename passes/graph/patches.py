@@ -157,6 +157,9 @@ class _Patches:
         for name, function in list(vars(math).items()):
             if not name.startswith("_") and callable(function):
                 cls.item(vars(math), name, _function(function, True))
+        for owner, names in _TAKE_SIZES:
+            for name in names:
+                cls.item(vars(owner), name, _function(getattr(owner, name), True))
         for (_, name), namespace in list(fx_trace._wrapped_fns_to_patch.items()):
             function = namespace.get(name, getattr(builtins, name, None))
             if function is not None and not hasattr(function, "_reparam_original"):
@@ -164,6 +167,12 @@ class _Patches:
         for owner, name in fx_trace._wrapped_methods_to_patch:
             cls.attribute(owner, name, _method(getattr(owner, name), name))
 
+
+_TAKE_SIZES: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (torch, ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros")),
+    (nn.functional, ("avg_pool1d", "avg_pool2d", "avg_pool3d")),
+)
+"""Functions of C that want numbers where code gives them the sizes of a value, and ask nobody else."""
 
 _call: Any = nn.Module.__call__
 _getattr, _setattr = nn.Module.__getattr__, nn.Module.__setattr__
