@@ -30,9 +30,14 @@ class Head(nn.Module):
         return self.code(self, x)
 
 
+def in_parts(m: Head, x: Tensor) -> Tensor:
+    upper, lower = x.chunk(2, 2)
+    return torch.cat([m.norm(m.conv(upper)).relu(), m.norm(m.conv(lower)).relu()], 2)
+
+
 FOLDS: dict[str, Callable[[Head, Tensor], Tensor]] = {
     "levels": lambda m, x: F.relu(m.norm(m.conv(x))) + F.relu(m.norm(m.conv(x.flip(2)))),
-    "parts": lambda m, x: torch.cat([m.norm(m.conv(part)).relu() for part in x.chunk(2, 2)], 2),
+    "parts": in_parts,
     "one behind the other": lambda m, x: m.norm(m.conv(m.norm(m.conv(x)).relu())),
     "two norms in a row": lambda m, x: m.second(m.norm(m.conv(x))).relu() + m.second(m.norm(m.conv(-x))),
     "asked for the shape": lambda m, x: m.norm(m.conv(x)).relu().reshape(x.shape) + m.norm(m.conv(x + 1)),
