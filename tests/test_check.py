@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import os
+import random
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from typing import Any
