@@ -366,7 +366,7 @@ def _varied(base: Example) -> list[Example]:
 
     varied = [base, each(lambda s: s.batch(1))]
     if any(isinstance(v, _Shape) and len(v.sizes) > 2 for v in tree_leaves(list(base))):
-        # An odd size, one that every power of two divides that divides the base, and an oblong.
+        # An odd size, and one that every power of two divides that divides the base.
         varied += [each(lambda s: s.space(lambda n: n + 33)), each(lambda s: s.space(lambda n: 2 * n))]
     # Torch takes a size that is a symbol for another than one, and says nothing of it.
     return [*varied, each(lambda s: s.batch(1 - s.sizes[0])), each(lambda s: s.batch(-s.sizes[0]))]
