@@ -24,7 +24,7 @@ from passes.fold.layout import Layout
 from passes.fold.placement import Placement, place
 from passes.fold.reasons import worth_saying
 from passes.fold.selection import Guard, select
-from passes.graph.capture import Unit, join, trace_units
+from passes.graph.capture import Unit, in_one_context, join, trace_units
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example, observed_ranks
 from passes.graph.leaf import is_pruned
@@ -195,6 +195,8 @@ def _guard(flow: Flow, layout: Layout) -> Guard:
             found = memory.refusal(candidate) or place(layout, candidate)
         except RefusalError as error:
             return error.refusal
+        if not in_one_context(candidate.dying):
+            return Refusal(Reason.CONTEXT, "a context, such as torch.no_grad(), begins or ends inside of it")
         # A forward that is written anew says itself which arguments it was made for.
         anew = isinstance(found, Placement) and any(rewrite.call.parent is None for rewrite in found.rewrites)
         if isinstance(found, Refusal) or anew:

@@ -81,6 +81,8 @@ class Answers:
         with suspended(), torch.no_grad(), _unlogged():
             if self._is_constant(needed):
                 return question(_evaluate(self._constants, needed, self.attribute, self.root))
+            if told := _OF_THE_CALLER.intersection(map(_asked_for, needed)):
+                raise DependsError("is_leaf" in told or "is_contiguous" in told, "the answer depends on the caller")
             device = self._device(needed)
             return self._agreed(needed, question) if device is None else question(device)
 
@@ -306,7 +308,7 @@ def _asks_for_sizes(node: fx.Node) -> bool:
     seen, todo = {node}, [node]
     while todo:
         node = todo.pop()
-        asked = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else None
+        asked = _asked_for(node)
         if asked in _RANKS and any(map(_cuts, _needed(node))):
             return True
         if asked in _RANKS or asked in _OF_ALL_SIZES:
@@ -318,6 +320,11 @@ def _asks_for_sizes(node: fx.Node) -> bool:
     return False
 
 
+def _asked_for(node: fx.Node) -> Any:
+    """The attribute or method of a value that a node asks for."""
+    return node.args[1] if node.target is getattr else node.target if node.op == "call_method" else None
+
+
 def _asks_for_dtype(needed: Sequence[fx.Node]) -> bool:
     """Whether it is asked for the dtype of something that is computed, which autocast may change."""
     return any(
@@ -327,6 +334,11 @@ def _asks_for_dtype(needed: Sequence[fx.Node]) -> bool:
 
 
 _OF_ALL_SIZES = ("dtype", "device", "requires_grad", "is_cuda", "grad_fn", "is_floating_point")
+_OF_THE_CALLER = frozenset(
+    ("requires_grad", "is_leaf", "grad_fn", "is_inference", "is_contiguous", "stride", "storage_offset", "data_ptr")
+    + ("is_pinned", "is_shared", "untyped_storage", "_base", "_is_view")
+)
+"""What a tensor is asked for that says how the caller made and keeps it; another call may have it otherwise."""
 _RANKS = ("dim", "ndim", "ndimension")
 
 

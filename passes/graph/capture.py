@@ -39,6 +39,7 @@ __all__ = [
     "call_of",
     "first_difference",
     "has_hooks",
+    "in_one_context",
     "inherits_forward",
     "join",
     "trace_units",
@@ -100,6 +101,11 @@ def call_of(node: fx.Node) -> Call:
     call = node.meta["call"]
     assert isinstance(call, Call)
     return call
+
+
+def in_one_context(nodes: Iterable[fx.Node]) -> bool:
+    """Whether gradients, autocast and default dtype are the same for all of these operations of traced code."""
+    return len({node.meta.get("context") for node in nodes}) <= 1
 
 
 def join(*parts: str) -> str:

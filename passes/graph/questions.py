@@ -15,7 +15,7 @@ from passes.graph.call import Call, context
 from passes.graph.errors import NotCapturedError
 from passes.graph.nodes import surely_tensor
 from passes.graph.patches import active
-from passes.graph.proxies import Attribute, Held, Value, is_value
+from passes.graph.proxies import Held, Value, is_value
 from passes.refusal import Reason, Refusal
 
 __all__ = ["Questions"]
@@ -102,10 +102,6 @@ class Questions(TracerBase):
         return answer
 
     def to_bool(self, obj: Any) -> bool:
-        if isinstance(obj, Attribute) and obj.attr in ("requires_grad", "is_leaf") and not isinstance(obj.root, Held):
-            return self.mode(obj.attr == "is_leaf")
-        if obj.node.op == "call_method" and obj.node.target in _OF_THE_CALLER:
-            return self.mode(True)
         return bool(self._ask(obj, _truth, "truth"))
 
     def length(self, value: Value) -> int:
@@ -185,10 +181,6 @@ class Questions(TracerBase):
         if isinstance(value, Held) or self._is_tensor(value.node):
             return hasattr(_TENSOR, name)
         return bool(self._ask(value, lambda v: hasattr(v, name), "type"))
-
-
-_OF_THE_CALLER = ("is_contiguous", "is_pinned")
-"""What a tensor is asked for that says how the caller keeps it."""
 
 
 def _truth(value: Any) -> bool:

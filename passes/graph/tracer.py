@@ -101,7 +101,8 @@ class Tracer(Questions):
 
     def trace(self) -> fx.Graph:
         """Run the root's forward. Raises whatever it raises, if no opaque function can be made of the culprit."""
-        with intercepting(self), TorchCalls(self):
+        # A forward that turns gradients off is seen to, whoever calls the verb.
+        with torch.enable_grad(), intercepting(self), TorchCalls(self):
             while True:
                 call = self._entry()
                 args, kwargs = self._arguments(call)
@@ -128,7 +129,7 @@ class Tracer(Questions):
 
     def _entry(self) -> Call:
         call = self.calls[0]
-        call.args, call.kwargs = (), {}
+        call.args, call.kwargs, call.context = (), {}, context()
         call.methods.clear()
         self.fixed.pop(call, None)
         self.answers.placeholders.clear()
@@ -279,8 +280,8 @@ class Tracer(Questions):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:
         args, kwargs = self._by_place(kind, target, args, kwargs)
         node = self.graph.create_node(kind, target, args, kwargs, *rest, **named)
-        node.meta["call"] = self.current
-        if context() != self.current.context:
+        node.meta["call"], node.meta["context"] = self.current, context()
+        if node.meta["context"] != self.current.context:
             self.mark(Reason.CONTEXT, "its forward enters a context")
         if self.outside is not None and self.outside.small:  # what is set back before the call ends
             self._look_outside(self.current)

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from passes.edits.holders import apart
-from passes.graph.capture import Call, Unit, call_of, has_hooks, inherits_forward, join, trace_units
+from passes.graph.capture import Call, Unit, call_of, has_hooks, in_one_context, inherits_forward, join, trace_units
 from passes.graph.leaf import is_pruned
 from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
@@ -270,6 +270,8 @@ class _Uses:
                 return unit.opaque[str(reader.target)].at(path)
             if leaves[str(reader.target)] != 1:
                 return Refusal(Reason.SHARED, f"the norm {path} is called more than once")
+            if not in_one_context([conv, reader]):
+                return Refusal(Reason.CONTEXT, _ANOTHER.format(path))
             if id(norm) in unit.pinned:
                 return Refusal(Reason.UNTRACEABLE, f"code that cannot be traced calls the norm {path}")
             if self.reads(path):
@@ -282,6 +284,8 @@ class _Uses:
             return None
         if any(entered[id(c.module)] != 1 for c in call.chain()) or id(call.module) in unit.pinned:
             return None
+        if not in_one_context([conv, reader]):
+            return Refusal(Reason.CONTEXT, _ANOTHER.format(join(unit.path, call.path)))
         rest = _rest(unit, reader, call)
         return None if rest is None else Norm(join(unit.path, call.path), rest)
 
@@ -304,6 +308,7 @@ def _where_read(unit: Unit, reader: fx.Node) -> str:
     return join(unit.path, str(reader.target) if reader.op == "call_module" else call_of(reader).path)
 
 
+_ANOTHER = "the norm {} is called in another context, such as torch.no_grad()"
 _BATCH_NORM = inspect.signature(F.batch_norm)
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
 
