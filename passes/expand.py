@@ -12,6 +12,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from passes.edits.apply import apply
 from passes.edits.edit import Block as BlockEdit
 from passes.edits.edit import Edit, Remove, remember
 from passes.exported import is_program
+from passes.fold.methods import parts_used
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
@@ -90,6 +92,29 @@ class Plan:
     compared: tuple[str, ...] = ()
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Methods that forward does not call and that use a convolution without the norm that goes into its block."""
+        found: dict[str, list[str]] = {}
+        for row in self.expanded:
+            if row.found.norm is None:
+                continue
+            paths = [PurePosixPath(path.replace(".", "/")) for path in (row.layer, row.found.norm.path)]
+            around = next(path for path in paths[0].parents if path in paths[1].parents)
+            owner = self._model.get_submodule(".".join(around.parts))
+            conv, norm = (path.parts[len(around.parts)] for path in paths)
+            for method, some in parts_used(owner, frozenset((conv, norm))):
+                if conv in some:
+                    found.setdefault(f"{type(owner).__name__}.{method}", []).append(row.layer)
+        said = {
+            key: f"{layers[0]} and {len(layers) - 1} more" if len(layers) > 1 else layers[0]
+            for key, layers in found.items()
+        }
+        return tuple(
+            f"{method} uses the convolution {layers} without its norm, which goes into the block: it will get both"
+            for method, layers in said.items()
+        )
+
+    @property
     def expanded(self) -> tuple[PlanRow, ...]:
         """Rows that get a block."""
         return tuple(row for row in self.rows if row.refusal is None)
@@ -130,6 +155,8 @@ class Plan:
             raise
         for row in self.taken_back:
             log.warning("expand: the block of %s is taken back: %s", row.layer, row.refusal and row.refusal.message)
+        for note in self.notes:
+            log.info("expand: %s", note)
         level = logging.INFO if self.expanded else logging.WARNING
         log.log(level, "expand: %d of %d convolutions get a block", len(self.expanded), len(self.rows))
         return model
@@ -159,6 +186,8 @@ class Plan:
         lines += _grouped("left alone", said, layers=True)
         lines += _grouped("without their norm", stays, layers=True)
         lines += _grouped("not considered", [(row, row.refusal) for row in self._unasked], layers=False)
+        if notes := [f"note: {note}" for note in self.notes]:
+            lines += ["", *(line for note in notes for line in textwrap.wrap(note, 110, subsequent_indent="  "))]
         if self.compared:
             lines += ["", *(line for text in self.compared for line in textwrap.wrap(f"tried: {text}", 110))]
         return "\n".join(lines)

@@ -475,3 +475,90 @@ def test_a_class_says_what_is_copied_of_it() -> None:
     for again in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
         assert isinstance(again.lock, type(model.lock))
         assert same(again, model, x())
+
+
+# ------------------------------------------------------------------ contexts that begin or end inside of a fold
+
+
+def inside_no_grad(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x = m.a(x)
+    return m.n(x)  # type: ignore[no-any-return]
+
+
+def behind_no_grad(m: Any, x: Tensor) -> Tensor:
+    x = m.a(x)
+    with torch.set_grad_enabled(False):
+        return m.n(x)  # type: ignore[no-any-return]
+
+
+def without_autocast(m: Any, x: Tensor) -> Tensor:
+    x = m.a(x)
+    with torch.autocast("cpu", enabled=True, dtype=torch.bfloat16):
+        return m.n(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("forward", [inside_no_grad, behind_no_grad, without_autocast])
+def test_no_fold_crosses_the_border_of_a_context(forward: Any) -> None:
+    model = module(forward)
+    result, report = reparam.collapse_with_report(model)
+    assert not report.folds
+    assert Reason.CONTEXT in {refusal.reason for refusal in report.refusals}
+    if forward is not without_autocast:
+        assert result(x()).requires_grad == model(x()).requires_grad
+    row = next(row for row in reparam.plan(model, "acb").rows if row.layer == "a")
+    assert row.norm_stays is not None
+    assert row.norm_stays.reason is Reason.CONTEXT
+
+
+def test_a_fold_inside_of_a_context_stays_in_it() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = m.n(m.a(x))
+        return x
+
+    result, report = reparam.collapse_with_report(module(forward))
+    assert len(report.folds) == 1
+    assert not result(x()).requires_grad
+
+
+CALLERS: list[Callable[[Tensor], Any]] = [
+    lambda x: x.storage_offset() == 0,
+    lambda x: x.stride(1) == 1,
+    lambda x: x.stride()[0] > 5,
+    lambda x: x.data_ptr() % 64 == 0,
+    lambda x: x.is_shared(),
+    lambda x: x.is_contiguous(memory_format=torch.channels_last),
+]
+
+
+@pytest.mark.parametrize("question", CALLERS)
+def test_what_an_input_says_of_its_caller_may_be_otherwise_in_the_next_call(question: Callable[[Tensor], Any]) -> None:
+    def decides(m: Any, x: Tensor) -> Tensor:
+        return m.n(m.a(x)) if question(x) else m.a(x)  # type: ignore[no-any-return]
+
+    def agrees(m: Any, x: Tensor) -> Tensor:
+        return m.n(m.a(x + 1 if question(x) else x))  # type: ignore[no-any-return]
+
+    assert not reparam.collapse_with_report(module(decides))[1].folds
+    assert len(reparam.collapse_with_report(module(agrees))[1].folds) == 1
+
+
+def test_a_plan_tells_of_methods_that_use_a_convolution_without_its_norm() -> None:
+    class Fuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x))  # type: ignore[no-any-return]
+
+        def raw(self, x: Tensor) -> Tensor:
+            return self.conv(x)  # type: ignore[no-any-return]
+
+    plan = reparam.plan(nn.Sequential(Fuses(), nn.ReLU(), Fuses()), "acb")
+    (note,) = plan.notes
+    assert "Fuses.raw" in note
+    assert "0.conv and 1 more" in note
+    assert note in " ".join(str(plan).split())
+    assert not reparam.plan(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "acb").notes

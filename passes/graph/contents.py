@@ -6,6 +6,7 @@ attributes changes as its ``__dict__`` does.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import functools
@@ -155,8 +156,9 @@ def _bytes_refill(value: bytearray, content: bytes) -> None:
 
 
 def _variable_refill(value: contextvars.ContextVar[Any], content: Any) -> None:
-    if content is not EMPTY:
-        value.set(content)
+    # Nobody can take a value away that was set; that of a variable which has none yet is its default.
+    with contextlib.suppress(LookupError):
+        value.set(contextvars.Context().run(value.get) if content is EMPTY else content)
 
 
 def _array_refill(value: Any, content: Any) -> None:
