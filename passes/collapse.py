@@ -33,6 +33,7 @@ from passes.proof.hold import Before, Exact, Ledger, check_against, place_of
 from passes.proof.run import outputs, runner_of
 from passes.refusal import ReparamError
 from passes.report import Counts, Explanation
+from passes.training.forms import note_on_samples
 
 __all__ = ["check_model", "collapse_model", "explain_model"]
 
@@ -102,6 +103,9 @@ def _attempt(model: nn.Module, example: Example | None, ledger: Ledger, *, inpla
     if model.training:
         explanation.notes.append("the model was in training mode; its running statistics were folded")
         log.info("collapse: %s", explanation.notes[-1])
+    if note := note_on_samples(model):
+        explanation.notes.append(note)
+        log.warning("collapse: %s", note)
     # What the model's own eval() computes is computed on tensors of the result alone.
     result = model if inplace else deep_copy(model) if model.training and has_own_modes(model) else shadow(model)
     undos: list[Undo] = []

@@ -38,6 +38,7 @@ from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.table import section
 from passes.training.build import Cost, build, check_preserved, signature, site_of, try_on_meta
 from passes.training.discovery import Found, find_convs
+from passes.training.forms import Form
 from passes.training.filters import Blocks, Where, block_chooser, selector
 from passes.training.positions import positions_of
 from passes.training.trial import try_blocks
@@ -66,7 +67,7 @@ class PlanRow:
     refusal: Refusal | None
     cost: Cost | None
     found: Found = field(repr=False)
-    online: bool = False
+    form: Form = Form()
 
     @property
     def norm_stays(self) -> Refusal | None:
@@ -212,20 +213,20 @@ def _put(
     for row in rows:
         block, path, norm = row.block, row.layer, row.found.norm
         assert block is not None
-        site = site_of(model, row.found, preserve, row.online)
+        site = site_of(model, row.found, preserve, row.form)
         try:
-            blocks[path] = build(path, site, block, row.online, recorded=real)
+            blocks[path] = build(path, site, block, row.form, recorded=real)
         except (RefusalError, SilenceError):
             if real:
                 raise
             blocks[path] = BranchSum(str(block), {"main": site.main()}, site.conv)
-        kind = signature(site, block, row.online)
+        kind = signature(site, block, row.form)
         if check and preserve and kind not in checked:
             checked.add(kind)
             check_preserved(path, site, blocks[path])
         options = tuple(block.options.items())
         behind = ("", ()) if norm is None else (norm.path, norm.rest)
-        edits.append(BlockEdit(path, block.name, options, row.online, preserve, *behind))
+        edits.append(BlockEdit(path, block.name, options, str(row.form), preserve, *behind))
         if site.norm_taken and site.norm is not None and norm is not None:
             edits.append(Remove(norm.path, norm.rest))
             moved[norm.path] = site.norm
@@ -239,14 +240,14 @@ def make_plan(
     *,
     where: Where = None,
     init: str = "preserve",
-    online: bool | None = None,
+    form: Form | None = None,
     example_inputs: Any = None,
     verify: bool | str = True,
     strict: bool = False,
     inplace: bool = False,
 ) -> Plan:
     """Decide for every convolution of ``model``; see :func:`reparam.plan`. The model is not changed."""
-    _check(model, init, online, verify, inplace)
+    _check(model, init, verify, inplace)
     with kept_generators(p.device for p in model.parameters()):
         positions = None
         convs = find_convs(model)
@@ -254,7 +255,7 @@ def make_plan(
             example_inputs = as_example(example_inputs, model)
             positions = positions_of(model, convs, example_inputs)
         decide = _Decision(model, init == "preserve", positions)
-        rows = decide.rows(convs, block, where, online)
+        rows = decide.rows(convs, block, where, form)
         plan = Plan(rows, positions is not None, model, init == "preserve", inplace, verify)
         return _tried(plan, decide, example_inputs, strict) if verify is True else plan
 
@@ -301,7 +302,7 @@ class _Decision:
         self.model, self.preserve, self.positions = model, preserve, positions
         self._decided: dict[Any, Cost | Refusal] = {}
 
-    def rows(self, convs: list[Found], block: Blocks, where: Where, online: bool | None) -> tuple[PlanRow, ...]:
+    def rows(self, convs: list[Found], block: Blocks, where: Where, form: Form | None) -> tuple[PlanRow, ...]:
         paths = [found.path for found in convs]
         selected, chosen = selector(where, paths), block_chooser(block, paths)
         rows = []
@@ -319,33 +320,31 @@ class _Decision:
                     PlanRow(found.path, Geometry.of(found.conv), None, refusal and refusal.at(found.path), None, found)
                 )
             else:
-                rows.append(self.row(found, mine, mine.info.online if online is None else online))
+                rows.append(self.row(found, mine, form or Form("online" if mine.info.online else "branches")))
         return tuple(rows)
 
-    def row(self, found: Found, block: Block, online: bool) -> PlanRow:
+    def row(self, found: Found, block: Block, form: Form) -> PlanRow:
         """The block in the place of one convolution, or why it does not fit."""
-        key = signature(site_of(self.model, found, self.preserve, online), block, online)
+        key = signature(site_of(self.model, found, self.preserve, form), block, form)
         if key not in self._decided:
-            self._decided[key] = try_on_meta(self.model, found, block, self.preserve, online)
+            self._decided[key] = try_on_meta(self.model, found, block, self.preserve, form)
         outcome, geometry = self._decided[key], Geometry.of(found.conv)
         if isinstance(outcome, Refusal):
-            return PlanRow(found.path, geometry, None, outcome.at(found.path), None, found, online)
+            return PlanRow(found.path, geometry, None, outcome.at(found.path), None, found, form)
         cost = outcome if self.positions is None else _times(outcome, self.positions.get(found.path, 0))
-        return PlanRow(found.path, geometry, block, None, cost, found, online)
+        return PlanRow(found.path, geometry, block, None, cost, found, form)
 
     def without_norm(self, row: PlanRow) -> PlanRow | None:
         """The same block with the norm left where it is; None if that is how it is, or if the block needs the norm."""
         if row.found.norm is None or row.block is None:
             return None
-        alone = self.row(replace(row.found, norm=None), row.block, row.online)
+        alone = self.row(replace(row.found, norm=None), row.block, row.form)
         return alone if alone.refusal is None else None
 
 
-def _check(model: Any, init: Any, online: Any, verify: Any, inplace: bool) -> None:
+def _check(model: Any, init: Any, verify: Any, inplace: bool) -> None:
     if init not in ("preserve", "paper"):
         raise ReparamError(f"init is 'preserve' or 'paper', got {init!r}")
-    if online not in (None, True, False):
-        raise ReparamError(f"online is True, False or None (as the block says), got {online!r}")
     if verify not in (True, False, "folds"):
         raise ReparamError(f"verify is True, 'folds' or False, got {verify!r}")
     if isinstance(model, torch.jit.ScriptModule):

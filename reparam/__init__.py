@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from passes.blocks.kit.registry import Block, BlockInfo, block, blocks
     from passes.expand import Plan
     from passes.proof.compare import Equivalence, EquivalenceError, Verdict
+    from passes.training.forms import Form
     from passes.refusal import Reason, Refusal, ReparamError
     from passes.report import Counts, Explanation, Fold
     from reparam.api import collapse, collapse_with_report, explain, guess_inputs, verify
-    from reparam.training import equivalent_conv, expand, param_groups, plan
+    from reparam.training import equivalent_conv, expand, param_groups, plan, set_form, update_statistics
     from reparam.zoo import convert_zoo
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "EquivalenceError",
     "Explanation",
     "Fold",
+    "Form",
     "Plan",
     "Reason",
     "Refusal",
@@ -46,6 +48,8 @@ __all__ = [
     "guess_inputs",
     "param_groups",
     "plan",
+    "set_form",
+    "update_statistics",
     "verify",
 ]
 
@@ -55,8 +59,9 @@ _HOME = {
     "passes.refusal": ("Reason", "Refusal", "ReparamError"),
     "passes.report": ("Counts", "Explanation", "Fold"),
     "passes.expand": ("Plan",),
+    "passes.training.forms": ("Form",),
     "reparam.zoo": ("convert_zoo",),
-    "reparam.training": ("equivalent_conv", "expand", "param_groups", "plan"),
+    "reparam.training": ("equivalent_conv", "expand", "param_groups", "plan", "set_form", "update_statistics"),
     "reparam.api": ("collapse", "collapse_with_report", "explain", "guess_inputs", "verify"),
 }
 """Where each public name lives. It is loaded when first asked for, so that importing this package costs nothing."""

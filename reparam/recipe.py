@@ -31,18 +31,18 @@ class Recipe:
         block: a name, a :class:`reparam.Block`, or a mapping from patterns to either.
         where: patterns or filters; a predicate cannot be stored, so :meth:`to_text` refuses it.
         init: ``"preserve"`` or ``"paper"``.
-        online: as :func:`reparam.expand`; None means as the block says.
+        form: as :func:`reparam.expand`, as text; None means as the block says.
     """
 
     block: str | Block | Mapping[str, str | Block]
     where: Any = None
     init: str = "preserve"
-    online: bool | None = None
+    form: str | None = None
 
     def plan(self, model: nn.Module, *, example_inputs: Any = None) -> Plan:
         """:func:`reparam.plan` with these arguments."""
         return reparam.plan(
-            model, self.block, where=self.where, init=self.init, online=self.online, example_inputs=example_inputs
+            model, self.block, where=self.where, init=self.init, form=self.form, example_inputs=example_inputs
         )
 
     def expand(self, model: nn.Module) -> nn.Module:
@@ -66,7 +66,7 @@ class Recipe:
             "block": {"name": blocks[0]["name"], "options": blocks[0]["options"]} if single else blocks,
             "where": _plain(self.where),
             "init": self.init,
-            "online": self.online,
+            "form": self.form,
         }
         try:
             text = json.dumps(content)
@@ -89,7 +89,7 @@ class Recipe:
                 block = Block(made["name"], **made["options"])
             else:
                 block = {each["layers"]: Block(each["name"], **each["options"]) for each in made}
-            return Recipe(block, _from_plain(content["where"]), content["init"], content["online"])
+            return Recipe(block, _from_plain(content["where"]), content["init"], _form_of(content))
         except ReparamError as error:
             raise RecipeError(f"{error}; a block of your own is registered by importing its module first") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -98,16 +98,24 @@ class Recipe:
     def _normal(self) -> Recipe:
         """The same in the form that :meth:`from_text` gives."""
         block = self.blocks if isinstance(self.block, Mapping) else Block.of(self.block)
-        return Recipe(block, _from_plain(_plain(self.where)), self.init, self.online)
+        return Recipe(block, _from_plain(_plain(self.where)), self.init, self.form)
 
     def __str__(self) -> str:
         single = not isinstance(self.block, Mapping)
         parts = [block_text(b) if single else f"{p}={block_text(b)}" for p, b in self.blocks.items()]
-        if self.online is not None:
-            parts.append("online" if self.online else "not online")
+        if self.form is not None:
+            parts.append(self.form)
         if self.init != "preserve":
             parts.append(f"init {self.init}")
         return ", ".join(parts + _where_text(self.where))
+
+
+def _form_of(content: Mapping[str, Any]) -> str | None:
+    """The form in a note on an expansion; older ones say only whether it was online."""
+    if "form" not in content:
+        return {True: "online", False: "branches", None: None}[content["online"]]
+    form = content["form"]
+    return None if form is None else str(Form.of(form))
 
 
 def block_text(block: Block) -> str:

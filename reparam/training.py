@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.swa_utils import update_bn
 
-from passes.blocks.kit.layers import ChannelScale
+from passes.blocks.kit.layers import BranchSum, ChannelScale, is_block
+from passes.edits.edit import Block as BlockEdit
+from passes.edits.edit import revise
 from passes.expand import Plan, make_plan
 from passes.refusal import RefusalError, ReparamError
 from passes.training.equivalent import Reading
 from passes.training.filters import Blocks, Where
+from passes.training.forms import Folded, Form
 from reparam.api import undisturbed
 
-__all__ = ["equivalent_conv", "expand", "param_groups", "plan"]
+__all__ = ["equivalent_conv", "expand", "param_groups", "plan", "set_form", "update_statistics"]
 
 
 def expand(
@@ -23,6 +31,7 @@ def expand(
     *,
     where: Where = None,
     init: str = "preserve",
+    form: str | Form | None = None,
     online: bool | None = None,
     example_inputs: Any = None,
     verify: bool | str = True,
@@ -47,8 +56,13 @@ def expand(
         init: ``"preserve"``: the original layers are the main branch and every added branch starts at zero, so the
             model computes the same function in eval and in train mode. ``"paper"``: the published initialisation; the
             main branch keeps its kernel.
-        online: train with one convolution per layer, its kernel computed in each forward; batch norms of branches
-            become factors per channel. Default: as the block says (only ``orepa`` does).
+        form: how the blocks train. ``"branches"``: every branch over the whole batch. ``"sampled"`` (``"sampled:
+            fraction=1/4,rows=strided"``, or :class:`reparam.Form`): the branches run over a sample of the batch, an
+            eighth by default, for the statistics of their norms; with these they are folded into one kernel, and one
+            convolution runs over all of it. ``"frozen"``: norms as in evaluation, folded in every forward.
+            ``"online"``: one convolution whose kernel is computed in every forward; batch norms of branches become
+            factors per channel. Default: as the block says (``orepa`` trains online). :func:`set_form` changes it later.
+        online: the former name of ``form="online"`` and ``form="branches"``; it will go.
         example_inputs: what to run the network on; a tuple for several arguments. They are made up if left out, and
             multiply-adds are then not counted per sample.
         verify: True: every kind of block is run against the layers that it replaces, and the network with all blocks
@@ -65,7 +79,7 @@ def expand(
         EquivalenceError: with ``strict`` a block does not hold; without, the network differs whatever is taken back.
     """
     planned = plan(
-        model, block, where=where, init=init, online=online, example_inputs=example_inputs, verify=verify,
+        model, block, where=where, init=init, form=form, online=online, example_inputs=example_inputs, verify=verify,
         strict=strict, inplace=inplace,
     )  # fmt: skip
     with undisturbed(model):
@@ -78,6 +92,7 @@ def plan(
     *,
     where: Where = None,
     init: str = "preserve",
+    form: str | Form | None = None,
     online: bool | None = None,
     example_inputs: Any = None,
     verify: bool | str = True,
@@ -98,12 +113,88 @@ def plan(
             block,
             where=where,
             init=init,
-            online=online,
+            form=_form(form, online),
             example_inputs=example_inputs,
             verify=verify,
             strict=strict,
             inplace=inplace,
         )
+
+
+def _form(form: str | Form | None, online: bool | None) -> Form | None:
+    """The form that was asked for, by either name."""
+    if online is None:
+        return None if form is None else Form.of(form)
+    if form is not None or not isinstance(online, bool):
+        raise ReparamError(f"online= is the former name of form=, got online={online!r} and form={form!r}; leave it out")
+    wanted = "online" if online else "branches"
+    warnings.warn(f"online={online} is now form={wanted!r}", DeprecationWarning, stacklevel=4)
+    return Form(wanted)
+
+
+def set_form(model: nn.Module, form: str | Form) -> nn.Module:
+    """Let every block of ``model`` train in another form, in place; parameters, state dict and keys stay.
+
+    Args:
+        model: an expanded network.
+        form: ``"branches"``, ``"sampled"`` or ``"frozen"``; see :func:`expand`. A block that has one branch only, without
+            a batch norm in it, is one convolution in each of them.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ReparamError: there is no block; a block was built online, which has factors instead of the branches' norms, or
+            is to become so; a block whose branches cannot be read. Nothing is changed then.
+    """
+    wanted = Form.of(form)
+    blocks = {path: module for path, module in model.named_modules() if is_block(module)}
+    if not blocks:
+        raise ReparamError("there is no block in this network: reparam.expand puts them in")
+    made = {}
+    for path, module in blocks.items():
+        if isinstance(module, BranchSum):
+            if Form.of(module.form).online != wanted.online:
+                raise ReparamError(
+                    f"{path} was built as {module.form} and cannot train as {wanted}: online has factors instead of the "
+                    "norms of branches; collapse, and expand again"
+                )
+            try:
+                made[path] = None if wanted.name == "branches" else Folded(wanted, module)
+            except RefusalError as error:
+                raise ReparamError(f"{path} cannot train as {wanted}: {error}") from error
+    for path, folded in made.items():
+        blocks[path].folded, blocks[path].form = folded, str(wanted)  # type: ignore[assignment]
+    revise(model, lambda edit: replace(edit, form=str(wanted)) if isinstance(edit, BlockEdit) else edit)
+    return model
+
+
+def update_statistics(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> nn.Module:
+    """Running statistics of whole batches, for networks that trained in the form ``sampled``; before collapse, in place.
+
+    Every batch norm's statistics are reset and become the mean over all batches, by
+    :func:`torch.optim.swa_utils.update_bn`, with all branches running over whole batches. Nothing else changes.
+
+    Args:
+        model: the network; it keeps its mode.
+        loader: batches as the network takes them, or tuples and lists that begin with them.
+        device: where batches are moved to; default: left where they are.
+
+    Returns:
+        ``model``.
+    """
+    folded = [(module, module.folded) for module in model.modules() if isinstance(module, BranchSum)]
+    for module, _ in folded:
+        if module.form != "online":
+            module.folded = None
+    try:
+        update_bn(loader, model, device)
+    finally:
+        for module, held in folded:
+            module.folded = held
+            if held is not None:
+                held.note_statistics(module)
+    return model
 
 
 def equivalent_conv(module: nn.Module) -> tuple[Tensor, Tensor | None]:

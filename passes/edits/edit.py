@@ -7,7 +7,7 @@ new layers come with theirs, or are made without any.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ class Block:
         path: of the convolution.
         block: the block's name.
         options: its options, by name.
-        online: whether it runs as one convolution.
+        form: how it trains.
         preserve: whether it begins as the function that it replaces.
         norm: path of the batch norm behind the convolution, empty without one.
         rest: names of that norm's children that run after it.
@@ -140,7 +140,7 @@ class Block:
     path: str
     block: str
     options: tuple[tuple[str, Any], ...] = ()
-    online: bool = False
+    form: str = "branches"
     preserve: bool = True
     norm: str = ""
     rest: tuple[str, ...] = ()
@@ -195,6 +195,12 @@ def remember(model: nn.Module, edits: Iterable[Edit]) -> None:
     whole = [*(made_by(model) or ()), *edits]
     if whole:
         vars(model)[_ATTRIBUTE] = tuple(reversed([*_showing(reversed(whole))]))
+
+
+def revise(model: nn.Module, revised: Callable[[Edit], Edit]) -> None:
+    """Let a network remember its edits in another way."""
+    if _ATTRIBUTE in vars(model):
+        vars(model)[_ATTRIBUTE] = tuple(map(revised, vars(model)[_ATTRIBUTE]))
 
 
 _ATTRIBUTE = "reparam_edits"

@@ -33,6 +33,8 @@ __all__ = ["VERSION", "from_text", "to_text"]
 VERSION = 1
 MOST = 1000
 """No block has so many branches; a file that asks for more wants the memory."""
+_FORMER: dict[type, set[str]] = {Block: {"online"}}
+"""Fields of older files."""
 _EDITS = (Add, Block, Clear, Delete, Fill, Remove, Replace, Rewrite, Substitute)
 _CLASSES: dict[str, type] = {c.__name__: c for c in (*_EDITS, Layer, Program, Argument, Operation, Value)}
 _KINDS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -156,9 +158,11 @@ def _decoded(value: Any) -> Any:
 
 def _made(kind: type, content: Any) -> Any:
     hints = hints_of(kind)
-    if not isinstance(content, dict) or not content.keys() <= hints.keys() or "functions" in content:
+    if not isinstance(content, dict) or not content.keys() <= hints.keys() | _FORMER.get(kind, set()) or "functions" in content:
         raise EditError(f"a {kind.__name__} has other fields")
     values = {name: _decoded(item) for name, item in content.items()}
+    if kind is Block and values.pop("online", None) is True:  # files of before there were forms
+        values["form"] = "online"
     for name, item in values.items():
         if not fits(item, hints[name]):
             raise EditError(f"a {kind.__name__} cannot have {name}={item!r:.60}")

@@ -24,7 +24,7 @@ from passes.graph.modes import kept_modes
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.training.discovery import Found, Norm, plain_norm
 from passes.training.equivalent import Reading
-from passes.training.online import OnlineSum, scales_for_norms
+from passes.training.forms import Form, scales_for_norms, train_as
 
 __all__ = ["Cost", "build", "check_preserved", "rebuilt", "signature", "site_of", "try_on_meta"]
 
@@ -41,7 +41,7 @@ class Cost:
     multiply_adds: tuple[float, float, float]
 
 
-def site_of(model: nn.Module, found: Found, preserve: bool, online: bool) -> Site:
+def site_of(model: nn.Module, found: Found, preserve: bool, form: Form) -> Site:
     """A convolution that was found, and its norm, as they stand in ``model``."""
     conv = model.get_submodule(found.path)
     assert isinstance(conv, _ConvNd)
@@ -50,13 +50,13 @@ def site_of(model: nn.Module, found: Found, preserve: bool, online: bool) -> Sit
         held = model.get_submodule(found.norm.path)
         assert isinstance(held, _BatchNorm)
         norm = plain_norm(held, len(conv.kernel_size))
-    return Site(conv, norm, preserve=preserve, online=online)
+    return Site(conv, norm, preserve=preserve, online=form.online)
 
 
-def build(layer: str, site: Site, block: Block, online: bool, *, recorded: bool = True) -> nn.Module:
+def build(layer: str, site: Site, block: Block, form: Form, *, recorded: bool = True) -> nn.Module:
     """The block for one convolution, in its dtype, on its device, as trainable as it is.
 
-    Without ``recorded``, one that trains online is left as the sum of branches that its kernel is recorded from.
+    Without ``recorded``, it is left as the sum of branches that its kernel is recorded from, whatever its form.
     """
     conv, norm = site.conv, site.norm
     own = {id(p) for m in (conv, norm) if m is not None for p in m.parameters()}
@@ -72,7 +72,7 @@ def build(layer: str, site: Site, block: Block, online: bool, *, recorded: bool 
     if site.preserve:
         for branch in others:
             silence(branch)
-    if online:
+    if form.online:
         branches = {name: scales_for_norms(branch, site.n) for name, branch in branches.items()}
     layout = target_of([conv.weight])
     for branch in branches.values():
@@ -87,13 +87,14 @@ def build(layer: str, site: Site, block: Block, online: bool, *, recorded: bool 
             if layout.channels_last and parameter.dim() == conv.weight.dim() and parameter.dim() in (4, 5):
                 last = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
                 parameter.data = parameter.data.contiguous(memory_format=last)
-    recorded = recorded and online
-    if not recorded and len(branches) == 1:
+    if len(branches) == 1 and not (recorded and form.online):
         (alone,) = branches.values()
         stand_in(alone, str(block), conv)
         return alone
-    module = (OnlineSum if recorded else BranchSum)(str(block), branches, conv)
+    module = BranchSum(str(block), branches, conv)
     module.training = conv.training
+    if recorded:
+        train_as(module, form)
     return module
 
 
@@ -103,17 +104,18 @@ def rebuilt(model: nn.Module, edit: BlockEdit) -> nn.Module:
     if not isinstance(conv, _ConvNd):
         raise ReparamError(f"{edit.path} is no convolution, so it cannot get a block")
     found = Found(edit.path, conv, Norm(edit.norm, edit.rest) if edit.norm else None)
-    site = site_of(model, found, edit.preserve, edit.online)
-    return build(edit.path, site, Block(edit.block, **dict(edit.options)), edit.online)
+    form = Form.of(edit.form)
+    site = site_of(model, found, edit.preserve, form)
+    return build(edit.path, site, Block(edit.block, **dict(edit.options)), form)
 
 
-def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, online: bool) -> Cost | Refusal:
+def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, form: Form) -> Cost | Refusal:
     """Build the block without numbers and fold it: what it costs, or why it cannot be used here."""
-    real = site_of(model, found, preserve, online)
+    real = site_of(model, found, preserve, form)
     norm_on_meta = None if real.norm is None else _on_meta(real.norm)
-    site = Site(_on_meta(real.conv), norm_on_meta, preserve=preserve, online=online)
+    site = Site(_on_meta(real.conv), norm_on_meta, preserve=preserve, online=form.online)
     try:
-        built = build(found.path, site, block, online=False)
+        built = build(found.path, site, block, Form(), recorded=False)
         reading = Reading(built)
         form = reading.form(None)
     except RefusalError as error:
@@ -127,8 +129,10 @@ def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, on
     norm = 0 if site.norm is None else sum(p.numel() for p in site.norm.parameters())
     before = conv + (0 if site.conv.bias is None else site.out_channels) + norm
     training = sum(p.numel() for p in built.parameters()) + (0 if site.norm_taken else norm)
-    normed = float(conv + (0 if site.norm is None or not (site.norm_taken or online) else site.out_channels))
-    positions = (normed, normed if online else reading.multiply_adds(), float(conv))
+    normed = float(conv + (0 if site.norm is None or not (site.norm_taken or form.online) else site.out_channels))
+    share = {"branches": 1.0, "sampled": form.fraction}.get(form.name, 0.0)
+    whole = 0.0 if share == 1 else normed
+    positions = (normed, whole + share * reading.multiply_adds(), float(conv))
     return Cost((before, training, conv + bias), positions)
 
 
@@ -145,11 +149,11 @@ def _on_meta(module: Any) -> Any:
     return bare
 
 
-def signature(site: Site, block: Block, online: bool) -> Any:
+def signature(site: Site, block: Block, form: Form) -> Any:
     """What decides whether and how a block fits: equal for layers that need to be tried only once."""
     norm = site.norm
     kind = None if norm is None else (type(norm), norm.affine, norm.eps, norm.momentum)
-    return block, site.geometry, kind, site.conv.bias is None, site.shift, online, site.conv.weight.dtype
+    return block, site.geometry, kind, site.conv.bias is None, site.shift, form, site.conv.weight.dtype
 
 
 def check_preserved(layer: str, site: Site, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,7 +85,14 @@ class BranchSum(nn.Module):
         block: the block with its options, for ``print(model)``.
         branches: modules by name, the main branch first.
         conv: the convolution that it stands for.
+
+    Attributes:
+        form: how it trains; see :mod:`passes.training.forms`.
+        folded: what runs in place of the branches, given the block and its input; None: they run themselves.
     """
+
+    form = "branches"
+    folded: Any = None
 
     def __init__(self, block: str, branches: dict[str, nn.Module], conv: _ConvNd) -> None:
         super().__init__()
@@ -95,6 +103,13 @@ class BranchSum(nn.Module):
             self.add_module(name, branch)
 
     def forward(self, input: Tensor) -> Tensor:  # called by keyword as torch's layers are
+        # Whoever only traces is shown the branches: both compute the same.
+        if self.folded is None or not isinstance(input, Tensor):
+            return self.branches(input)
+        return self.folded(self, input)  # type: ignore[no-any-return]
+
+    def branches(self, input: Tensor) -> Tensor:
+        """What every branch gives, added up."""
         main, *others = self.children()
         y: Tensor = main(input)
         for i, branch in enumerate(others):
@@ -105,7 +120,14 @@ class BranchSum(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        return f"block={self.reparam_block}"
+        return f"block={self.reparam_block}" + ("" if self.form == "branches" else f", {self.form}")
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BranchSum:
+        """Move or cast; recorded code computes in one dtype."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.folded is not None:
+            self.folded.follow(self)
+        return self
 
 
 _GEOMETRY = (

@@ -1,0 +1,301 @@
+"""How a block is trained: forms of one and the same sum of branches, none of which knows a block.
+
+- ``branches``: every branch runs over the whole batch.
+- ``online``: one convolution, its kernel computed in every forward. A batch norm inside a branch would need the
+  statistics of a map that is never computed, so it becomes a factor per channel, and one batch norm stands behind the
+  sum (Hu et al., "OREPA", CVPR 2022, sec. 3.1).
+- ``sampled``: the branches run over a sample of the batch, for the statistics of their norms only. With these the algebra
+  folds all branches into one kernel, and one convolution runs over the whole batch. Gradients flow through the
+  statistics; with a sample of everything it is ``branches``, to rounding. Nearest publication: Chen et al., "Batch
+  Normalization Sampling" (arXiv 1810.10962), which knows no blocks.
+- ``frozen``: norms in evaluation mode, as in fine-tuning: folded in every forward, one convolution.
+
+The kernel comes from the algebra that collapse folds with, recorded once as straight-line code.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from passes.algebra.geometry import Geometry
+from passes.blocks.kit.layers import BranchSum, ChannelScale
+from passes.refusal import Reason, RefusalError, ReparamError
+from passes.training.equivalent import KernelProgram
+
+__all__ = ["FORMS", "Folded", "Form", "note_on_samples", "scales_for_norms", "train_as"]
+
+log = logging.getLogger("reparam")
+
+FORMS = ("branches", "online", "sampled", "frozen")
+ROWS = ("first", "strided")
+POSITIONS = 256
+"""Positions per channel that a sample has at least: of fewer, a variance is off by a tenth and more."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form with its options, ``Form("sampled", fraction=1 / 4)``, or as text ``"sampled:fraction=1/4,rows=strided"``.
+
+    Args:
+        name: ``branches``, ``online``, ``sampled`` or ``frozen``.
+        fraction: of the batch that is the sample, above 0 and at most 1.
+        rows: which samples: the ``first`` of a shuffled batch, or ``strided`` over it.
+
+    Raises :class:`ReparamError` for anything else.
+    """
+
+    name: str = "branches"
+    fraction: float = 1 / 8
+    rows: str = "first"
+
+    def __post_init__(self) -> None:
+        if self.name not in FORMS:
+            raise ReparamError(f"there is no form {self.name!r}; known: {', '.join(FORMS)}")
+        number = isinstance(self.fraction, (int, float)) and not isinstance(self.fraction, bool)
+        if not number or not 0 < self.fraction <= 1:
+            raise ReparamError(f"the fraction of a batch is above 0 and at most 1, got {self.fraction!r}")
+        if self.rows not in ROWS:
+            raise ReparamError(f"the rows of a sample are {' or '.join(ROWS)}, got {self.rows!r}")
+        if self.name != "sampled" and (self.fraction, self.rows) != (1 / 8, "first"):
+            raise ReparamError(f"the form {self.name!r} takes no options; only sampled has a fraction and rows")
+
+    @staticmethod
+    def of(form: str | Form) -> Form:
+        """A form of its text; a :class:`Form` as it is."""
+        if isinstance(form, Form):
+            return form
+        if not isinstance(form, str):
+            raise ReparamError(f"a form is one of {', '.join(FORMS)}, got {form!r}")
+        name, colon, rest = form.partition(":")
+        options: dict[str, Any] = {}
+        for pair in rest.split(",") if colon else ():
+            key, _, value = (part.strip() for part in pair.partition("="))
+            if key not in ("fraction", "rows") or key in options or not value:
+                raise ReparamError(f"a form is written as sampled:fraction=1/4,rows=strided; got {form!r}")
+            options[key] = _fraction(value) if key == "fraction" else value
+        return Form(name.strip(), **options)
+
+    @property
+    def online(self) -> bool:
+        """Whether norms of branches are factors."""
+        return self.name == "online"
+
+    def __str__(self) -> str:
+        options = [] if self.fraction == 1 / 8 else [f"fraction={self.fraction!r}"]
+        options += [] if self.rows == "first" else [f"rows={self.rows}"]
+        return self.name + (":" + ",".join(options) if options else "")
+
+
+def _fraction(text: str) -> float:
+    above, slash, below = text.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ReparamError(f"a fraction is written 1/4 or 0.25, got {text!r}") from error
+
+
+def train_as(block: BranchSum, form: Form) -> None:
+    """Let a block train in this form.
+
+    Raises :class:`ReparamError` between online and the others, and :class:`RefusalError` if a branch cannot be read.
+    """
+    block.folded = None if form.name == "branches" else Folded(form, block)
+    block.form = str(form)
+
+
+class Folded:
+    """One convolution in the place of a block's branches, its kernel computed in every forward.
+
+    Holds code, no weights; the block gives it those.
+    """
+
+    def __init__(self, form: Form, block: BranchSum) -> None:
+        self.form = form
+        self._said = False
+        self._record(block)
+        self.note_statistics(block)
+
+    def _record(self, block: BranchSum) -> None:
+        self.dtype = next(block.parameters()).dtype
+        plain = BranchSum(block.reparam_block, dict(block.named_children()), block)  # type: ignore[arg-type]
+        self.geometry = Geometry.of(block)  # type: ignore[arg-type]
+        self.program = KernelProgram.of(plain, self.dtype)
+        self.norms = tuple(path for path, m in block.named_modules() if isinstance(m, _BatchNorm))
+        self._paths = [name.split(".") for name in self.program.names]
+        self._statistics = _statistics_code(plain, self.norms) if form.name == "sampled" and self.norms else None
+
+    def __call__(self, block: BranchSum, x: Tensor) -> Tensor:
+        self.made(block)
+        measured: dict[str, Tensor] = {}
+        if self._statistics is not None and any(_at(block, path.split(".")).training for path in self.norms):
+            sample = self._sample(x)
+            if sample is None:
+                return block.branches(x)
+            found = self._statistics(block, sample)
+            for path, (mean, var) in zip(self.norms, found, strict=True):
+                measured[f"{path}.running_mean"], measured[f"{path}.running_var"] = mean, var
+        values = [
+            measured[name] if name in measured else _at(block, path)
+            for name, path in zip(self.program.names, self._paths, strict=True)
+        ]
+        # An optimizer's small steps are lost in bfloat16: the kernel is computed in the parameters' own dtype.
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.program(values)
+        return self.geometry.convolve(x, weight, bias)
+
+    def made(self, block: BranchSum) -> None:
+        """Record the code anew if this comes out of a pickle."""
+        if "program" not in self.__dict__:
+            self._record(block)
+
+    def follow(self, block: BranchSum) -> None:
+        """Go on with a block that was cast."""
+        if self.__dict__.get("dtype") not in (None, next(block.parameters()).dtype):
+            self._record(block)
+
+    def note_statistics(self, block: BranchSum) -> None:
+        """The running statistics are those of whole batches now."""
+        self._counted = self._batches(block)
+
+    def of_samples(self, block: BranchSum) -> bool:
+        """Whether running statistics have moved by samples since."""
+        self.made(block)
+        return self._statistics is not None and self._batches(block) != self._counted
+
+    def _batches(self, block: BranchSum) -> list[int]:
+        counters = [_at(block, [*path.split("."), "num_batches_tracked"]) for path in self.norms]
+        return [-1 if counter is None or counter.is_meta else int(counter) for counter in counters]
+
+    def _sample(self, x: Tensor) -> Tensor | None:
+        """The rows of a batch that the statistics are of; None if it is too small for a sample."""
+        batch, g = x.shape[0], self.geometry
+        if self.form.fraction == 1:
+            return x
+        positions = math.prod(-(-size // s) for size, s in zip(x.shape[2:], g.stride, strict=True))
+        rows = max(math.ceil(self.form.fraction * batch), -(-POSITIONS // max(positions, 1)))
+        if 2 * rows > batch:  # from there on the branches themselves cost less
+            if not self._said and not torch.compiler.is_compiling():
+                self._said = True
+                log.info("sampled: %d samples of %d positions are few: the whole batch is normalised", batch, positions)
+            return None
+        return x[:rows] if self.form.rows == "first" else x[:: batch // rows][:rows]
+
+    def __deepcopy__(self, memo: Any) -> Folded:
+        copied = Folded.__new__(Folded)
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"form": self.form, "_said": False, "_counted": self._counted}
+
+
+def note_on_samples(model: nn.Module) -> str:
+    """What a person should know who collapses a network that trained on samples; empty if there is nothing."""
+    blocks = [(path, m, m.folded) for path, m in model.named_modules() if isinstance(m, BranchSum)]
+    found = [path for path, block, folded in blocks if isinstance(folded, Folded) and folded.of_samples(block)]
+    if not found:
+        return ""
+    more = f" and {len(found) - 1} more blocks" if len(found) > 1 else ""
+    return (
+        f"the running statistics of {found[0]}{more} are of samples of batches: "
+        "reparam.update_statistics(model, loader) makes them of whole ones"
+    )
+
+
+def _at(module: Any, path: list[str]) -> Any:
+    # Attribute by attribute: torch.compile and torch.fx follow getattr, and no attrgetter or get_parameter.
+    for name in path:
+        module = getattr(module, name)
+    return module
+
+
+# ------------------------------------------------------------------ statistics of a sample
+
+
+class _Branches(fx.Tracer):
+    """Reads a block down to the modules that hold no batch norm."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or not any(isinstance(child, _BatchNorm) for child in m.modules())
+
+
+def _statistics_code(block: BranchSum, norms: tuple[str, ...]) -> Any:
+    """A function of a block and a sample that gives mean and variance for each of its norms, in their order.
+
+    What only the sum needs is left out: the last norm of a branch is measured and not run.
+    """
+    graph = _Branches().trace(block)
+    measured: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        path = str(node.target)
+        if node.op == "call_module" and path in norms:
+            if path in measured:
+                raise RefusalError(Reason.BLOCK, f"its norm {path} is called more than once: it cannot be sampled")
+            with graph.inserting_before(node):
+                measured[path] = graph.call_function(statistics, (graph.get_attr(path), node.args[0], False))
+    if missing := [path for path in norms if path not in measured]:
+        raise RefusalError(Reason.BLOCK, f"nothing calls its norm {missing[0]}: it cannot be sampled")
+    output = next(iter(reversed(graph.nodes)))
+    output.args = ([measured[path] for path in norms],)
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            if node.op == "call_module" and str(node.target) in measured:
+                own = measured[str(node.target)]
+                own.args = (*own.args[:2], True)
+            graph.erase_node(node)
+    code = graph.python_code("self")
+    names: dict[str, Any] = dict(code.globals)
+    exec(code.src, names)  # noqa: S102 - torch.fx's own code
+    return names["forward"]
+
+
+def statistics(norm: _BatchNorm, x: Tensor, moves: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Mean and variance with which a norm divides ``x``, ``(N, C, ...)``; with ``moves`` its own running ones move.
+
+    In evaluation they are its own. Half precision is measured in float32, as torch does.
+    """
+    if not norm.training:
+        return norm.running_mean, norm.running_var
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+    if moves:
+        _move(norm, mean.detach(), var.detach(), x.numel() // x.shape[1])
+    return mean, var
+
+
+def _move(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move a norm's running statistics as its own forward does."""
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    with torch.no_grad():
+        counter = norm.num_batches_tracked
+        if counter is not None:
+            counter.add_(1)
+        momentum: Any = norm.momentum
+        if momentum is None:
+            momentum = 1.0 if counter is None else (1.0 / counter).to(mean.dtype)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_((var * (count / max(count - 1, 1))).to(norm.running_var.dtype), momentum)
+
+
+# ------------------------------------------------------------------ online
+
+
+def scales_for_norms(module: nn.Module, n: int) -> nn.Module:
+    """The module with a factor per channel in place of every batch norm, at the norm's own weight."""
+    if isinstance(module, _BatchNorm):
+        scale = ChannelScale(module.num_features, 1.0, n)
+        if module.affine:
+            scale.weight = nn.Parameter(module.weight.detach().reshape(scale.weight.shape), module.weight.requires_grad)
+        return scale
+    for name, child in list(module.named_children()):
+        setattr(module, name, scales_for_norms(child, n))
+    return module
