@@ -38,8 +38,8 @@ from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.table import section
 from passes.training.build import Cost, build, check_preserved, signature, site_of, try_on_meta
 from passes.training.discovery import Found, find_convs
-from passes.training.forms import Form
 from passes.training.filters import Blocks, Where, block_chooser, selector
+from passes.training.forms import Form
 from passes.training.positions import positions_of
 from passes.training.trial import try_blocks
 
@@ -67,7 +67,7 @@ class PlanRow:
     refusal: Refusal | None
     cost: Cost | None
     found: Found = field(repr=False)
-    form: Form = Form()
+    form: Form = field(default_factory=Form)
 
     @property
     def norm_stays(self) -> Refusal | None:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from passes.blocks.kit.registry import Block, BlockInfo, block, blocks
     from passes.expand import Plan
     from passes.proof.compare import Equivalence, EquivalenceError, Verdict
-    from passes.training.forms import Form
     from passes.refusal import Reason, Refusal, ReparamError
     from passes.report import Counts, Explanation, Fold
+    from passes.training.forms import Form
     from reparam.api import collapse, collapse_with_report, explain, guess_inputs, verify
     from reparam.training import equivalent_conv, expand, param_groups, plan, set_form, update_statistics
     from reparam.zoo import convert_zoo

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import reparam
-from reparam import Counts, ReparamError, Verdict, files, tables
+from reparam import Counts, Form, ReparamError, Verdict, files, tables
 from reparam.export import SUFFIXES, inputs_for, parse_dynamic, write_program
 from reparam.networks import Network, UsageError, load
 from reparam.recipe import Recipe, parse_blocks, parse_where
@@ -73,7 +73,15 @@ Online = Annotated[
     bool | None,
     typer.Option(
         "--online/--no-online",
-        help="Train as one convolution per layer.",
+        help="Former name of --form online.",
+        hidden=True,
+    ),
+]
+FormName = Annotated[
+    str | None,
+    typer.Option(
+        "--form",
+        help="How blocks train: branches, sampled, sampled:fraction=1/4, frozen, online.",
         rich_help_panel=EXPANSION,
         show_default="as the block says",
     ),
@@ -93,17 +101,18 @@ def plan(
     kernel: Kernels = None,
     depthwise: Depthwise = None,
     init: Init = "preserve",
+    form: FormName = None,
     online: Online = None,
     everything: Everything = False,
 ) -> None:
     """Show which convolutions would get a block, what that costs, and why the others do not. Nothing is changed."""
-    recipe = _recipe(block, where, kernel, depthwise, online, init)
+    recipe = _recipe(block, where, kernel, depthwise, form_of(form, online), init)
     network = _load(target, plain=True, quiet=True)
     inputs = _inputs(network.model)
     planned = recipe.plan(network.model, example_inputs=inputs)
     size = "" if inputs is None else f", multiply-adds for {'x'.join(map(str, inputs[0].shape[1:]))}"
     title = f"{escape(target)} with {escape(str(recipe))}{size}"
-    tables.show(console, tables.plan_table(planned, title, everything=everything, online=online))
+    tables.show(console, tables.plan_table(planned, title, everything=everything))
     reasons = tables.plan_reasons(planned, everything=everything)
     if reasons is not None:
         tables.show(console, reasons)
@@ -119,6 +128,7 @@ def expand(
     kernel: Kernels = None,
     depthwise: Depthwise = None,
     init: Init = "preserve",
+    form: FormName = None,
     online: Online = None,
     pretrained: Pretrained = False,
     weights: Weights = None,
@@ -131,7 +141,7 @@ def expand(
     The file says how it was made: collapse, explain and verify rebuild the expanded network from it.
     """
     _check_output(output)
-    recipe = _recipe(block, where, kernel, depthwise, online, init)
+    recipe = _recipe(block, where, kernel, depthwise, form_of(form, online), init)
     network = _load(target, plain=True, pretrained=pretrained, weights=weights, key=key, seed=seed)
     torch.manual_seed(seed)
     planned = recipe.plan(network.model)
@@ -167,6 +177,7 @@ def collapse(
     where: Where = None,
     kernel: Kernels = None,
     depthwise: Depthwise = None,
+    form: FormName = None,
     online: Online = None,
     verify: Prove = True,
     folds_only: FoldsOnly = False,
@@ -191,9 +202,10 @@ def collapse(
         raise UsageError(f"--dynamic is for files that end in {' or '.join(SUFFIXES)}")
     if output is not None:
         files.check_writable(output) if exports else _check_output(output)
-    recipe = _recipe(block, where, kernel, depthwise, online) if block else None
-    if recipe is None and (where or kernel or (depthwise, online) != (None, None)):
-        raise UsageError("--where, --kernel, --depthwise and --online describe an expansion; name its --block as well")
+    wanted = form_of(form, online)
+    recipe = _recipe(block, where, kernel, depthwise, wanted) if block else None
+    if recipe is None and (where or kernel or (depthwise, wanted) != (None, None)):
+        raise UsageError("--where, --kernel, --depthwise and --form describe an expansion; name its --block as well")
     network = _load(target, pretrained=pretrained, weights=weights, key=key, recipe=recipe)
     # Thousands of small operations: threads that wait for each other on a busy machine cost more than they bring.
     torch.set_num_threads(1)
@@ -297,18 +309,29 @@ COMMANDS: tuple[Callable[..., None], ...] = (plan, expand, blocks, collapse, exp
 # ------------------------------------------------------------------------------------------------- helpers
 
 
+def form_of(form: str | None, online: bool | None) -> str | None:
+    """The form that --form names, or the former --online."""
+    if online is not None:
+        wanted = "online" if online else "branches"
+        if form is not None:
+            raise UsageError("--online is the former name of --form online; leave it out")
+        errors.print(f"note: --{'' if online else 'no-'}online is now --form {wanted}", style="dim")
+        return wanted
+    return None if form is None else str(Form.of(form))
+
+
 def _recipe(
     block: list[str] | None,
     where: list[str] | None,
     kernel: list[str] | None,
     depthwise: bool | None,
-    online: bool | None,
+    form: str | None,
     init: str = "preserve",
 ) -> Recipe:
     """The expansion that the options describe."""
     if init not in ("preserve", "paper"):
         raise UsageError(f"--init is preserve or paper, got {init!r}")
-    return Recipe(parse_blocks(block or ()), parse_where(where or (), kernel or (), depthwise), init, online)
+    return Recipe(parse_blocks(block or ()), parse_where(where or (), kernel or (), depthwise), init, form)
 
 
 def _load(target: str, *, plain: bool = False, quiet: bool = False, **options: object) -> Network:

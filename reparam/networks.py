@@ -151,11 +151,11 @@ def advice(stock: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     if not replaced:
         return "It is of another network"
     looks = ""
-    for name, online in _alike(stock, replaced[0], tensors):
-        words = f"--block {name}" + ("" if online is None else " --online" if online else " --no-online")
+    for name, form in _alike(stock, replaced[0], tensors):
+        words = f"--block {name}" + ("" if form is None else f" --form {form}")
         tops = list(dict.fromkeys(each.path.partition(".")[0] for each in replaced))
         for where in (None, tops, [each.path for each in replaced]):
-            fitting = Recipe(name, where=where, online=online)
+            fitting = Recipe(name, where=where, form=form)
             if not files.misfit(fitting.expand(stock), dict(tensors)):
                 return f"It fits with {words}" + "".join(f" --where {pattern!r}" for pattern in where or ())
         looks = (
@@ -165,7 +165,7 @@ def advice(stock: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     return looks or f"In it {replaced[0].path} is no block with default options: it holds {names}; see `reparam blocks`"
 
 
-def _alike(stock: nn.Module, found: Found, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, bool | None]]:
+def _alike(stock: nn.Module, found: Found, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str | None]]:
     """Blocks that have, at one convolution, the names and shapes that the file has there."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(conv=copy.deepcopy(found.conv))
     if found.norm is not None:
@@ -174,14 +174,14 @@ def _alike(stock: nn.Module, found: Found, tensors: Mapping[str, Tensor]) -> Ite
         layers["norm"] = plain_norm(copy.deepcopy(norm), len(found.conv.kernel_size))
     wanted = _children(tensors, found.path)
     for name, info in reparam.blocks().items():
-        for online in (None, not info.online):
+        for form in (None, "branches" if info.online else "online"):
             try:
-                planned = Recipe(name, where="*", online=online).plan(nn.Sequential(layers))
+                planned = Recipe(name, where="*", form=form).plan(nn.Sequential(layers))
                 made = planned.apply().state_dict() if planned.expanded else {}
             except ReparamError:
                 continue
             if _children(made, "conv") == wanted:
-                yield name, online
+                yield name, form
 
 
 def _children(state: Mapping[str, Tensor], path: str) -> dict[str, torch.Size]:

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from torch import nn
 
 import reparam
-from reparam import Block, Plan, ReparamError
+from reparam import Block, Form, Plan, ReparamError
 from reparam.sources import literal, split_commas
 
 __all__ = ["Recipe", "RecipeError", "block_text", "parse_block", "parse_blocks", "parse_where"]

@@ -68,16 +68,13 @@ def counts_table(columns: dict[str, Counts]) -> Table:
 # ------------------------------------------------------------------------------------------------- expand
 
 
-def plan_table(
-    plan: Plan, title: str, *, everything: bool = False, online: bool | None = None, limit: int = SHOWN
-) -> Table:
+def plan_table(plan: Plan, title: str, *, everything: bool = False, limit: int = SHOWN) -> Table:
     """One row per convolution that was asked for, and the totals.
 
     Args:
         plan: what to show.
         title: above it.
         everything: all rows, those of layers that were not asked for included.
-        online: as the plan was made with; only for the name of the block.
         limit: rows that are shown unless ``everything``.
     """
     unit = "multiply-adds" if plan.per_sample else "multiply-adds a pixel"
@@ -92,20 +89,20 @@ def plan_table(
     table.add_column(unit, totals[1] if plan.per_sample else "", justify="right", no_wrap=True)
     wanted = plan.rows if everything else tuple(row for row in plan.rows if row.refusal is None or row in plan.refused)
     for row in wanted if everything else wanted[:limit]:
-        table.add_row(*_plan_cells(row, online), style="dim" if row.refusal is not None else None)
+        table.add_row(*_plan_cells(row), style="dim" if row.refusal is not None else None)
     if not everything and len(wanted) > limit:
         table.add_row(f"… {len(wanted) - limit} more, see --all")
     return table
 
 
-def _plan_cells(row: PlanRow, online: bool | None) -> tuple[str, ...]:
+def _plan_cells(row: PlanRow) -> tuple[str, ...]:
     geometry = escape(str(row.geometry).replace("->", "→").replace(" stride ", "/"))
     if row.cost is None or row.block is None:
         assert row.refusal is not None
         return escape(row.layer), geometry, escape(row.refusal.message), "", ""
-    one = row.block.info.online if online is None else online
+    form = "" if row.form.name == "branches" else f", {row.form}"
     numbers = (_change(values) for values in (row.cost.parameters, row.cost.multiply_adds))
-    return escape(row.layer), geometry, escape(block_text(row.block)) + (", online" if one else ""), *numbers
+    return escape(row.layer), geometry, escape(block_text(row.block)) + form, *numbers
 
 
 def _totals(rows: Iterable[PlanRow]) -> tuple[str, str]:

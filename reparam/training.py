@@ -61,7 +61,8 @@ def expand(
             eighth by default, for the statistics of their norms; with these they are folded into one kernel, and one
             convolution runs over all of it. ``"frozen"``: norms as in evaluation, folded in every forward.
             ``"online"``: one convolution whose kernel is computed in every forward; batch norms of branches become
-            factors per channel. Default: as the block says (``orepa`` trains online). :func:`set_form` changes it later.
+            factors per channel. Default: as the block says (``orepa`` trains online);
+            :func:`set_form` changes it later.
         online: the former name of ``form="online"`` and ``form="branches"``; it will go.
         example_inputs: what to run the network on; a tuple for several arguments. They are made up if left out, and
             multiply-adds are then not counted per sample.
@@ -126,7 +127,9 @@ def _form(form: str | Form | None, online: bool | None) -> Form | None:
     if online is None:
         return None if form is None else Form.of(form)
     if form is not None or not isinstance(online, bool):
-        raise ReparamError(f"online= is the former name of form=, got online={online!r} and form={form!r}; leave it out")
+        raise ReparamError(
+            f"online= is the former name of form=, got online={online!r} and form={form!r}; leave it out"
+        )
     wanted = "online" if online else "branches"
     warnings.warn(f"online={online} is now form={wanted!r}", DeprecationWarning, stacklevel=4)
     return Form(wanted)
@@ -137,8 +140,8 @@ def set_form(model: nn.Module, form: str | Form) -> nn.Module:
 
     Args:
         model: an expanded network.
-        form: ``"branches"``, ``"sampled"`` or ``"frozen"``; see :func:`expand`. A block that has one branch only, without
-            a batch norm in it, is one convolution in each of them.
+        form: ``"branches"``, ``"sampled"`` or ``"frozen"``; see :func:`expand`. A block with one branch, and
+            without a batch norm in it, is one convolution in each of them.
 
     Returns:
         ``model``.
@@ -156,21 +159,21 @@ def set_form(model: nn.Module, form: str | Form) -> nn.Module:
         if isinstance(module, BranchSum):
             if Form.of(module.form).online != wanted.online:
                 raise ReparamError(
-                    f"{path} was built as {module.form} and cannot train as {wanted}: online has factors instead of the "
-                    "norms of branches; collapse, and expand again"
+                    f"{path} was built as {module.form} and cannot train as {wanted}: online has factors, not "
+                    "the norms of branches; collapse, and expand again"
                 )
             try:
                 made[path] = None if wanted.name == "branches" else Folded(wanted, module)
             except RefusalError as error:
                 raise ReparamError(f"{path} cannot train as {wanted}: {error}") from error
     for path, folded in made.items():
-        blocks[path].folded, blocks[path].form = folded, str(wanted)  # type: ignore[assignment]
+        blocks[path].folded, blocks[path].form = folded, str(wanted)
     revise(model, lambda edit: replace(edit, form=str(wanted)) if isinstance(edit, BlockEdit) else edit)
     return model
 
 
-def update_statistics(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> nn.Module:
-    """Running statistics of whole batches, for networks that trained in the form ``sampled``; before collapse, in place.
+def update_statistics(model: nn.Module, loader: Iterable[Any], device: torch.device | int | None = None) -> nn.Module:
+    """Running statistics of whole batches, for networks that trained as ``sampled``; in place, before collapse.
 
     Every batch norm's statistics are reset and become the mean over all batches, by
     :func:`torch.optim.swa_utils.update_bn`, with all branches running over whole batches. Nothing else changes.

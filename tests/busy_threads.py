@@ -56,7 +56,7 @@ def forward(shared: Shared, i: int) -> None:
 
 
 def train(shared: Shared, i: int) -> None:
-    model = reparam.expand(shared.plain[i], "dbb", online=True).train()
+    model = reparam.expand(shared.plain[i], "dbb", form="online").train()
     model(shared.inputs[i]).square().mean().backward()
     check(all(p.grad is not None for p in model.parameters() if p.requires_grad), "no gradient")
 

@@ -186,8 +186,8 @@ def _runs() -> dict[str, Callable[[], tuple[str, str]]]:
                 torch.manual_seed(0)
                 return ready(plain().double())
 
-            def expanded(original: Any = original, kind: str = kind, online: Any = bool(online) or None) -> Any:
-                return reparam.expand(original(), kind, online=online)
+            def expanded(original: Any = original, kind: str = kind, form: Any = online or None) -> Any:
+                return reparam.expand(original(), kind, form=form)
 
             runs[f"expand {name} {block}"] = functools.partial(_expanded, original, expanded, FLAT)
             runs[f"like {name} {block}"] = functools.partial(_restored, plain, expanded, FLAT)

@@ -208,7 +208,7 @@ def test_published_start_on_every_geometry_folds_into_the_original_convolution(b
     counts: Counter[str] = Counter()
     for some, model, x in batches(sample(block)):
         before = copy.deepcopy(model.state_dict())
-        planned = reparam.plan(model, block, init="paper", online=False, verify=False)  # compared here as well
+        planned = reparam.plan(model, block, init="paper", form="branches", verify=False)  # compared here as well
         for point, row in zip(some, planned.rows, strict=True):
             assert (row.refusal is None) == applies(block, point), (point, row.refusal)
             if row.refusal is not None:
@@ -231,7 +231,7 @@ def test_published_start_on_every_geometry_folds_into_the_original_convolution(b
 def test_preserving_start_changes_nothing_in_evaluation_and_in_training(block: str, small: bool) -> None:
     """Exactly; QARepVGG has a norm behind a norm: up to rounding in evaluation, and up to eps in training."""
     for some, model, x in batches(sample(block, seed=1, small=small)):
-        planned = reparam.plan(model, block, online=False)
+        planned = reparam.plan(model, block, form="branches")
         assert all((row.refusal is None) == applies(block, p) for p, row in zip(some, planned.rows, strict=True))
         expanded: Any = planned.apply()
         for training in (False, True):
@@ -289,7 +289,7 @@ def test_counting_convolutions_counts_branches() -> None:
 @every_kind
 def test_online_runs_one_convolution_and_is_the_sum_of_its_branches(block: str) -> None:
     for some, model, x in batches(sample(block, seed=2, small=True)):
-        planned = reparam.plan(model, block, init="paper", online=True, verify=False)
+        planned = reparam.plan(model, block, init="paper", form="online", verify=False)
         assert [row.refusal is None for row in planned.rows] == [applies(block, p) for p in some]
         expanded: Any = trained(planned.apply())
         assert convolutions(expanded.train(), x) == len(some)
@@ -298,8 +298,7 @@ def test_online_runs_one_convolution_and_is_the_sum_of_its_branches(block: str) 
             for point, cell in zip(some, expanded.cells, strict=True):
                 if is_block(cell[0]):
                     assert not any(isinstance(m, _BatchNorm) for m in cell[0].modules())
-                    branches = BranchSum(block, dict(cell[0].named_children()), cell[0])
-                    assert gap(cell[0](x), branches(x)) < TOLERANCE, point
+                    assert gap(cell[0](x), cell[0].branches(x)) < TOLERANCE, point
             folded = reparam.collapse(expanded, verify=False)
             for point, wanted, got in zip(some, expanded(x), folded(x), strict=True):
                 assert gap(got, wanted) < TOLERANCE, point
@@ -307,9 +306,34 @@ def test_online_runs_one_convolution_and_is_the_sum_of_its_branches(block: str) 
 
 
 @every_kind
+def test_sampled_from_the_whole_batch_is_the_sum_of_its_branches(block: str) -> None:
+    """Outputs, gradients and running statistics, in training; then the result in evaluation, and what it folds to."""
+    for some, model, x in batches(sample(block, seed=3, small=True)):
+        planned = reparam.plan(model, block, init="paper", form="branches", verify=False)
+        expanded: Any = trained(planned.apply()).train()
+        if not any(is_block(module) for module in expanded.modules()):
+            continue
+        sampled = reparam.set_form(copy.deepcopy(expanded), "sampled:fraction=1")
+        for way in (expanded, sampled):
+            sum((y.square() * (y > 0.1)).sum() for y in way(x)).backward()
+        for point, wanted, got in zip(some, expanded(x), sampled(x), strict=True):
+            assert gap(got, wanted) < 1e-9, point
+        for (name, wanted), got in zip(expanded.named_parameters(), sampled.parameters(), strict=True):
+            assert (wanted.grad is None) == (got.grad is None), name
+            if wanted.grad is not None:
+                assert float((wanted.grad - got.grad).abs().max()) <= 1e-7 * max(float(wanted.grad.abs().max()), 1), (
+                    name
+                )
+        for (name, wanted), got in zip(expanded.named_buffers(), sampled.buffers(), strict=True):
+            assert gap(got.double(), wanted.double()) < 1e-10, name
+        for point, wanted, got in zip(some, expanded.eval()(x), sampled.eval()(x), strict=True):
+            assert gap(got, wanted) < TOLERANCE, point
+
+
+@every_kind
 def test_online_preserving_start_is_the_function_up_to_rounding(block: str) -> None:
     for some, model, x in batches(sample(block, seed=3, small=True)):
-        expanded: Any = reparam.expand(model, block, online=True, verify=False)  # compared here, point by point
+        expanded: Any = reparam.expand(model, block, form="online", verify=False)  # compared here, point by point
         for training in (False, True):
             reference = copy.deepcopy(model).train(training)
             with torch.no_grad():
@@ -340,20 +364,22 @@ ANY_NUMBER = ("acb", "dbb", "doconv", "repvgg", "mobileone", "orepa")
 
 
 @pytest.mark.parametrize(
-    ("block", "n", "online"),
+    ("block", "n", "form"),
     [
         # Every block with each number of dimensions and in each form; the form has nothing to do with the dimensions.
-        pytest.param(block, n, online, marks=[] if (n == 3) is (online is not (number % 2 == 0)) else pytest.mark.slow)
+        pytest.param(
+            block, n, form, marks=[] if (n == 3) is ((form == "online") is not (number % 2 == 0)) else pytest.mark.slow
+        )
         for number, block in enumerate(ANY_NUMBER)
         for n in (1, 3)
-        for online in (False, True)
+        for form in ("branches", "online")
     ],
 )
-def test_blocks_carry_over_to_one_and_three_dimensions(block: str, n: int, online: bool) -> None:
+def test_blocks_carry_over_to_one_and_three_dimensions(block: str, n: int, form: str) -> None:
     x = torch.randn(2, 4, *(11, 9, 7)[:n], dtype=torch.float64)
     for inputs, outputs, kernel, options in GEOMETRIES:
         model = trained(conv_bn(n, inputs, outputs, kernel, **options))
-        planned = reparam.plan(model, block, online=online)
+        planned = reparam.plan(model, block, form=form)
         if block == "acb" and n == 1:
             assert [row.refusal.message for row in planned.refused if row.refusal] == [
                 "its kernel is a line itself: acb has nothing to add"
@@ -361,7 +387,7 @@ def test_blocks_carry_over_to_one_and_three_dimensions(block: str, n: int, onlin
             continue
         expanded = planned.apply()
         with torch.no_grad():
-            assert gap(expanded(x), model(x)) <= (1e-13 if online else 0.0)
+            assert gap(expanded(x), model(x)) <= (1e-13 if form == "online" else 0.0)
             folded = reparam.collapse(trained(expanded), verify=False)
             assert gap(folded(x), expanded(x)) < TOLERANCE
         (left,) = layers(folded)
@@ -437,18 +463,20 @@ WITH_NORMS = ("acb", "dbb", "repvgg", "mobileone", "largekernel")
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b != "qarepvgg"])
-@pytest.mark.parametrize("online", [False, pytest.param(True, marks=pytest.mark.slow)])  # branches have no norms there
-def test_without_a_norm_branches_have_one_only_if_the_bias_has_a_place(block: str, bias: bool, online: bool) -> None:
+@pytest.mark.parametrize(
+    "form", ["branches", pytest.param("online", marks=pytest.mark.slow)]
+)  # branches have no norms there
+def test_without_a_norm_branches_have_one_only_if_the_bias_has_a_place(block: str, bias: bool, form: str) -> None:
     kernel = 5 if block == "largekernel" else 3
     for groups in (4,) if block == "largekernel" else (1, 2, 4):
         model = nn.Sequential(nn.Conv2d(4, 4, kernel, padding=1, groups=groups, bias=bias)).double()
-        expanded: Any = reparam.expand(model, block, online=online, verify=False)  # compared here
+        expanded: Any = reparam.expand(model, block, form=form, verify=False)  # compared here
         assert is_block(expanded[0])
         norms = [m for m in expanded.modules() if isinstance(m, _BatchNorm)]
-        assert bool(norms) == (bias and block in WITH_NORMS and not online)
+        assert bool(norms) == (bias and block in WITH_NORMS and form == "branches")
         x = torch.randn(1, 4, 9, 9, dtype=torch.float64)
         with torch.no_grad():
-            assert gap(expanded.eval()(x), model(x)) <= (1e-13 if online else 0.0)
+            assert gap(expanded.eval()(x), model(x)) <= (1e-13 if form == "online" else 0.0)
             folded = reparam.collapse(trained(expanded), verify=False)
             assert gap(folded(x), expanded(x)) < TOLERANCE
         (conv,) = [m for m in layers(folded) if isinstance(m, nn.Conv2d)]
@@ -474,12 +502,12 @@ class SmallNet(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("form", ["branches", "online"])
 @pytest.mark.parametrize(
     "block", [*BLOCKS, reparam.Block("ecb", identity=True), reparam.Block("acb", bn="after")], ids=str
 )
-def test_every_parameter_has_a_gradient_within_two_steps(block: Any, online: bool) -> None:
-    model = reparam.expand(SmallNet().double().train(), block, online=online, verify=False)
+def test_every_parameter_has_a_gradient_within_two_steps(block: Any, form: str) -> None:
+    model = reparam.expand(SmallNet().double().train(), block, form=form, verify=False)
     added = [m for m in model.modules() if is_block(m)]
     assert added
     # Without momentum or decay: what moves has its own gradient. AdamW's step does not depend on the gradient's size.
@@ -676,7 +704,7 @@ def test_orepa_has_six_branches_each_times_its_published_vector() -> None:
     assert not any(isinstance(m, _BatchNorm) for m in block.modules())  # the one norm stays behind the sum
     assert not block.sequence.point.weight.any()
     assert block.separable.depth.out_channels == 8 * 4
-    assert type(block).__name__ == "OnlineSum"  # as published, without being asked
+    assert block.form == "online"  # as published, without being asked
     start = expand_one("orepa", model)
     assert {name: float(only(b, ChannelScale).weight.detach().abs().max()) for name, b in start.named_children()} == {
         "square": 1.0, "average": 0.0, "prior": 0.0, "sequence": 0.0, "point": 0.0, "separable": 0.0,
@@ -858,10 +886,10 @@ def test_a_block_of_ones_own_needs_no_folding_code() -> None:
     )
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     model = trained(SmallNet())
-    for online in (False, True):
-        expanded = reparam.expand(model, "ladder", online=online)
-        assert gap(expanded(x), model(x)) <= (1e-13 if online else 0.0)
-        expanded = trained(reparam.expand(model, reparam.Block("ladder", steps=1), init="paper", online=online))
+    for form in ("branches", "online"):
+        expanded = reparam.expand(model, "ladder", form=form)
+        assert gap(expanded(x), model(x)) <= (1e-13 if form == "online" else 0.0)
+        expanded = trained(reparam.expand(model, reparam.Block("ladder", steps=1), init="paper", form=form))
         folded = reparam.collapse(expanded)
         reparam.verify(expanded, folded, x).raise_if_different()
         assert [type(m) for m in layers(folded) if isinstance(m, (_ConvNd, BranchSum))] == [nn.Conv2d] * 3
@@ -999,7 +1027,7 @@ def test_badly_named_or_missing_branches_are_errors() -> None:
 def test_added_layers_have_the_dtype_the_mode_and_the_layout_of_the_original(block: str, dtype: torch.dtype) -> None:
     model = SmallNet().to(dtype).to(memory_format=torch.channels_last)
     model.train()
-    expanded = reparam.expand(model, block, online=False)
+    expanded = reparam.expand(model, block, form="branches")
     tensors = [*expanded.parameters(), *(b for b in expanded.buffers() if b.is_floating_point())]
     assert {t.dtype for t in tensors} == {dtype}
     assert all(m.training for m in expanded.modules())
@@ -1014,13 +1042,13 @@ def test_added_layers_have_the_dtype_the_mode_and_the_layout_of_the_original(blo
     assert not any(m.training for m in reparam.expand(model.eval(), block).modules())
 
 
-@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("form", ["branches", "online"])
 @every_kind
-def test_a_frozen_convolution_gets_frozen_branches(block: str, online: bool) -> None:
+def test_a_frozen_convolution_gets_frozen_branches(block: str, form: str) -> None:
     model = SmallNet()
     for part in (model.stem, model.wide):
         part.requires_grad_(False)
-    expanded: Any = reparam.expand(model, block, online=online, verify=False)
+    expanded: Any = reparam.expand(model, block, form=form, verify=False)
     for name, module in expanded.named_modules():
         if is_block(module):
             trains = any(p.requires_grad for p in module.parameters())
@@ -1028,14 +1056,14 @@ def test_a_frozen_convolution_gets_frozen_branches(block: str, online: bool) -> 
     assert any(is_block(m) for m in (*expanded.stem, *expanded.wide))
 
 
-@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("form", ["branches", "online"])
 @every_kind
-def test_state_dict_names_are_the_same_every_time_and_load_into_another_expansion(block: str, online: bool) -> None:
+def test_state_dict_names_are_the_same_every_time_and_load_into_another_expansion(block: str, form: str) -> None:
     size, groups = (5, 4) if block == "largekernel" else (3, 1)
     model = conv_bn(2, 4, 4, size, padding=1, groups=groups)
-    first = trained(reparam.expand(model, block, online=online, verify=False))
+    first = trained(reparam.expand(model, block, form=form, verify=False))
     other = conv_bn(2, 4, 4, size, padding=1, groups=groups).double()
-    second = reparam.expand(other, block, online=online, verify=False).eval()
+    second = reparam.expand(other, block, form=form, verify=False).eval()
     assert list(first.state_dict()) == list(second.state_dict())
     x = torch.randn(1, 4, 12, 12, dtype=torch.float64)
     assert not torch.equal(first(x), second(x))
@@ -1045,6 +1073,6 @@ def test_state_dict_names_are_the_same_every_time_and_load_into_another_expansio
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_blocks_are_made_of_stock_modules_and_the_few_of_parts(block: str) -> None:
-    for module in reparam.expand(SmallNet(), block, online=False, verify=False).modules():
+    for module in reparam.expand(SmallNet(), block, form="branches", verify=False).modules():
         own = (SmallNet, BranchSum, ChannelScale, KernelConv, WindowMean)
         assert type(module).__module__.startswith("torch.nn") or isinstance(module, own)

@@ -113,7 +113,9 @@ def test_plan_lists_blocks_costs_and_reasons(toy: str) -> None:
 
 def test_plan_names_options_and_mappings_as_they_are_written(toy: str) -> None:
     output = words_of(
-        run("plan", toy, "-b", "point=mobileone:n=2", "-b", "acb:gamma=1/3,bn=after", "--where", "*", "--online")
+        run(
+            "plan", toy, "-b", "point=mobileone:n=2", "-b", "acb:gamma=1/3,bn=after", "--where", "*", "--form", "online"
+        )
     )
     assert "square.0 3→4 3x3 acb:gamma=0.333,bn=after, online" in output
     assert "point.0 3→4 1x1 mobileone:n=2, online" in output
@@ -142,17 +144,17 @@ def test_blocks_lists_every_block_with_its_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "online"),
+    ("suffix", "form"),
     [
-        (".safetensors", "--online"),
-        (".pt", "--no-online"),
-        pytest.param(".safetensors", "--no-online", marks=pytest.mark.slow),
-        pytest.param(".pt", "--online", marks=pytest.mark.slow),
+        (".safetensors", "online"),
+        (".pt", "branches"),
+        pytest.param(".safetensors", "branches", marks=pytest.mark.slow),
+        pytest.param(".pt", "online", marks=pytest.mark.slow),
     ],
 )
-def test_an_expanded_file_goes_the_whole_way(toy: str, tmp_path: Path, suffix: str, online: str) -> None:
+def test_an_expanded_file_goes_the_whole_way(toy: str, tmp_path: Path, suffix: str, form: str) -> None:
     expanded, tuned, deployed = (tmp_path / f"{name}{suffix}" for name in ("expanded", "tuned", "deployed"))
-    output = run("expand", toy, "--block", "dbb", online, "-o", expanded)
+    output = run("expand", toy, "--block", "dbb", "--form", form, "-o", expanded)
     assert "same function: max difference 0.00e+00" in words_of(output)
     assert "equal" in run("verify", toy, expanded)
     assert "folds: 1" in run("explain", expanded)
@@ -232,8 +234,8 @@ def test_an_expansion_that_changes_the_function_fails(
     [
         (Recipe("acb"), ("--block", "dbb"), "--block acb"),
         (Recipe("acb"), (), "--block acb"),
-        (Recipe("acb"), ("--block", "acb", "--online"), "--block acb"),
-        (Recipe("acb", online=True), ("--block", "acb"), "--block acb --online"),
+        (Recipe("acb"), ("--block", "acb", "online"), "--block acb"),
+        (Recipe("acb", form="online"), ("--block", "acb"), "--block acb --form online"),
         (
             Recipe("mobileone", where="*"),
             ("--block", "mobileone"),
@@ -277,7 +279,7 @@ def test_a_checkpoint_of_another_network_is_said_to_be_that(toy: str, tmp_path: 
         (("expand", "SPEC", "-b", "acb", "--kernel", "5", "-o", "OUT"), 1, "no convolution of toy:block gets a block"),
         (("expand", "SPEC", "-b", "acb", "--key", "ema", "-o", "OUT"), 2, "--weights"),
         (("expand", "SPEC", "-b", "acb", "--pretrained", "--weights", "EXPANDED", "-o", "OUT"), 2, "leave one out"),
-        (("collapse", "SPEC", "--online"), 2, "name its --block"),
+        (("collapse", "SPEC", "online"), 2, "name its --block"),
         (("collapse", "SPEC", "--where", "square"), 2, "name its --block"),
         (("collapse", "EXPANDED", "--block", "acb"), 2, "leave out --block"),
         (("collapse", "COLLAPSED", "--weights", "EXPANDED"), 2, "is not a file of `reparam expand`"),

@@ -28,9 +28,9 @@ class Small(nn.Module):
         return torch.relu(self.bn(self.conv(x)))
 
 
-def expanded(block: Any, online: bool, make: Any = Small) -> Any:
+def expanded(block: Any, form: str, make: Any = Small) -> Any:
     """Statistics and factors random, so that no branch is silent."""
-    return ready(reparam.expand(ready(make()).double(), block, online=online, init="paper"), seed=1)
+    return ready(reparam.expand(ready(make()).double(), block, form=form, init="paper"), seed=1)
 
 
 def only_conv(collapsed: nn.Module) -> Any:
@@ -40,9 +40,9 @@ def only_conv(collapsed: nn.Module) -> Any:
 
 @every_form
 @every_block
-def test_gradients_are_those_of_the_kernel(block: Any, online: bool) -> None:
+def test_gradients_are_those_of_the_kernel(block: Any, form: str) -> None:
     """Numerical against analytic gradients of kernel and bias, for every trained parameter."""
-    module = expanded(block, online).conv
+    module = expanded(block, form).conv
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     has_bias = reparam.equivalent_conv(module)[1] is not None
 
@@ -62,9 +62,9 @@ def test_gradients_are_those_of_the_kernel(block: Any, online: bool) -> None:
 
 @every_form
 @every_block
-def test_it_is_the_kernel_that_collapse_ships(block: Any, online: bool) -> None:
+def test_it_is_the_kernel_that_collapse_ships(block: Any, form: str) -> None:
     """Of the block alone, and in what it computes."""
-    module = expanded(block, online).conv
+    module = expanded(block, form).conv
     x = torch.randn(2, 2, 7, 7, dtype=torch.float64)
     with torch.no_grad():
         weight, bias = reparam.equivalent_conv(module)
@@ -77,9 +77,9 @@ def test_it_is_the_kernel_that_collapse_ships(block: Any, online: bool) -> None:
 
 @every_form
 @pytest.mark.parametrize("block", ["acb", "dbb", "doconv", "repvgg", "orepa", "ecb"])
-def test_a_penalty_on_the_kernel_trains_the_block(block: str, online: bool) -> None:
+def test_a_penalty_on_the_kernel_trains_the_block(block: str, form: str) -> None:
     """Steps on the penalty alone shrink the kernel that is deployed."""
-    model = expanded(block, online).float()
+    model = expanded(block, form).float()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.02)
     before = {name: p.detach().clone() for name, p in model.conv.named_parameters()}
     penalties = []
@@ -99,7 +99,7 @@ def test_a_penalty_on_the_kernel_trains_the_block(block: str, online: bool) -> N
 
 def test_quantisation_aware_training() -> None:
     """A rounded kernel in the forward, its gradient passed straight through to every branch."""
-    module = expanded("acb", False).conv
+    module = expanded("acb", "branches").conv
     weight, bias = reparam.equivalent_conv(module)
     step = weight.detach().abs().max() / 127
     rounded = weight + ((weight / step).round() * step - weight).detach()
@@ -145,10 +145,10 @@ def test_modules_that_are_no_blocks() -> None:
     assert torch.allclose(F.conv2d(maps(), weight, bias, padding=1, groups=4), block(maps()), atol=1e-5)
 
 
-@pytest.mark.parametrize("online", [False, True])
-def test_no_bias_where_there_is_none(online: bool) -> None:
+@pytest.mark.parametrize("form", ["branches", "online"])
+def test_no_bias_where_there_is_none(form: str) -> None:
     """A convolution without bias and norm: acb gives it lines without norms, and the kernel no bias."""
-    model = reparam.expand(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU()), "acb", online=online)
+    model = reparam.expand(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU()), "acb", form=form)
     assert is_block(model[0])
     weight, bias = reparam.equivalent_conv(model[0])
     assert bias is None
@@ -180,15 +180,15 @@ def test_modules_that_are_not_one_convolution(module: nn.Module, why: str) -> No
 
 def test_layers_of_one_structure_run_one_program() -> None:
     model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)), nn.Conv2d(4, 4, 3, padding=0))
-    first, second, third, other = (block._program for block in reparam.expand(model, "dbb", online=True))
+    first, second, third, other = (block.folded.program for block in reparam.expand(model, "dbb", form="online"))
     assert first is second is third
     assert other is not first
 
 
 def test_a_program_is_of_one_dtype() -> None:
-    model = reparam.expand(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), "acb", online=True)
+    model = reparam.expand(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), "acb", form="online")
     before: Any = model[0]
-    program = before._program
+    program = before.folded.program
     model.double()
-    assert before._program is not program
+    assert before.folded.program is not program
     assert model(torch.randn(1, 4, 5, 5, dtype=torch.float64)).dtype == torch.float64

@@ -834,7 +834,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "type of an option": ({"block": Block("acb", gamma="1/3"), "init": "paper"}, "acb.gamma='1/3'. cannot be built"),
     "type of another option": ({"block": Block("mobileone", n=None)}, r"stem\.conv: mobileone.n=None. cannot be built"),
     "value of an option": ({"block": Block("acb", bn="before")}, "bn is 'branch' or 'after', got 'before'"),
-    "online": ({"online": "yes"}, "online is True, False or None .*, got 'yes'"),
+    "form": ({"form": "yes"}, "no form .yes.; known: branches, online, sampled, frozen"),
     "pattern": ({"where": "stem.cnov"}, r"'stem\.cnov' matches no convolution; near names: stem\.conv"),
     "pattern far off": ({"where": "zzz"}, r"'zzz' matches no convolution; convolutions: stem\.conv, body\.0\.conv"),
     "one pattern of two": ({"where": ["stem", "head"]}, "'head' matches no convolution"),
@@ -952,8 +952,8 @@ def test_online_where_it_cannot_be() -> None:
         yield "main", conv.main()
         yield "bent", conv.row(conv=conv.parallel(1), act=nn.ReLU())
 
-    for online in (False, True):
-        found = row(reparam.plan(ConvBN(), "bent", online=online), "conv")
+    for form in ("branches", "online"):
+        found = row(reparam.plan(ConvBN(), "bent", form=form), "conv")
         assert found.refusal.reason is Reason.NOT_AFFINE, found.refusal
 
 

@@ -185,7 +185,7 @@ def test_a_damaged_note_on_edits_is_one_line(toy: str, tmp_path: Path, damage: A
     "recipe",
     [
         Recipe("dbb"),
-        Recipe("acb", online=True),
+        Recipe("acb", form="online"),
         Recipe(Block("acb", bn="after", gamma=1 / 3), where=["square"], init="paper"),
         Recipe({"square": Block("mobileone", n=2)}, where={"kernel": (3, 3), "depthwise": False}),
     ],
@@ -211,10 +211,10 @@ def test_an_expanded_network_is_rebuilt(
     "recipe",
     [
         Recipe("acb"),
-        Recipe(Block("acb", gamma=1 / 3, bn="after"), online=False),
+        Recipe(Block("acb", gamma=1 / 3, bn="after"), form="branches"),
         Recipe({"layer1.*": "dbb", "*": Block("mobileone", n=2)}, init="paper"),
         Recipe("acb", where="layer1"),
-        Recipe("acb", where=["layer1", "layer2.*"], online=True),
+        Recipe("acb", where=["layer1", "layer2.*"], form="online"),
         Recipe("acb", where={"kernel": 3, "name": ["conv3x5"]}),
         Recipe("acb", where={"kernel": [3, (3, 5)], "depthwise": True}),
         Recipe("acb", where={"stride": (1, 2)}),

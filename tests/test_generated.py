@@ -41,7 +41,7 @@ def expand_and_drop() -> None:
 
 
 def train_online_and_drop() -> None:
-    model: Any = reparam.expand(ready(Net()), "dbb", online=True).train()
+    model: Any = reparam.expand(ready(Net()), "dbb", form="online").train()
     model(images()).sum().backward()
 
 

@@ -50,12 +50,12 @@ def test_tensors_by_keyword(name: str) -> None:
     assert len(report.folds) == 1
 
 
-@pytest.mark.parametrize("online", [False, True])
-def test_a_block_is_called_by_keyword_as_well(online: bool) -> None:
+@pytest.mark.parametrize("form", ["branches", "online"])
+def test_a_block_is_called_by_keyword_as_well(form: str) -> None:
     model = ready(Net(lambda m, x: m.n(input=m.a(input=x)).relu(), a=conv(), n=norm(2)))
-    plan = reparam.plan(model, "acb", online=online)
+    plan = reparam.plan(model, "acb", form=form)
     assert [row.layer for row in plan.expanded] == ["a"]
-    expanded = reparam.expand(model, "acb", online=online).eval()
+    expanded = reparam.expand(model, "acb", form=form).eval()
     with torch.no_grad():
         assert torch.allclose(expanded(IMAGE.float()), model(IMAGE.float()), rtol=1e-5, atol=1e-5)
     stock: Any = reparam.collapse(expanded, like=model)

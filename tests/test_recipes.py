@@ -72,7 +72,7 @@ def test_settings_of_the_command_line_change_fields() -> None:
     )
     assert override(Config(), texts) == expected
     assert override(expected, ["ema=none", "weight_decay=5e-4"]).ema is None
-    assert override(Config(online=True), ["online=false", "size=64"]) == Config(online=False, size=64)
+    assert override(Config(form="online"), ["form=branches", "size=64"]) == Config(form="branches", size=64)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_a_wrong_setting_is_refused(text: str, words: str) -> None:
         ("acb", {"block": "acb"}),
         ("acb:gamma=1/3@paper", {"block": "acb:gamma=1/3", "init": "paper"}),
         ("acb:bn=after", {"block": "acb:bn=after"}),
-        ("dbb@online", {"block": "dbb", "online": True}),
-        ("dbb@paper@online", {"block": "dbb", "init": "paper", "online": True}),
+        ("dbb@online", {"block": "dbb", "form": "online"}),
+        ("dbb@paper@online", {"block": "dbb", "init": "paper", "form": "online"}),
     ],
 )
 def test_a_variant_changes_the_block_alone(text: str, fields: dict[str, object]) -> None:
@@ -113,7 +113,7 @@ def test_a_variant_changes_the_block_alone(text: str, fields: dict[str, object])
 
 
 def test_a_variant_keeps_what_it_does_not_say() -> None:
-    config = Config(block="dbb", init="paper", online=True)
+    config = Config(block="dbb", init="paper", form="online")
     assert variant(config, "acb") == dataclasses.replace(config, block="acb")
     assert variant(config, "acb@preserve").init == "preserve"
     assert variant(config, "plain") == Config()
@@ -170,7 +170,7 @@ def test_a_printed_recipe_says_every_value_and_can_be_given_back(name: str) -> N
     source, *lines = recipe_text(name, recipe(name)).splitlines()
     assert source == f"# {name}: {SOURCES[name]}"
     assert [line.partition(" = ")[0] for line in lines] == [field.name for field in dataclasses.fields(Config)]
-    other = Config(ema=0.5, gamma=0.5, online=True, size=1, milestones=(0.1,), block="dbb")
+    other = Config(ema=0.5, gamma=0.5, form="online", size=1, milestones=(0.1,), block="dbb")
     assert override(other, lines) == recipe(name)
 
 

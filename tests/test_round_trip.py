@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 import passes.edits.apply
 import passes.expand
 import reparam
-from passes.blocks.kit.layers import ChannelScale, is_block
-from passes.training.online import OnlineSum
+from passes.blocks.kit.layers import BranchSum, ChannelScale, is_block
+from passes.training.forms import Folded
 from reparam import Block, ReparamError
 
 BLOCKS: dict[str, str | Block] = {
@@ -40,7 +40,7 @@ BLOCKS: dict[str, str | Block] = {
     "qarepvgg": "qarepvgg",
     "ecb": "ecb",
 }
-FORMS = {"branches": False, "online": True}
+FORMS = ("branches", "online")
 
 QUICK = ("acb", "dbb", "doconv", "orepa", "qarepvgg")
 every_block = pytest.mark.parametrize(
@@ -48,8 +48,8 @@ every_block = pytest.mark.parametrize(
 )
 few_blocks = pytest.mark.parametrize("block", ["acb", "dbb", "doconv"])
 """Batch norms alone, sequences, a computed kernel."""
-every_form = pytest.mark.parametrize("online", FORMS.values(), ids=FORMS)
-each_form = pytest.mark.parametrize("online", [pytest.param(False, marks=pytest.mark.slow), True], ids=FORMS)
+every_form = pytest.mark.parametrize("form", FORMS)
+each_form = pytest.mark.parametrize("form", [pytest.param("branches", marks=pytest.mark.slow), "online"])
 """Where the two forms take the same way, and a while."""
 
 
@@ -128,9 +128,9 @@ def train(model: nn.Module, optimizer: Any = None, steps: int = 2, size: int = 1
 @every_form
 @every_block
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
-def test_collapse_gives_back_what_was_expanded(block: Any, online: bool, dtype: torch.dtype) -> None:
+def test_collapse_gives_back_what_was_expanded(block: Any, form: str, dtype: torch.dtype) -> None:
     model, x = plain(dtype), images(dtype=dtype)
-    expanded = reparam.expand(model, block, online=online)
+    expanded = reparam.expand(model, block, form=form)
     assert any(is_block(m) for m in expanded.modules())
     assert agrees(expanded, model, x)
     assert agrees(reparam.collapse(expanded), model, x)
@@ -140,10 +140,10 @@ def test_collapse_gives_back_what_was_expanded(block: Any, online: bool, dtype: 
 @every_form
 @every_block
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32])
-def test_collapse_after_training(block: Any, online: bool, dtype: torch.dtype) -> None:
+def test_collapse_after_training(block: Any, form: str, dtype: torch.dtype) -> None:
     """Trained from the published initialisation, where every branch weighs in."""
     model, x = plain(dtype), images(dtype=dtype)
-    expanded = train(reparam.expand(model, block, online=online, init="paper", verify=False))
+    expanded = train(reparam.expand(model, block, form=form, init="paper", verify=False))
     assert not agrees(expanded, model, x)
     assert agrees(reparam.collapse(expanded, verify=False), expanded, x)  # compared here; the way into stock code both
     check_restored(reparam.collapse(expanded, like=Plain().to(dtype)), model, expanded, Plain().to(dtype), x)
@@ -154,8 +154,8 @@ def test_no_block_is_left_after_collapse() -> None:
     """Plain convolutions stand where blocks were, under the names that they had; not a sum of one branch."""
     model = plain()
     for block in BLOCKS.values():
-        for online in FORMS.values():
-            collapsed = reparam.collapse(reparam.expand(model, block, online=online, init="paper"))
+        for form in FORMS:
+            collapsed = reparam.collapse(reparam.expand(model, block, form=form, init="paper"))
             kinds = {name: type(m) for name, m in collapsed.named_modules() if "conv" in name or name == "bare"}
             assert set(kinds.values()) == {nn.Conv2d}, block
             assert kinds.keys() == {name for name, m in model.named_modules() if "conv" in name or name == "bare"}
@@ -181,28 +181,28 @@ def torchvision_network(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make", "block", "online"),
+    ("make", "block", "form"),
     [
-        (timm_network("resnet18"), "acb", False),
-        (timm_network("mobilenetv3_small_050"), "dbb", False),
-        (timm_network("mobilenetv3_small_050"), "acb", True),
-        (torchvision_network("resnet18"), "doconv", False),
+        (timm_network("resnet18"), "acb", "branches"),
+        (timm_network("mobilenetv3_small_050"), "dbb", "branches"),
+        (timm_network("mobilenetv3_small_050"), "acb", "online"),
+        (torchvision_network("resnet18"), "doconv", "branches"),
     ],
     ids=["timm resnet18", "timm mobilenetv3", "timm mobilenetv3 online", "torchvision resnet18"],
 )
-def test_trained_networks_load_into_stock_code(make: Any, block: str, online: bool) -> None:
+def test_trained_networks_load_into_stock_code(make: Any, block: str, form: str) -> None:
     model, x = ready(make()), images(size=32)
-    expanded = train(reparam.expand(model, block, online=online, init="paper"), size=32)
+    expanded = train(reparam.expand(model, block, form=form, init="paper"), size=32)
     check_restored(reparam.collapse(expanded, like=model), model, expanded, make(), x)
 
 
 # ------------------------------------------------------------------ what training code does
 
 
-@pytest.mark.parametrize(("kind", "online"), [("SGD", False), ("AdamW", True)])  # neither asks for the other
-def test_optimizers_with_param_groups(kind: str, online: bool) -> None:
+@pytest.mark.parametrize(("kind", "form"), [("SGD", "branches"), ("AdamW", "online")])  # neither asks for the other
+def test_optimizers_with_param_groups(kind: str, form: str) -> None:
     model, x = plain(), images()
-    expanded = reparam.expand(model, "dbb", online=online)
+    expanded = reparam.expand(model, "dbb", form=form)
     groups = reparam.param_groups(expanded, 1e-2)
     optimizer = torch.optim.SGD(groups, 0.05, momentum=0.9) if kind == "SGD" else torch.optim.AdamW(groups, 1e-3)
     train(expanded, optimizer, steps=3)
@@ -212,10 +212,10 @@ def test_optimizers_with_param_groups(kind: str, online: bool) -> None:
 
 @each_form
 @pytest.mark.parametrize("kind", ["deepcopy", "ModelEmaV3", pytest.param("ModelEmaV2", marks=pytest.mark.slow)])
-def test_averaged_copies_collapse(kind: str, online: bool) -> None:
+def test_averaged_copies_collapse(kind: str, form: str) -> None:
     """The copy shares nothing with the model in training, and collapses like it."""
     model, x = plain(), images()
-    expanded = reparam.expand(model, "dbb", online=online)
+    expanded = reparam.expand(model, "dbb", form=form)
     average: Any = copy.deepcopy(expanded) if kind == "deepcopy" else averaged(kind, expanded)
     before = copy.deepcopy(expanded.state_dict())
     train(expanded)
@@ -236,7 +236,7 @@ def averaged(kind: str, model: nn.Module) -> Any:
 
 def test_a_copy_of_an_online_model_computes_from_its_own_weights() -> None:
     """Also after the copy, or the original, is changed."""
-    expanded, x = reparam.expand(plain(), Block("acb", bn="after"), online=True, init="paper"), images()
+    expanded, x = reparam.expand(plain(), Block("acb", bn="after"), form="online", init="paper"), images()
     for make in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
         other = make(expanded)
         assert torch.equal(other(x), expanded(x))
@@ -249,34 +249,34 @@ def test_a_copy_of_an_online_model_computes_from_its_own_weights() -> None:
 
 def test_copying_an_online_model_reads_no_block_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """An average of the weights, or collapse, copies the model: the recorded code is the same for every copy."""
-    expanded = reparam.expand(plain(), "dbb", online=True)
+    expanded = reparam.expand(plain(), "dbb", form="online")
 
-    def record(self: OnlineSum) -> None:
+    def record(self: Folded, block: BranchSum) -> None:
         raise AssertionError("recorded again")
 
-    monkeypatch.setattr(OnlineSum, "_record", record)
+    monkeypatch.setattr(Folded, "_record", record)
     with pytest.raises(AssertionError, match="recorded again"):
-        pickle.loads(pickle.dumps(expanded))
+        pickle.loads(pickle.dumps(expanded))(images())
     copied = copy.deepcopy(expanded)
     assert torch.equal(copied(images()), expanded(images()))
 
 
 @each_form
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_synchronised_norms(when: str, online: bool) -> None:
+def test_synchronised_norms(when: str, form: str) -> None:
     """The conversion reaches the norms in branches; a converted network gets synchronised ones in its new branches."""
     model, x = plain(), images()
     if when == "before":
-        expanded = reparam.expand(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)), "dbb", online=online)
+        expanded = reparam.expand(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)), "dbb", form=form)
     else:
-        expanded = nn.SyncBatchNorm.convert_sync_batchnorm(reparam.expand(model, "dbb", online=online))
+        expanded = nn.SyncBatchNorm.convert_sync_batchnorm(reparam.expand(model, "dbb", form=form))
     norms = {name: m for name, m in expanded.named_modules() if isinstance(m, _NormBase)}
     if when == "before":  # there is no norm behind this one that could say which kind its branches take
         norms = {name: m for name, m in norms.items() if not name.startswith("bare.")}
-    assert len(norms) == 4 if online else len(norms) > 20
+    assert len(norms) == 4 if form == "online" else len(norms) > 20
     assert all(isinstance(m, nn.SyncBatchNorm) for m in norms.values())
     ready(expanded, seed=1)
-    again = reparam.expand(model, "dbb", online=online, verify=False)
+    again = reparam.expand(model, "dbb", form=form, verify=False)
     assert expanded.state_dict().keys() == again.state_dict().keys()
     assert agrees(reparam.collapse(expanded, verify=False), expanded, x)
     check_restored(reparam.collapse(expanded, like=model), model, expanded, Plain(), x)
@@ -294,7 +294,7 @@ torch.manual_seed(0)
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 model = ready(Plain())
-net = nn.parallel.DistributedDataParallel(reparam.expand(model, "dbb", online=sys.argv[2] == "True"))
+net = nn.parallel.DistributedDataParallel(reparam.expand(model, "dbb", form=sys.argv[2]))
 optimizer = torch.optim.SGD(reparam.param_groups(net, 1e-4), 0.05)
 for step in range(2):
     x = images(count=2) * (rank + 1) + step  # another batch on each rank
@@ -322,7 +322,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 @every_form
-def test_distributed_training(online: bool, tmp_path: Path) -> None:
+def test_distributed_training(form: str, tmp_path: Path) -> None:
     """Two processes: gradients agree, and what was trained folds, from inside the wrapper and through it."""
     (tmp_path / "worker.py").write_text(WORKER)
     with tempfile.TemporaryDirectory() as store:
@@ -331,7 +331,7 @@ def test_distributed_training(online: bool, tmp_path: Path) -> None:
         result = Path(store) / "trained.pt"
         workers = [
             subprocess.Popen(
-                [sys.executable, str(tmp_path / "worker.py"), str(result), str(online)],
+                [sys.executable, str(tmp_path / "worker.py"), str(result), form],
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
                 stderr=subprocess.PIPE,
                 text=True,
@@ -344,7 +344,7 @@ def test_distributed_training(online: bool, tmp_path: Path) -> None:
     stock = Plain().eval()
     stock.load_state_dict(saved["plain"], strict=True)
     assert torch.allclose(stock(images()), saved["out"], atol=1e-5, rtol=1e-4)
-    expanded = reparam.expand(plain(), "dbb", online=online)
+    expanded = reparam.expand(plain(), "dbb", form=form)
     nn.modules.utils.consume_prefix_in_state_dict_if_present(saved["wrapped"], "module.")
     expanded.load_state_dict(saved["wrapped"], strict=True)
     assert torch.allclose(expanded.eval()(images()), saved["out"])
@@ -361,10 +361,10 @@ def free_port() -> int:
 @each_form
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("block", ["dbb", pytest.param("doconv", marks=pytest.mark.slow)])
-def test_compiles_without_a_graph_break(block: str, backend: str, online: bool) -> None:
+def test_compiles_without_a_graph_break(block: str, backend: str, form: str) -> None:
     """The compiled model trains like the plain call, forward and gradients; the model inside collapses."""
     model, x = plain(), images(4)
-    expanded = reparam.expand(model, block, online=online, where=["stem", "bare"], verify=False).train()
+    expanded = reparam.expand(model, block, form=form, where=["stem", "bare"], verify=False).train()
     reference = copy.deepcopy(expanded)
     torch._dynamo.reset()
     compiled = torch.compile(expanded, backend=backend, fullgraph=True)
@@ -381,14 +381,14 @@ def test_compiles_without_a_graph_break(block: str, backend: str, online: bool) 
 
 @few_blocks
 @every_form
-def test_mixed_precision(block: Any, online: bool) -> None:
+def test_mixed_precision(block: Any, form: str) -> None:
     """Bfloat16 autocast: finite, parameters and gradients stay float32, and the online kernel is made in float32."""
     model = plain()
-    expanded = reparam.expand(model, block, online=online, init="paper").train()
+    expanded = reparam.expand(model, block, form=form, init="paper").train()
     seen: list[Tensor] = []
     for module in expanded.modules():
-        if isinstance(module, OnlineSum):
-            module.geometry = Spy(module.geometry, seen)
+        if isinstance(module, BranchSum) and module.folded is not None:
+            module.folded.geometry = Spy(module.folded.geometry, seen)
     with torch.autocast("cpu", torch.bfloat16):
         y = expanded(images(4))
         loss = F.cross_entropy(y.float(), torch.arange(4))
@@ -399,7 +399,7 @@ def test_mixed_precision(block: Any, online: bool) -> None:
     grads = [p.grad for p in expanded.parameters() if p.grad is not None]
     assert len(grads) > 10
     assert all(g.dtype == torch.float32 and bool(g.isfinite().all()) for g in grads)
-    assert bool(seen) is online
+    assert bool(seen) is (form == "online")
     assert {w.dtype for w in seen} <= {torch.float32}
 
 
@@ -415,9 +415,9 @@ class Spy:
 
 
 @every_form
-def test_gradient_checkpointing(online: bool) -> None:
+def test_gradient_checkpointing(form: str) -> None:
     """Blocks run again in the backward pass give the same gradients."""
-    direct = reparam.expand(plain(), "dbb", online=online).train()
+    direct = reparam.expand(plain(), "dbb", form=form).train()
     again = copy.deepcopy(direct)
     x = images(4)
     direct(x).square().sum().backward()
@@ -439,10 +439,10 @@ def test_timms_gradient_checkpointing() -> None:
 
 
 @every_form
-def test_channels_last(online: bool) -> None:
+def test_channels_last(form: str) -> None:
     """New kernels take the layout of the old ones, and it survives training and collapse."""
     model = plain().to(memory_format=torch.channels_last)
-    expanded = reparam.expand(model, "dbb", online=online)
+    expanded = reparam.expand(model, "dbb", form=form)
     for name, parameter in expanded.named_parameters():
         if parameter.dim() == 4 and not name.startswith("depth."):  # a depthwise kernel does not show a layout
             assert parameter.is_contiguous(memory_format=torch.channels_last), name
@@ -459,7 +459,7 @@ def test_channels_last(online: bool) -> None:
 def test_online_models_change_their_dtype(block: Any, dtype: torch.dtype) -> None:
     """The kernel follows the parameters: ``double()``, ``bfloat16()`` and ``half()`` after expansion, and back."""
     model, x = plain(), images()
-    expanded = reparam.expand(model, block, online=True, init="paper")
+    expanded = reparam.expand(model, block, form="online", init="paper")
     wanted = expanded(x).detach()
     expanded.to(dtype)
     got = expanded(x.to(dtype)).detach()
@@ -478,10 +478,10 @@ from test_round_trip import Plain, images
 import reparam
 
 torch.set_num_threads(1)
-online = sys.argv[1] == "True"
+form = sys.argv[1]
 saved = torch.load(sys.argv[2])
 for block, state in saved["states"].items():
-    model = reparam.expand(Plain(), block, online=online, verify=False)
+    model = reparam.expand(Plain(), block, form=form, verify=False)
     model.load_state_dict(state, strict=True)
     with torch.no_grad():
         assert torch.equal(model.eval()(images()), saved["outputs"][block]), block
@@ -493,11 +493,11 @@ assert torch.equal(whole(images()), saved["outputs"]["dbb"])
 
 
 @each_form
-def test_reload_in_a_fresh_process(online: bool, tmp_path: Path) -> None:
+def test_reload_in_a_fresh_process(form: str, tmp_path: Path) -> None:
     """Expanded the same way there, the state dict loads strictly and gives the same outputs; the whole module too."""
     saved: dict[str, Any] = {"states": {}, "outputs": {}}
     for block in ("dbb", "doconv"):
-        expanded = train(reparam.expand(plain(), block, online=online, init="paper", verify=False), steps=1)
+        expanded = train(reparam.expand(plain(), block, form=form, init="paper", verify=False), steps=1)
         saved["states"][block] = expanded.state_dict()
         saved["outputs"][block] = expanded(images()).detach()
         if block == "dbb":
@@ -505,7 +505,7 @@ def test_reload_in_a_fresh_process(online: bool, tmp_path: Path) -> None:
     torch.save(saved, tmp_path / "state.pt")
     (tmp_path / "reload.py").write_text(RELOAD)
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    arguments = [str(online), str(tmp_path / "state.pt"), str(tmp_path / "whole.pt")]
+    arguments = [form, str(tmp_path / "state.pt"), str(tmp_path / "whole.pt")]
     done = subprocess.run(
         [sys.executable, str(tmp_path / "reload.py"), *arguments],
         env={**os.environ, "PYTHONPATH": path},
@@ -517,8 +517,8 @@ def test_reload_in_a_fresh_process(online: bool, tmp_path: Path) -> None:
 
 @every_form
 @pytest.mark.parametrize("block", ["dbb", "doconv"])
-def test_whole_modules_save_and_load(block: str, online: bool) -> None:
-    expanded, x = train(reparam.expand(plain(), block, online=online), steps=1), images()
+def test_whole_modules_save_and_load(block: str, form: str) -> None:
+    expanded, x = train(reparam.expand(plain(), block, form=form), steps=1), images()
     file = io.BytesIO()
     torch.save(expanded, file)
     file.seek(0)
@@ -531,8 +531,8 @@ def test_whole_modules_save_and_load(block: str, online: bool) -> None:
 @pytest.mark.parametrize("block", [pytest.param("dbb", marks=pytest.mark.slow), "doconv"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")  # superseded
 @pytest.mark.parametrize("how", ["trace", "export"])
-def test_expanded_models_are_exported(how: str, block: str, online: bool) -> None:
-    expanded, x = reparam.expand(plain(), block, online=online, init="paper").eval(), images()
+def test_expanded_models_are_exported(how: str, block: str, form: str) -> None:
+    expanded, x = reparam.expand(plain(), block, form=form, init="paper").eval(), images()
     if how == "trace":
         exported: Any = torch.jit.trace(expanded, x)
     else:
@@ -590,16 +590,16 @@ ORIGINAL = ("block.conv1.weight", "block.bn1.weight", "block.bn1.bias", "bare.we
 
 
 @pytest.mark.parametrize(
-    ("block", "online"),
-    [(name, False) for name in ("acb", "dbb", "repvgg", "mobileone", "orepa", "qarepvgg", "ecb", "doconv")]
-    + [("acb", True), ("doconv", True)],
+    ("block", "form"),
+    [(name, "branches") for name in ("acb", "dbb", "repvgg", "mobileone", "orepa", "qarepvgg", "ecb", "doconv")]
+    + [("acb", "online"), ("doconv", "online")],
 )
-def test_an_optimizer_made_before_inplace_expansion_keeps_its_parameters(block: str, online: bool) -> None:
+def test_an_optimizer_made_before_inplace_expansion_keeps_its_parameters(block: str, form: str) -> None:
     """The very same Parameter objects are trained; only doconv, whose W is larger, has another kernel."""
     model = plain()
     originals = {name: model.get_parameter(name) for name in ORIGINAL}
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    assert reparam.expand(model, block, online=online, inplace=True) is model
+    assert reparam.expand(model, block, form=form, inplace=True) is model
     held = {id(p) for p in model.parameters()}
     for name, parameter in originals.items():
         replaced = block == "doconv" and name in ("block.conv1.weight", "bare.weight")
@@ -612,20 +612,20 @@ def test_an_optimizer_made_before_inplace_expansion_keeps_its_parameters(block: 
 
 
 @pytest.mark.parametrize(
-    ("stage", "init", "online"),
+    ("stage", "init", "form"),
     [
-        ("build", "preserve", False),
-        ("build", "preserve", True),
-        ("build", "paper", False),
-        ("build", "paper", True),
-        ("check_preserved", "preserve", False),
-        ("check_preserved", "preserve", True),
-        ("remainder", "preserve", False),
-        ("remainder", "paper", False),
+        ("build", "preserve", "branches"),
+        ("build", "preserve", "online"),
+        ("build", "paper", "branches"),
+        ("build", "paper", "online"),
+        ("check_preserved", "preserve", "branches"),
+        ("check_preserved", "preserve", "online"),
+        ("remainder", "preserve", "branches"),
+        ("remainder", "paper", "branches"),
     ],
 )
 def test_failure_midway_leaves_the_model_as_it_was(
-    stage: str, init: str, online: bool, monkeypatch: pytest.MonkeyPatch
+    stage: str, init: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, training flags and modules: also those of the layer at which it failed."""
     model = Net().train()
@@ -646,7 +646,7 @@ def test_failure_midway_leaves_the_model_as_it_was(
     monkeypatch.setattr(owner, stage, fail)
     block = Block("acb", gamma=1 / 3)
     with pytest.raises(RuntimeError, match="midway"):
-        reparam.expand(model, block, init=init, online=online, inplace=True)
+        reparam.expand(model, block, init=init, form=form, inplace=True)
     assert is_unchanged(model, before)
 
 
@@ -654,7 +654,7 @@ def test_failure_midway_leaves_the_model_as_it_was(
 def test_online_models_change_their_layout(block: Any) -> None:
     """The recorded code does not depend on the strides that the weights had when it was recorded."""
     model, x = plain(), images()
-    expanded = reparam.expand(model, block, online=True, init="paper")
+    expanded = reparam.expand(model, block, form="online", init="paper")
     moved = copy.deepcopy(expanded).to(memory_format=torch.channels_last)
     assert any(p.dim() == 4 and p.stride(1) == 1 and p.shape[2] > 1 for p in moved.bare.parameters())
     assert agrees(moved, expanded, x)
@@ -675,20 +675,20 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 # Every pair of values.
 @pytest.mark.parametrize(
-    ("init", "block", "online"),
+    ("init", "block", "form"),
     [
         (init, block, (init == "paper") is (number % 2 == 0))
         for number, block in enumerate(("acb", "dbb", "doconv"))
         for init in ("preserve", "paper")
     ],
 )
-def test_the_callers_model_is_untouched(block: Any, online: bool, init: str) -> None:
+def test_the_callers_model_is_untouched(block: Any, form: str, init: str) -> None:
     """Bit for bit, with the training flag of every module; the copy has the flags as well."""
     model = ready(Net()).train()
     model.residual.bn1.eval()  # a frozen norm
     model.whole.eval()
     before = snapshot(model)
-    expanded = reparam.expand(model, block, online=online, init=init)
+    expanded = reparam.expand(model, block, form=form, init=init)
     assert is_unchanged(model, before)
     mine = {id(p) for p in model.parameters()}
     assert not any(id(p) in mine for p in expanded.parameters())
@@ -736,10 +736,10 @@ class Auxiliary(Plain):
 
 
 @each_form
-def test_heads_that_only_run_in_training(online: bool) -> None:
+def test_heads_that_only_run_in_training(form: str) -> None:
     """They come back too: in training mode, the returned network computes them from the folded kernels."""
     model, x = ready(Auxiliary()), images()
-    expanded = reparam.expand(model, "dbb", online=online, init="paper", verify=False).train()
+    expanded = reparam.expand(model, "dbb", form=form, init="paper", verify=False).train()
     assert is_block(expanded.aux[0])
     y, aux = expanded(images(4))
     (y.square().sum() + aux.square().sum()).backward()
@@ -790,14 +790,17 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("block", "online"),
-    [("acb", False), ("dbb", True), ("doconv", True)]
-    + [pytest.param(*each, marks=pytest.mark.slow) for each in (("acb", True), ("dbb", False), ("doconv", False))],
+    ("block", "form"),
+    [("acb", "branches"), ("dbb", "online"), ("doconv", "online")]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (("acb", "online"), ("dbb", "branches"), ("doconv", "branches"))
+    ],
 )
-def test_norms_of_every_kind_come_back(block: str, online: bool) -> None:
+def test_norms_of_every_kind_come_back(block: str, form: str) -> None:
     """Among them one without a shift, which takes the folded bias into its mean."""
     model, x = ready(Mixed()), images()
-    expanded = train(reparam.expand(model, block, online=online, init="paper", verify=False))
+    expanded = train(reparam.expand(model, block, form=form, init="paper", verify=False))
     assert all(is_block(m) for m in (expanded.bare, expanded.fixed, expanded.acting))
     assert agrees(reparam.collapse(expanded, verify=False), expanded, x)
     result = reparam.collapse(expanded, like=model)

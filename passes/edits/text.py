@@ -158,7 +158,11 @@ def _decoded(value: Any) -> Any:
 
 def _made(kind: type, content: Any) -> Any:
     hints = hints_of(kind)
-    if not isinstance(content, dict) or not content.keys() <= hints.keys() | _FORMER.get(kind, set()) or "functions" in content:
+    if (
+        not isinstance(content, dict)
+        or not content.keys() <= hints.keys() | _FORMER.get(kind, set())
+        or "functions" in content
+    ):
         raise EditError(f"a {kind.__name__} has other fields")
     values = {name: _decoded(item) for name, item in content.items()}
     if kind is Block and values.pop("online", None) is True:  # files of before there were forms

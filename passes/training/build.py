@@ -117,12 +117,12 @@ def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, fo
     try:
         built = build(found.path, site, block, Form(), recorded=False)
         reading = Reading(built)
-        form = reading.form(None)
+        folded = reading.form(None)
     except RefusalError as error:
         return Refusal(error.refusal.reason, error.refusal.message)
-    if not site.geometry.matches(form):
+    if not site.geometry.matches(folded):
         return Refusal(Reason.BLOCK, f"{block} folds into another geometry than {site.geometry}")
-    if form.bias is not None and not site.shift:
+    if folded.bias is not None and not site.shift:
         return Refusal(Reason.BLOCK, f"{block} would leave a bias, and no layer here can take it")
     conv = site.conv.weight.numel()
     bias = site.out_channels if site.shift else 0

@@ -4,8 +4,8 @@
 - ``online``: one convolution, its kernel computed in every forward. A batch norm inside a branch would need the
   statistics of a map that is never computed, so it becomes a factor per channel, and one batch norm stands behind the
   sum (Hu et al., "OREPA", CVPR 2022, sec. 3.1).
-- ``sampled``: the branches run over a sample of the batch, for the statistics of their norms only. With these the algebra
-  folds all branches into one kernel, and one convolution runs over the whole batch. Gradients flow through the
+- ``sampled``: the branches run over a sample of the batch, for the statistics of their norms only. With these the
+  algebra folds all branches into one kernel, and one convolution runs over the whole batch. Gradients flow through the
   statistics; with a sample of everything it is ``branches``, to rounding. Nearest publication: Chen et al., "Batch
   Normalization Sampling" (arXiv 1810.10962), which knows no blocks.
 - ``frozen``: norms in evaluation mode, as in fine-tuning: folded in every forward, one convolution.
@@ -15,6 +15,7 @@ The kernel comes from the algebra that collapse folds with, recorded once as str
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from passes.algebra.geometry import Geometry
 from passes.blocks.kit.layers import BranchSum, ChannelScale
 from passes.refusal import Reason, RefusalError, ReparamError
 from passes.training.equivalent import KernelProgram
@@ -124,12 +124,13 @@ class Folded:
 
     def _record(self, block: BranchSum) -> None:
         self.dtype = next(block.parameters()).dtype
-        plain = BranchSum(block.reparam_block, dict(block.named_children()), block)  # type: ignore[arg-type]
-        self.geometry = Geometry.of(block)  # type: ignore[arg-type]
+        plain = copy.copy(block)
+        plain.folded = None
+        self.geometry = block.geometry
         self.program = KernelProgram.of(plain, self.dtype)
         self.norms = tuple(path for path, m in block.named_modules() if isinstance(m, _BatchNorm))
         self._paths = [name.split(".") for name in self.program.names]
-        self._statistics = _statistics_code(plain, self.norms) if form.name == "sampled" and self.norms else None
+        self._statistics = _statistics_code(plain, self.norms) if self.form.name == "sampled" and self.norms else None
 
     def __call__(self, block: BranchSum, x: Tensor) -> Tensor:
         self.made(block)
@@ -146,7 +147,7 @@ class Folded:
             for name, path in zip(self.program.names, self._paths, strict=True)
         ]
         # An optimizer's small steps are lost in bfloat16: the kernel is computed in the parameters' own dtype.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
             weight, bias = self.program(values)
         return self.geometry.convolve(x, weight, bias)
 
@@ -252,7 +253,7 @@ def _statistics_code(block: BranchSum, norms: tuple[str, ...]) -> Any:
             graph.erase_node(node)
     code = graph.python_code("self")
     names: dict[str, Any] = dict(code.globals)
-    exec(code.src, names)  # noqa: S102 - torch.fx's own code
+    exec(code.src, names)
     return names["forward"]
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import distributed
 
+from reparam.commands import Online, form_of
 from reparam.networks import UsageError
 from zoo.networks import find_spec
 from zoo.render import console
@@ -46,10 +47,10 @@ def train(
         str | None, typer.Option("--block", "-b", help="acb, acb:gamma=1/3, ...; none: plain.", rich_help_panel=WHAT)
     ] = None,
     init: Annotated[str | None, typer.Option("--init", help="preserve or paper.", rich_help_panel=WHAT)] = None,
-    online: Annotated[
-        bool | None,
-        typer.Option("--online/--no-online", help="One convolution per layer in training.", rich_help_panel=WHAT),
+    form: Annotated[
+        str | None, typer.Option("--form", help="branches, sampled, frozen or online.", rich_help_panel=WHAT)
     ] = None,
+    online: Online = None,
     data: Annotated[
         str | None,
         typer.Option("--data", help="digits, cifar10, cifar100, mnist, synthetic, or a folder.", rich_help_panel=WHAT),
@@ -98,7 +99,7 @@ def train(
     What is not said is as in the recipe, or has the default that --print-recipe shows. Several processes or machines:
     torchrun --nproc-per-node 2 -m reparam train ...
     """
-    fields = {"model": model, "block": block, "init": init, "online": online, "data": data, "size": size}
+    fields = {"model": model, "block": block, "init": init, "form": form_of(form, online), "data": data, "size": size}
     fields |= {"epochs": epochs, "batch": batch, "rate": rate, "weight_decay": weight_decay, "ema": ema}
     fields |= {"precision": precision, "seed": seed, "root": None if root is None else str(root)}
     config = _configuration(recipe_name, fields, settings or [])
@@ -142,7 +143,7 @@ def _name(config: Config) -> str:
 
 def _variant(config: Config) -> str:
     """The blocks as a part of a folder's name."""
-    marks = ["online"] * (config.online is True) + ["paper"] * (config.init == "paper")
+    marks = ([] if config.form is None else [config.form]) + ["paper"] * (config.init == "paper")
     return _file_name("@".join([config.block, *marks])) if config.block else PLAIN
 
 

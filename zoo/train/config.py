@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, get_args, get_origin, get_type_hints
 
-from reparam import ReparamError
+from passes.training.forms import FORMS
+from reparam import Form, ReparamError
 from reparam.recipe import parse_blocks
 from reparam.sources import near
 
@@ -35,7 +36,6 @@ SHARES = ("momentum", "smoothing", "ema")
 MARKS: dict[str, dict[str, Any]] = {
     "paper": {"init": "paper"},
     "preserve": {"init": "preserve"},
-    "online": {"online": True},
 }
 """What may follow a variant's block behind an ``@``, and the fields it sets."""
 
@@ -52,7 +52,7 @@ class Config:
         model: ``source:name`` of :mod:`reparam.sources`.
         block: as for ``reparam expand --block``, such as ``acb:gamma=1/3``; None: the plain network.
         init: ``preserve`` or ``paper``, as for :func:`reparam.expand`.
-        online: as for :func:`reparam.expand`; None: as the block says.
+        form: as for :func:`reparam.expand`, as text; None: as the block says.
         data: a name that :func:`zoo.train.data.load_data` knows, or a folder.
         root: folder of data sets that are downloaded; None: ``~/.cache/reparam``.
         size: pixels of a side; None: the data's own.
@@ -84,7 +84,7 @@ class Config:
     model: str = "zoo:cifar_quick"
     block: str | None = None
     init: str = "preserve"
-    online: bool | None = None
+    form: str | None = None
     data: str = "digits"
     root: str | None = None
     size: int | None = None
@@ -117,6 +117,8 @@ class Config:
                 raise ConfigError(f"{name} is {'above' if name in POSITIVE else 'at least'} zero, got {number!r}")
             if name in SHARES and number >= 1:
                 raise ConfigError(f"{name} is less than 1, got {number!r}")
+        if self.form is not None:
+            object.__setattr__(self, "form", str(Form.of(self.form)))
         if any(not 0 < share < 1 for share in self.milestones) or list(self.milestones) != sorted(self.milestones):
             raise ConfigError(f"milestones are rising fractions of the run, such as 0.5,0.75; got {self.milestones}")
 
@@ -136,6 +138,8 @@ class Config:
             raise ConfigError(f"the configuration is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"the configuration is a {type(content).__name__}, not a JSON object")
+        if "online" in content:  # written before there were forms
+            content["form"] = {True: "online", False: "branches"}.get(content.pop("online"))
         return _changed(Config(), content)
 
 
@@ -156,21 +160,22 @@ def override(config: Config, settings: Iterable[str]) -> Config:
 def variant(config: Config, text: str) -> Config:
     """The configuration with another block: ``plain``, ``acb``, ``acb:gamma=1/3@paper``, ``dbb@online``.
 
-    Behind an ``@`` stand ``paper``, ``preserve`` or ``online``; what is not said stays as it is in ``config``. The
+    Behind an ``@`` stand ``paper``, ``preserve`` or a form (``sampled:fraction=1/4``); what is not said
+    stays as it is in ``config``. The
     plain network has no initialisation of blocks, so plain variants of one configuration are equal.
 
     Raises :class:`reparam.ReparamError` for an unknown block, option or mark.
     """
     block, *marks = (part.strip() for part in text.split("@"))
-    unknown = [mark for mark in marks if mark not in MARKS]
+    unknown = [mark for mark in marks if mark not in MARKS and mark.partition(":")[0] not in FORMS]
     if unknown:
-        raise ConfigError(f"{text!r}: {unknown[0]!r} is none of the marks {', '.join(MARKS)}")
+        raise ConfigError(f"{text!r}: {unknown[0]!r} is none of the marks {', '.join([*MARKS, *FORMS])}")
     if block == PLAIN:
         if marks:
             raise ConfigError(f"{text!r}: the plain network has no blocks that could be {marks[0]}")
-        return replace(config, block=None, init="preserve", online=None)
+        return replace(config, block=None, init="preserve", form=None)
     parse_blocks([block])  # raises now, not after the variants before it have been trained
-    fields = {key: value for mark in marks for key, value in MARKS[mark].items()}
+    fields = {key: value for mark in marks for key, value in MARKS.get(mark, {"form": mark}).items()}
     return replace(config, block=block, **fields)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import reparam
 from reparam import Counts, Explanation
-from reparam.commands import Blocks, Online, Where
+from reparam.commands import Blocks, FormName, Online, Where, form_of
 from reparam.disk import FileError, check_writable, move_file, scratch_folder
 from reparam.export import SUFFIXES, inputs_for, parse_dynamic, write_program
 from reparam.files import check_target, load_model, save_model
@@ -118,6 +118,7 @@ def convert(
     model: Model = None,
     block: Blocks = None,
     where: Where = None,
+    form: FormName = None,
     online: Online = None,
     ema: Averaged = None,
     fold_norms: Annotated[
@@ -135,7 +136,7 @@ def convert(
 
     Trained and deployed network must give the same answer to every test image in float64; if not, exit status 1, and
     no file is left. A .pt2 or .onnx file has its norms folded and runs without this library. --model, --block, --where
-    and --online describe checkpoints that do not say their network.
+    and --form describe checkpoints that do not say their network.
     """
     left_open, exports = parse_dynamic(dynamic), output.suffix in SUFFIXES
     if left_open and not exports:
@@ -144,7 +145,7 @@ def convert(
     if not exports:
         check_target(output)
     check_writable(output)
-    subject = find(checkpoint, model=model, recipe=expansion(block, where, online), ema=ema)
+    subject = find(checkpoint, model=model, recipe=expansion(block, where, form_of(form, online)), ema=ema)
     network = subject.network
     if network.collapsed:
         raise UsageError(f"{checkpoint} is collapsed already")

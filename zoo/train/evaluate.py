@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam import ReparamError
-from reparam.commands import Blocks, Online, Pretrained, Where
+from reparam.commands import Blocks, FormName, Online, Pretrained, Where, form_of
 from reparam.networks import UsageError
 from reparam.tables import show
 from zoo.render import console, markdown_table, provenance, rich_table, write_text
@@ -174,13 +174,14 @@ def evaluate(
     model: Model = None,
     block: Blocks = None,
     where: Where = None,
+    form: FormName = None,
     online: Online = None,
 ) -> None:
     """Say how often networks are right on a test set: top-1 with its 95 % interval, top-5, loss; several side by side.
 
-    --model, --block, --where and --online describe files that do not say which network they are of.
+    --model, --block, --where and --form describe files that do not say which network they are of.
     """
-    recipe = expansion(block, where, online)
+    recipe = expansion(block, where, form_of(form, online))
     subjects = [find(target, model=model, recipe=recipe, ema=ema, pretrained=pretrained) for target in targets]
     tell(subjects)
     images = [_data(subject, data, size, root) for subject in subjects]

@@ -153,7 +153,7 @@ def _summary(comparison: Comparison) -> str:
 
 def _setting(comparison: Comparison) -> str:
     """What all runs had in common, with every value of the configuration that is not about the variant."""
-    left = ("model", "data", "block", "init", "online", "seed", "root")
+    left = ("model", "data", "block", "init", "form", "seed", "root")
     values = {name: value for name, value in dataclasses.asdict(comparison.config).items() if name not in left}
     words = ", ".join(f"{name} {_word(value)}" for name, value in values.items() if value is not None)
     return f"Network {comparison.config.model}, data {comparison.config.data}; {words}."

@@ -243,12 +243,12 @@ def check_fit(subject: Subject, data: Data) -> None:
 # ------------------------------------------------------------------------------------------------- command line
 
 
-def expansion(block: list[str] | None, where: list[str] | None, online: bool | None) -> Recipe | None:
+def expansion(block: list[str] | None, where: list[str] | None, form: str | None) -> Recipe | None:
     """The expansion that the options describe, if any."""
     if block:
-        return Recipe(parse_blocks(block), parse_where(where or (), (), None), online=online)
-    if where or online is not None:
-        raise UsageError("--where and --online describe an expansion; name its --block as well")
+        return Recipe(parse_blocks(block), parse_where(where or (), (), None), form=form)
+    if where or form is not None:
+        raise UsageError("--where and --form describe an expansion; name its --block as well")
     return None
 
 

@@ -97,16 +97,14 @@ class BranchSum(nn.Module):
     def __init__(self, block: str, branches: dict[str, nn.Module], conv: _ConvNd) -> None:
         super().__init__()
         stand_in(self, block, conv)
+        self.geometry = Geometry.of(conv)
         for name, branch in branches.items():
             if hasattr(self, name):
                 raise ReparamError(f"a branch of {block} cannot be named {name!r}: torch uses that name")
             self.add_module(name, branch)
 
     def forward(self, input: Tensor) -> Tensor:  # called by keyword as torch's layers are
-        # Whoever only traces is shown the branches: both compute the same.
-        if self.folded is None or not isinstance(input, Tensor):
-            return self.branches(input)
-        return self.folded(self, input)  # type: ignore[no-any-return]
+        return self.branches(input) if self.folded is None else self.folded(self, input)
 
     def branches(self, input: Tensor) -> Tensor:
         """What every branch gives, added up."""
