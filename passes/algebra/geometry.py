@@ -66,6 +66,11 @@ class Geometry:
         return len(self.kernel)
 
     @property
+    def pad_mode(self) -> str:
+        """What :func:`torch.nn.functional.pad` calls the mode."""
+        return "constant" if self.mode == "zeros" else self.mode
+
+    @property
     def center(self) -> Ints:
         """The tap on which branches are centred."""
         return tuple((k - 1) // 2 for k in self.kernel)
@@ -74,8 +79,7 @@ class Geometry:
         """Run a convolution of this geometry with another kernel and bias."""
         padding: Sequence[int] = self.lead
         if self.lead != self.trail or self.mode != "zeros":
-            mode = "constant" if self.mode == "zeros" else self.mode
-            x, padding = F.pad(x, flat_pads(self.lead, self.trail), mode=mode), (0,) * self.n
+            x, padding = F.pad(x, flat_pads(self.lead, self.trail), mode=self.pad_mode), (0,) * self.n
         conv = (F.conv1d, F.conv2d, F.conv3d)[self.n - 1]
         y: Tensor = conv(x, weight, bias, self.stride, padding, self.dilation, self.groups)
         return y

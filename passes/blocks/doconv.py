@@ -44,7 +44,9 @@ class DOConv(KernelConv):
     def __init__(self, site: Site, depth: int) -> None:
         super().__init__(site.geometry, site.conv.bias)
         kernel = site.conv.weight
-        self.taps, self.depth = site.taps, depth
+        self.taps, self.depth, self.inputs = site.taps, depth, site.in_channels // site.groups
+        self.at_once = math.gcd(self.inputs, INPUTS_AT_ONCE)
+        self.sizes = list(site.kernel)
         self.weight = nn.Parameter(kernel.new_empty((*kernel.shape[:2], depth)), requires_grad=kernel.requires_grad)
         self.D = nn.Parameter(kernel.new_zeros((site.in_channels, site.taps, depth)), kernel.requires_grad)
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
@@ -54,19 +56,16 @@ class DOConv(KernelConv):
                 self.weight[..., : site.taps] = kernel.flatten(2)
 
     def kernel(self) -> Tensor:
-        g, taps, m = self.geometry, self.taps, self.depth
-        inputs = g.in_channels // g.groups
-        n = math.gcd(inputs, INPUTS_AT_ONCE)
+        taps, m, inputs, groups, n = self.taps, self.depth, self.inputs, self.groups, self.at_once
         # n inputs of all outputs are one matrix of n * m columns, and its factor is block diagonal: the zeros cost less
         # than products of m columns, which only wait for memory.
-        blocks = self.D.unflatten(0, (g.in_channels // n, n)).permute(0, 3, 2, 1)  # in / n, m, taps, n
+        blocks = self.D.unflatten(0, [groups * inputs // n, n]).permute(0, 3, 2, 1)  # in / n, m, taps, n
         factor = torch.diag_embed(blocks, dim1=1, dim2=3).flatten(3).flatten(1, 2)  # in / n, n * m, n * taps
-        rows = self.weight.unflatten(0, (g.groups, -1)).unflatten(2, (inputs // n, n))  # g, out / g, in / g / n, n, m
+        rows = self.weight.unflatten(0, [groups, -1]).unflatten(2, [inputs // n, n])  # g, out / g, in / g / n, n, m
         columns = rows.flatten(3).transpose(1, 2).flatten(0, 1)  # in / n, out / groups, n * m
-        change = torch.bmm(columns, factor).unflatten(0, (g.groups, -1)).transpose(1, 2)
-        change = change.reshape(g.out_channels, inputs, taps)
+        change = torch.bmm(columns, factor).unflatten(0, [groups, -1]).transpose(1, 2)
+        change = change.reshape([-1, inputs, taps])
         kernel = self.weight[..., :taps] + change
         for start in range(taps, m - taps + 1, taps):
             kernel = kernel + self.weight[..., start : start + taps]
-        whole: Tensor = kernel.unflatten(-1, g.kernel)
-        return whole
+        return kernel.unflatten(-1, self.sizes)

@@ -42,8 +42,6 @@ def ecb(conv: Site, *, multiplier: float = 2.0, identity: bool = False) -> Itera
 class ScaledFilter(KernelConv):
     """A fixed filter per channel, times a trained factor, plus a bias; both start at ``1e-3 N(0, 1)``."""
 
-    filter: Tensor
-
     def __init__(self, site: Site, taps: tuple[tuple[int, ...], ...]) -> None:
         like = site.conv.weight
         conv = site.filters(

@@ -45,11 +45,10 @@ class ChannelScale(nn.Module):
 class IdentityConv(KernelConv):
     """A 1x1 convolution stored as identity + ``weight``, weight 0: decay pulls it to the identity (DBB, sec. 3.3)."""
 
-    identity: Tensor
-
     def __init__(self, conv: _ConvNd) -> None:
         super().__init__(Geometry.of(conv), conv.bias)
         self.weight = conv.weight
+        self.identity: Tensor
         self.register_buffer("identity", torch.empty_like(conv.weight, requires_grad=False))
         nn.init.zeros_(self.weight)
         with torch.no_grad():
@@ -65,6 +64,12 @@ class WindowMean(nn.AvgPool2d):
     """Average pooling, on a CPU as a depthwise convolution: oneDNN has a fast one, and PyTorch's pooling is not."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding)
+        else:  # noqa: RET505 - TorchScript leaves it out
+            return self._mean(x)
+
+    def _mean(self, x: Tensor) -> Tensor:
         # Whoever only traces is shown what it is; in other dtypes a depthwise convolution is a loop over the channels.
         fast = isinstance(x, Tensor) and x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN
         if not fast or x.dim() != 4:
@@ -92,27 +97,29 @@ class BranchSum(nn.Module):
     """
 
     form = "branches"
-    folded: Any = None
 
     def __init__(self, block: str, branches: dict[str, nn.Module], conv: _ConvNd) -> None:
         super().__init__()
         stand_in(self, block, conv)
         self.geometry = Geometry.of(conv)
+        self.folded: Any = None
         for name, branch in branches.items():
             if hasattr(self, name):
                 raise ReparamError(f"a branch of {block} cannot be named {name!r}: torch uses that name")
             self.add_module(name, branch)
 
     def forward(self, input: Tensor) -> Tensor:  # called by keyword as torch's layers are
-        return self.branches(input) if self.folded is None else self.folded(self, input)
+        if torch.jit.is_scripting():  # scripted, whatever the form, it is its branches
+            return self.branches(input)
+        else:  # noqa: RET505 - TorchScript leaves it out
+            return self.branches(input) if self.folded is None else self.folded(self, input)
 
     def branches(self, input: Tensor) -> Tensor:
         """What every branch gives, added up."""
-        main, *others = self.children()
-        y: Tensor = main(input)
-        for i, branch in enumerate(others):
-            if i == 0:
-                y = y + branch(input)
+        y = input
+        for i, branch in enumerate(self.children()):
+            if i < 2:
+                y = y + branch(input) if i else branch(input)
             else:  # the sum is a tensor of its own by now, which nothing else reads: no need for another
                 y += branch(input)
         return y
