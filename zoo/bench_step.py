@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import reparam
+from passes.blocks.kit.layers import BranchSum
 from zoo.measure import one_thread
 from zoo.render import console, markdown_table, provenance, rich_table, write_text
 
@@ -28,12 +29,13 @@ CLASSES = 100
 GPU_BATCH, GPU_SIZE = 128, 224
 GPU_STEPS = 10
 """Steps of one timed run on a GPU, which are too short to be timed one by one."""
-PLAIN = ("plain", False)
-HEADINGS = ("block", "layers", "branches", "quartiles", "online", "quartiles")
-GPU_HEADINGS = ("block", "eager", "compiled", "GiB", "online eager", "online compiled", "GiB")
+PLAIN = ("plain", "")
+FORMS = ("branches", "sampled", "frozen", "online")
+HEADINGS = ("block", "layers", *(cell for form in FORMS for cell in (form, "quartiles")))
+GPU_HEADINGS = ("block", *(cell for form in FORMS for cell in (form, "compiled", "GiB")))
 
-Variant = tuple[str, bool]
-"""A block's name, and whether it trains online; ``PLAIN`` is the network without blocks."""
+Variant = tuple[str, str]
+"""A block's name, and its form; ``PLAIN`` is the network without blocks."""
 
 
 @dataclass
@@ -120,8 +122,8 @@ def _on_cpu(names: list[str], where: Where, rounds: int, batch: int, size: int) 
     plain = trainees[PLAIN].seconds
     rows = []
     for name in (name for name in names if layers[name]):
-        cells = [_spread(trainees[name, online].seconds, plain) for online in (False, True)]
-        rows.append([name, str(layers[name]), *cells[0], *cells[1]])
+        cells = [cell for form in FORMS for cell in _spread(trainees[name, form].seconds, plain)]
+        rows.append([name, str(layers[name]), *cells])
     note = (
         f"Processor time of forward, backward and SGD with momentum, relative to the plain network's "
         f"{statistics.median(plain):.2f} s in the same round: medians and quartiles of {rounds} interleaved runs. "
@@ -172,14 +174,18 @@ def _network(name: str) -> nn.Module:
 
 
 def _expanded(network: str, block: str, where: Where) -> tuple[int, dict[Variant, nn.Module]]:
-    """How many layers get the block, and the network with its branches and online; nothing if there are none."""
+    """How many layers get the block, and the network with it in each form; nothing if there are none."""
     layers = len(reparam.plan(_network(network), block, where=where).expanded)
     if not layers:
         return 0, {}
     expanded = {}
-    for online in (False, True):
-        model = reparam.expand(_network(network), block, where=where, online=online)
-        expanded[block, online] = model.train()
+    for form in FORMS:
+        model = reparam.expand(_network(network), block, where=where, form=form, verify="folds").train()
+        if form == "frozen":
+            for module in model.modules():
+                if isinstance(module, BranchSum):
+                    module.eval()
+        expanded[block, form] = model
     return layers, expanded
 
 

@@ -68,4 +68,4 @@ class DOConv(KernelConv):
         kernel = self.weight[..., :taps] + change
         for start in range(taps, m - taps + 1, taps):
             kernel = kernel + self.weight[..., start : start + taps]
-        return kernel.unflatten(-1, self.sizes)
+        return kernel.unflatten(-1, self.sizes)  # type: ignore[no-any-return]

@@ -54,7 +54,7 @@ class ScaledFilter(KernelConv):
             nn.init.normal_(self.bias, std=1e-3)
 
     def kernel(self) -> Tensor:
-        return self.scale * self.filter
+        return self.scale * self.filter  # type: ignore[operator]
 
     def silence(self) -> None:
         """Return zero, and take a gradient."""

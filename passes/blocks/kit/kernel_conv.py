@@ -29,9 +29,9 @@ class KernelConv(nn.Module):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.scripted(input)
-        else:  # noqa: RET505 - TorchScript leaves it out
+        else:
             return self.geometry.convolve(input, self.kernel(), self.bias)
 
     def scripted(self, input: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ class WindowMean(nn.AvgPool2d):
     """Average pooling, on a CPU as a depthwise convolution: oneDNN has a fast one, and PyTorch's pooling is not."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding)
-        else:  # noqa: RET505 - TorchScript leaves it out
+        else:
             return self._mean(x)
 
     def _mean(self, x: Tensor) -> Tensor:
@@ -109,9 +109,9 @@ class BranchSum(nn.Module):
             self.add_module(name, branch)
 
     def forward(self, input: Tensor) -> Tensor:  # called by keyword as torch's layers are
-        if torch.jit.is_scripting():  # scripted, whatever the form, it is its branches
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.branches(input)
-        else:  # noqa: RET505 - TorchScript leaves it out
+        else:
             return self.branches(input) if self.folded is None else self.folded(self, input)
 
     def branches(self, input: Tensor) -> Tensor:
