@@ -38,6 +38,7 @@ from passes.refusal import RefusalError, ReparamError
 from passes.report import Counts, Explanation, Fold
 from passes.training.discovery import find_convs, plain_norm
 from passes.training.equivalent import Reading
+from passes.training.forms import note_on_samples
 
 __all__ = ["collapse_like"]
 
@@ -95,6 +96,8 @@ def restore_blocks(
     if rest != have.keys() - taken or any(have[key].shape != wanted[key].shape for key in rest):
         return None
     explanation = Explanation(before=Counts.of(model), seconds={})
+    if note := note_on_samples(model):
+        explanation.notes.append(note)
     with kept_modes(model), torch.no_grad():
         for key in rest:
             _copy(wanted[key], have[key], exact)

@@ -135,7 +135,7 @@ class KernelProgram:
 
         # Not on the meta device: there the laws tell shapes only.
         floats = [state[name] for name in self.names]
-        example = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in floats]
+        example = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in floats]
         # Without in-place operations, so that every value is a function of others wherever the code is read again.
         functional = torch.func.functionalize(kernel, remove="mutations")
         recorded = make_fx(functional, tracing_mode="fake")(*example)
