@@ -234,7 +234,7 @@ def test_an_expansion_that_changes_the_function_fails(
     [
         (Recipe("acb"), ("--block", "dbb"), "--block acb"),
         (Recipe("acb"), (), "--block acb"),
-        (Recipe("acb"), ("--block", "acb", "online"), "--block acb"),
+        (Recipe("acb"), ("--block", "acb", "--form", "online"), "--block acb"),
         (Recipe("acb", form="online"), ("--block", "acb"), "--block acb --form online"),
         (
             Recipe("mobileone", where="*"),
@@ -279,7 +279,7 @@ def test_a_checkpoint_of_another_network_is_said_to_be_that(toy: str, tmp_path: 
         (("expand", "SPEC", "-b", "acb", "--kernel", "5", "-o", "OUT"), 1, "no convolution of toy:block gets a block"),
         (("expand", "SPEC", "-b", "acb", "--key", "ema", "-o", "OUT"), 2, "--weights"),
         (("expand", "SPEC", "-b", "acb", "--pretrained", "--weights", "EXPANDED", "-o", "OUT"), 2, "leave one out"),
-        (("collapse", "SPEC", "online"), 2, "name its --block"),
+        (("collapse", "SPEC", "--form", "online"), 2, "name its --block"),
         (("collapse", "SPEC", "--where", "square"), 2, "name its --block"),
         (("collapse", "EXPANDED", "--block", "acb"), 2, "leave out --block"),
         (("collapse", "COLLAPSED", "--weights", "EXPANDED"), 2, "is not a file of `reparam expand`"),

@@ -677,7 +677,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("init", "block", "form"),
     [
-        (init, block, (init == "paper") is (number % 2 == 0))
+        (init, block, "online" if (init == "paper") is (number % 2 == 0) else "branches")
         for number, block in enumerate(("acb", "dbb", "doconv"))
         for init in ("preserve", "paper")
     ],
