@@ -132,6 +132,8 @@ def _compile_unit(
         explanation.apart.setdefault(key, []).extend(owners)
     if undos is not None:
         undos.append(apply(model, edited.edits, edited.layers))
+        if ledger.made is not None:
+            ledger.made.append((flow, folds))
 
 
 def decide(
@@ -158,7 +160,7 @@ def decide(
     made: dict[Key, Fold] = {}
     for attempt in range(ROUNDS + len(flow.nodes) + 1):
         with clock(explanation, "plan"):
-            selection = select(flow, guard, banned.keys(), staying)
+            selection = select(flow, guard, banned.keys(), staying, ledger.rules)
         failed = dict[Candidate, Refusal]()
         for candidate, placement in selection.chosen:
             outcome = _fold(flow, candidate, placement, made, explanation, ledger)

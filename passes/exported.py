@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from passes.compiler import clock
 from passes.edits.edit import Substitute
 from passes.edits.program_graph import ModuleGraph, ProgramGraph, substitute
+from passes.fold.rules import DEFAULT, Rules
 from passes.graph.aten import is_aten, is_idle, translated
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example
@@ -38,13 +39,18 @@ def module_of(program: Program) -> nn.Module:
     return program.module(check_guards=False) if isinstance(program, ExportedProgram) else program
 
 
-def explain_program(program: Program) -> Explanation:
+def explain_program(program: Program, rules: Rules = DEFAULT) -> Explanation:
     """Decide as :func:`collapse_program` does, and stop before the edits."""
-    return _Compilation(program, Ledger(prove=False)).explanation
+    return _Compilation(program, Ledger(prove=False, rules=rules)).explanation
 
 
 def collapse_program(
-    program: Program, *, example: Example | None = None, verify: bool | str = True, strict: bool = False
+    program: Program,
+    *,
+    example: Example | None = None,
+    verify: bool | str = True,
+    strict: bool = False,
+    rules: Rules = DEFAULT,
 ) -> tuple[Program, Explanation]:
     """Fold every region of a program that is one convolution; the result is a program of the same kind.
 
@@ -53,8 +59,9 @@ def collapse_program(
         example: what to compare the whole program on; that of the export, or one of the shapes it says, otherwise.
         verify: as for a module.
         strict: as for a module.
+        rules: what may fold.
     """
-    ledger = Ledger(prove=bool(verify), strict=strict, exact=Exact() if verify is True else None)
+    ledger = Ledger(prove=bool(verify), strict=strict, exact=Exact() if verify is True else None, rules=rules)
     given = example_of(program) if example is None else example
     return collapse_graph(_Compilation(program, ledger), example=given, verify=verify, strict=strict)
 

@@ -11,7 +11,7 @@ The search is linear in the size of the graph: the walk is bounded, and values a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,7 +19,8 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.conv_form import Form
-from passes.fold.cost import numbers_of
+from passes.fold.cost import calls_of, numbers_of
+from passes.fold.rules import DEFAULT, Rules
 from passes.graph.capture import Call, call_of
 from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind
@@ -29,7 +30,7 @@ from passes.laws.regions import Contraction, Region
 from passes.laws.values import Signal
 from passes.refusal import Reason, Refusal, RefusalError
 
-__all__ = ["Candidate", "Key", "cost_message", "find_candidates", "layers_of"]
+__all__ = ["Candidate", "Key", "cost_message", "dying_constants", "find_candidates", "layers_of"]
 
 Key = tuple[fx.Node, fx.Node, frozenset[fx.Node]]
 
@@ -49,6 +50,7 @@ class Candidate(Region):
         computed: how many of these numbers are only there because a weight is computed.
         convs: the dying convolutions and linear layers.
         gain: what orders candidates.
+        factor: how many times ``numbers`` and ``work`` the one layer may cost.
     """
 
     between: tuple[fx.Node, ...]
@@ -59,6 +61,7 @@ class Candidate(Region):
     computed: int
     convs: frozenset[fx.Node]
     gain: tuple[bool, float, bool, float, int]
+    factor: float = field(default=1.0, kw_only=True)
 
     @property
     def swallowed(self) -> tuple[Candidate, ...]:
@@ -83,12 +86,14 @@ class Candidate(Region):
 
     def costs(self, form: Form) -> Refusal | None:
         """A refusal if ``form`` costs more than what would die."""
-        if form.numbers > self.numbers or form.multiply_adds > self.work:
-            return Refusal(Reason.LARGER, cost_message(form, self.numbers, self.work))
+        if form.numbers > self.factor * self.numbers or form.multiply_adds > self.factor * self.work:
+            return Refusal(Reason.LARGER, cost_message(form, self.numbers, self.work, self.factor))
         return None
 
 
-def find_candidates(graph: Contraction, changed: set[fx.Node] | None) -> tuple[list[Candidate], list[Refusal]]:
+def find_candidates(
+    graph: Contraction, changed: set[fx.Node] | None, rules: Rules = DEFAULT
+) -> tuple[list[Candidate], list[Refusal]]:
     """All regions worth folding, best first, and why others are not; with ``changed``, those around these nodes."""
     flow, dominator = graph.flow, graph.dominators()
     interpreters: dict[fx.Node, list[Interpreter]] = {}
@@ -105,7 +110,7 @@ def find_candidates(graph: Contraction, changed: set[fx.Node] | None) -> tuple[l
             values = [(interpreter, interpreter.value(result)) for interpreter in interpreters[entry]]
             for interpreter, value in values:
                 if isinstance(value, Signal):
-                    outcome = _weigh(interpreter, result, value)
+                    outcome = _weigh(interpreter, result, value, rules)
                     if isinstance(outcome, Candidate):
                         found.append(outcome)
                     elif outcome is not None:
@@ -161,7 +166,7 @@ def _reach(graph: Contraction, changed: set[fx.Node], dominator: dict[fx.Node, f
 # ------------------------------------------------------------------ one region
 
 
-def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal) -> Candidate | Refusal | None:
+def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal, rules: Rules) -> Candidate | Refusal | None:
     """The region from the entry to ``result``, a refusal if it costs more, None if nothing would be gained."""
     graph, flow, entry, form = interpreter.graph, interpreter.flow, interpreter.entry, value.form
     between = _between(graph, entry, result)
@@ -181,22 +186,33 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal) -> Candidat
     convs = {n for n, s in signals.items() if s.conv}
     if not convs or _is_planned(graph, dying, entry):
         return None
-    constants = _dying_constants(graph, dying)
+    if rules.whole and any(n not in signals and (n in graph.regions or flow.tensors.get(n)) for n in between):
+        return None
+    constants = dying_constants(graph, dying)
     held, computed = numbers_of(interpreter, dying, signals, constants)
     numbers = held + computed
     work = sum(s.work * s.form.rate for s in signals.values())
+    inner = [region for n in between if isinstance(region := graph.regions.get(n), Candidate)]
+    swallowed = [region for region in inner if region.result in dying]
+    fewer, factor = 0, 1.0
+    if rules.factor is not None:
+        fewer = sum(bool(s.work) for s in signals.values()) - calls_of(form)
+        factor = rules.factor if fewer > 0 else 1.0
+        for region in swallowed:  # what was replaced is measured, not what took its place
+            numbers += region.numbers - region.form.numbers
+            into = interpreter.value(region.entry)
+            assert isinstance(into, Signal)
+            work += (region.work - region.form.multiply_adds) * into.form.rate
     best = form.numbers, form.multiply_adds
     if form.widened:  # zeros may turn out to be block structure; decided with numbers
         groups = form.most_groups // form.groups
         best = form.weight.numel() // groups + (form.numbers - form.weight.numel()), form.multiply_adds / groups
-    if best[0] > numbers or best[1] > work:
+    if best[0] > factor * numbers or best[1] > factor * work:
         if not computed and sum(bool(s.work) for s in signals.values()) == 1:
             return None  # a layer alone: there is nothing to fold
-        return Refusal(Reason.LARGER, cost_message(form, numbers, work), flow.unit.name(result))
+        return Refusal(Reason.LARGER, cost_message(form, numbers, work, factor), flow.unit.name(result))
     if best == (numbers, work) and len(convs) == 1 and not computed:
         return None
-    inner = [region for n in between if isinstance(region := graph.regions.get(n), Candidate)]
-    swallowed = [region for region in inner if region.result in dying]
     conv_first = _begins_with_conv(interpreter, between)
     pads = sum(_stays_in_code(flow, n) for n in dying)
     # A norm between two convolutions belongs to the one before it; then count the numbers saved, biases aside, then
@@ -219,6 +235,7 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal) -> Candidat
         computed=computed,
         convs=frozenset(convs - graph.regions.keys()).union(*(region.convs for region in swallowed)),
         gain=gain,
+        factor=factor,
         moved=tuple(moved),
         head=head,
     )  # fmt: skip
@@ -312,7 +329,7 @@ def _harmless(interpreter: Interpreter, user: fx.Node, node: fx.Node, form: Form
     return not value.is_moved and value.form.same_size(form)
 
 
-def _dying_constants(graph: Contraction, dying: list[fx.Node]) -> list[fx.Node]:
+def dying_constants(graph: Contraction, dying: list[fx.Node]) -> list[fx.Node]:
     """Weight expressions that only dying nodes read."""
     gone = set(dying)
     found: list[fx.Node] = []
@@ -344,9 +361,9 @@ def layers_of(flow: Flow, candidate: Candidate) -> tuple[str, ...]:
     return tuple(dict.fromkeys(flow.unit.name(n) for n in named or order))
 
 
-def cost_message(form: Form, numbers: int, work: float) -> str:
+def cost_message(form: Form, numbers: int, work: float, factor: float = 1.0) -> str:
     """What a fold would cost, and what the layers cost that it would replace."""
     return (
         f"{Reason.LARGER.value}: {form.numbers} numbers and {form.multiply_adds:.0f} multiply-adds per position "
-        f"instead of {numbers} and {work:.0f}"
+        f"instead of {numbers} and {work:.0f}" + (f", over {factor:g} times as much" if factor > 1 else "")
     )

@@ -13,11 +13,18 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, fx
 
+from passes.algebra.conv_form import ConvForm, Form
 from passes.laws.interpreter import Interpreter
 from passes.laws.regions import Contraction
 from passes.laws.values import Signal
 
-__all__ = ["numbers_of"]
+__all__ = ["calls_of", "numbers_of"]
+
+
+def calls_of(form: Form) -> int:
+    """How many operations of torch the layer of a form is: one, and a pad where torch has none that is uneven."""
+    uneven = isinstance(form, ConvForm) and not any(u != 1 for u in form.up) and form.lead != form.trail
+    return 1 + (uneven or (isinstance(form, ConvForm) and any(p < 0 for p in form.lead)))
 
 
 def numbers_of(

@@ -14,6 +14,7 @@ from torch import fx
 
 from passes.fold.candidates import Candidate, Key, find_candidates
 from passes.fold.placement import Placement
+from passes.fold.rules import DEFAULT, Rules
 from passes.graph.dataflow import Flow
 from passes.laws.interpreter import form_of
 from passes.laws.regions import Contraction
@@ -33,7 +34,13 @@ class Selection:
     refusals: tuple[Refusal, ...]
 
 
-def select(flow: Flow, guard: Guard, banned: Set[Key] = frozenset(), staying: Set[fx.Node] = frozenset()) -> Selection:
+def select(
+    flow: Flow,
+    guard: Guard,
+    banned: Set[Key] = frozenset(),
+    staying: Set[fx.Node] = frozenset(),
+    rules: Rules = DEFAULT,
+) -> Selection:
     """Choose what to fold.
 
     Args:
@@ -41,6 +48,7 @@ def select(flow: Flow, guard: Guard, banned: Set[Key] = frozenset(), staying: Se
         guard: asked of each candidate that would be chosen.
         banned: candidates that failed.
         staying: nodes that must not vanish.
+        rules: what may fold.
     """
     graph = Contraction(flow)
     placements: dict[Candidate, Placement] = {}
@@ -48,7 +56,7 @@ def select(flow: Flow, guard: Guard, banned: Set[Key] = frozenset(), staying: Se
     refused = set(banned)
     changed: set[fx.Node] | None = None
     while changed is None or changed:  # every round but the last chooses a region that grows: they come to an end
-        candidates, said = find_candidates(graph, changed)
+        candidates, said = find_candidates(graph, changed, rules)
         refusals += said
         chosen: list[Candidate] = []
         gone: set[fx.Node] = set()
@@ -102,7 +110,8 @@ def _decide(flow: Flow, candidate: Candidate, guard: Guard) -> tuple[Candidate, 
 def _gains(candidate: Candidate) -> bool:
     """Whether anything is saved: numbers, multiply-adds, a layer, computing a weight, or what stands around a fold."""
     fewer = candidate.form.numbers < candidate.numbers or candidate.form.multiply_adds < candidate.work
-    return fewer or candidate.computed > 0 or bool(candidate.swallowed) or len(candidate.convs) > 1
+    calls = candidate.factor > 1 or bool(candidate.swallowed) or len(candidate.convs) > 1
+    return fewer or candidate.computed > 0 or calls
 
 
 def _contracted(graph: Contraction, chosen: list[Candidate]) -> Contraction:
