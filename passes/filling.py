@@ -170,11 +170,17 @@ class _Filling:
             if kernel[0].numel() == size and self._try(flow, fold, roles, kernel, wanted):
                 break
         else:
-            raise ReparamError(
-                f"{name} of like= become one layer in the collapsed network, and no numbers were found with which "
-                "they compute the same"
+            fits = any(kernel[0].numel() == size for kernel in roles.kernels)
+            why = (
+                "no numbers were found with which they compute the same"
+                if fits
+                else f"none of them holds its {size} weights"
             )
-        self.numbers.update({id(t): t.data for t in tensors if t.is_floating_point()})
+            raise ReparamError(f"{name} of like= become one layer in the collapsed network, and {why}")
+        for tensor in tensors:
+            if not torch.equal(self.numbers.setdefault(id(tensor), tensor.data), tensor.data):
+                key = self.keys[id(tensor)]
+                raise ReparamError(f"{key} of like= is used in several places, which want other numbers of it")
         for variance, eps in roles.variances:
             like = torch.empty(variance.shape, dtype=next(fold.layer.parameters()).dtype, device=variance.device)
             self.shipped[id(variance)] = variance_of_one(eps, like)
@@ -184,11 +190,7 @@ class _Filling:
 
     def _tensors(self, flow: Flow, fold: Fold) -> list[Tensor]:
         nodes = [*fold.candidate.dying, *fold.candidate.constants]
-        found = {id(t): t for n in nodes for t in flow.tensors.get(n, ()) if id(t) in self.keys}
-        twice = [self.keys[i] for i in found if i in self.numbers]
-        if twice:
-            raise ReparamError(f"{twice[0]} of like= is used in several places, which want other numbers of it")
-        return list(found.values())
+        return list({id(t): t for n in nodes for t in flow.tensors.get(n, ()) if id(t) in self.keys}.values())
 
     def _try(
         self,
