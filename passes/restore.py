@@ -66,7 +66,7 @@ def collapse_like(
     result, explanation = outcome
     if verify is True or (verify and by_graph):  # where layers go was told by names, or has to be seen
         with timed(explanation.seconds, "check"):
-            explanation.checked = check(given, result, example, exact=exact, effects=False)
+            explanation.checked = check(given, result, example, exact=exact, effects=False, by_name=not by_graph)
             explanation.checked.raise_if_different()
     return result, explanation
 
