@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, fx, nn
 
+from passes.algebra.scale_shift import ScaleShift
 from passes.compiler import clock, decide
 from passes.edits.edit import Substitute
 from passes.edits.layer import describe
@@ -167,7 +168,9 @@ class Compilation(ABC, Generic[Graph]):
         """Names for the folded numbers: those of the largest weight that goes, and of the bias beside it."""
         going = {str(n.target): self.flow.held[n] for n in fold.candidate.constants if n.op == "get_attr"}
         numbers = [(name, going[name]) for name in going if name in self.reusable]
-        weights = [name for name, number in numbers if isinstance(number, Tensor) and number.dim() > 1]
+        least = 1 if isinstance(fold.layer, ScaleShift) else 2
+        weights = [name for name, number in numbers if isinstance(number, Tensor) and number.dim() >= least]
+        weights = [name for name in weights if name.endswith("weight")] or weights
         weight = max(weights, key=lambda name: going[name].numel(), default="") or fresh("folded.weight", taken)
         if not any(name.endswith("bias") for name, _ in fold.layer.named_parameters()):
             return weight, ""

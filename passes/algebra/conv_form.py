@@ -69,6 +69,7 @@ class ConvForm:
         mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``: the input's continuation outside.
         widened: whether block structure may have been lost to zeros, so that :meth:`narrowed` is worth a try.
         ties: of a widened form: how many inputs, and outputs, at least belong together; see :attr:`tied`.
+        channelwise: whether its layer is to be a scale and shift per channel; no law makes such a form, or takes one.
     """
 
     weight: Tensor
@@ -82,6 +83,7 @@ class ConvForm:
     mode: str = "zeros"
     widened: bool = False
     ties: tuple[int, int] | None = None
+    channelwise: bool = False
 
     # ---------------------------------------------------------------- construction
 

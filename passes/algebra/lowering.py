@@ -19,6 +19,7 @@ from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.geometry import CONVS, PADS
 from passes.algebra.kernels import swap_in_out
 from passes.algebra.opaque import OpaqueForm
+from passes.algebra.scale_shift import ScaleShift
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Target", "all_finite", "emit", "target_of"]
@@ -54,6 +55,10 @@ def emit(form: Form, target: Target) -> nn.Module:
     if isinstance(form, OpaqueForm):
         layer = copy.copy(form.layer)
         layer.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
+    elif form.channelwise:
+        assert bias is not None
+        layer = ScaleShift(form.out_channels, form.n, device="meta")
+        weight, bias = (number.reshape(layer.weight.shape) for number in (weight, bias))
     elif form.n == 0:
         layer = nn.Linear(form.in_channels, form.out_channels, device="meta")
     elif any(u != 1 for u in form.up):

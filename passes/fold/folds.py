@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from passes.algebra.conv_form import Form
+from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.lowering import emit, target_of
 from passes.fold.candidates import Candidate
 from passes.fold.placement import Placement
@@ -41,6 +41,8 @@ def folded(flow: Flow, candidate: Candidate, placement: Placement) -> Fold:
     """The fold of a candidate, its form in float64; refuses what only numbers tell."""
     with torch.no_grad():
         form = form_of(flow, candidate)
+        if isinstance(form, ConvForm) and isinstance(candidate.form, ConvForm):
+            form = replace(form, channelwise=candidate.form.channelwise)
         refusal = candidate.costs(form)
         if refusal is not None:
             raise RefusalError(refusal.reason, refusal.message)

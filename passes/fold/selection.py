@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from passes.fold.candidates import Candidate, Key, find_candidates
+from passes.fold.norms import left_over
 from passes.fold.placement import Placement
 from passes.fold.rules import DEFAULT, Rules
 from passes.graph.dataflow import Flow
@@ -77,8 +78,27 @@ def select(
                 refusals.append(outcome.at(flow.unit.name(candidate.result)))
         graph = _contracted(graph, chosen)
         changed = _around(graph, chosen)
-    kept = (region for region in graph.regions.values() if isinstance(region, Candidate))
-    return Selection(tuple((c, placements[c]) for c in kept), tuple(refusals))
+    kept = [region for region in graph.regions.values() if isinstance(region, Candidate)]
+    norms, left = _scaled(flow, graph.gone | staying, guard, refused) if rules.affine else ({}, [])
+    placed = [*((region, placements[region]) for region in kept), *norms.items()]
+    return Selection(tuple(placed), (*left, *refusals))
+
+
+def _scaled(
+    flow: Flow, gone: Set[fx.Node], guard: Guard, refused: Set[Key]
+) -> tuple[dict[Candidate, Placement], list[Refusal]]:
+    """The norms that become a scale and shift, each with its place, and why others do not."""
+    placed, left = dict[Candidate, Placement](), list[Refusal]()
+    for norm in left_over(flow, gone):
+        if isinstance(norm, Refusal):
+            left.append(norm)
+        elif norm.key not in refused:
+            outcome = guard(norm)
+            if isinstance(outcome, Placement):
+                placed[norm] = outcome
+            else:
+                left.append(outcome.at(flow.unit.name(norm.result)))
+    return placed, left
 
 
 def _is_stale(candidate: Candidate, entries: Set[fx.Node], gone: Set[fx.Node]) -> bool:

@@ -101,6 +101,8 @@ def _rank(
         every = [rank.get(n) for n in node.all_input_nodes]
         known = [r for r in every if r is not None]
         return max(known) if None not in inputs and known else None
+    if operation.id == "cat":  # all have as many; an empty one of a single dimension is passed over
+        return max((r for r in inputs if r is not None and r > 1), default=None)
     if operation.kind is Kind.REDUCTION:
         return _reduced(node, first)
     if operation.id in ("view", "reshape") and node.op == "call_method":
