@@ -172,7 +172,7 @@ def decide(
                 edited, failed = edits(folds)
         if not failed:
             said = [refusal for refusal in banned.values() if refusal.reason is not Reason.TAKEN_BACK]
-            explanation.refusals += dict.fromkeys([*worth_saying(flow, selection), *said])
+            explanation.refusals += dict.fromkeys([*worth_saying(flow, selection, said), *said])
             return folds, edited
         banned.update({candidate.key: refusal for candidate, refusal in failed.items()})
         if attempt >= ROUNDS:

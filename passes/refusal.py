@@ -51,6 +51,7 @@ class Reason(Enum):
     EFFECT = "its forward does more than compute its result"
     CONTEXT = "its forward enters a context"
     NO_CONVOLUTION = "no convolution or linear layer directly before it"
+    BEHIND_NORM = "behind a norm that uses statistics of its input"
     BLOCK = "the block does not apply to this convolution"
     NOT_SELECTED = "not selected"
     KERNEL_OF_ONE = "a kernel of one tap"

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.conv_form import Form
-from passes.fold.cost import calls_of, numbers_of
+from passes.fold.cost import calls_of, numbers_of, staying_numbers
 from passes.fold.rules import DEFAULT, Rules
 from passes.graph.capture import Call, call_of
 from passes.graph.dataflow import Flow
@@ -210,6 +210,12 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal, rules: Rule
     if best[0] > factor * numbers or best[1] > factor * work:
         if not computed and sum(bool(s.work) for s in signals.values()) == 1:
             return None  # a layer alone: there is nothing to fold
+        staying = staying_numbers(graph, dying, constants)
+        if staying and not numbers:
+            return None  # nothing would be saved
+        if best[0] <= numbers + staying and best[1] <= factor * work:
+            names = ", ".join(dict.fromkeys(flow.unit.name(n) for n in dying if n in convs))
+            return Refusal(Reason.SHARED, f"the weights of {names} are used in several places", flow.unit.name(result))
         return Refusal(Reason.LARGER, cost_message(form, numbers, work, factor), flow.unit.name(result))
     if best == (numbers, work) and len(convs) == 1 and not computed:
         return None

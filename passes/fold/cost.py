@@ -9,7 +9,7 @@ counts as what it repeats.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, fx
 
@@ -18,7 +18,7 @@ from passes.laws.interpreter import Interpreter
 from passes.laws.regions import Contraction
 from passes.laws.values import Signal
 
-__all__ = ["calls_of", "numbers_of"]
+__all__ = ["calls_of", "numbers_of", "staying_numbers"]
 
 
 def calls_of(form: Form) -> int:
@@ -57,6 +57,13 @@ def numbers_of(
             parameters |= _beneath(graph, node)
     more += max(kernels - _total(parameters.values()), 0)
     return _total(own.values()) + sum(graph.regions[n].form.numbers for n in dying if n in graph.regions), more
+
+
+def staying_numbers(graph: Contraction, dying: Collection[fx.Node], constants: Collection[fx.Node]) -> int:
+    """Numbers of layers that would vanish, but are held by others as well."""
+    flow, gone = graph.flow, graph.gone.union(dying, constants)
+    held = {id(t): t for n in [*dying, *constants] if n not in graph.regions for t in flow.tensors.get(n, ())}
+    return _total(t for key, t in held.items() if not flow.holders[key] <= gone or flow.owners.get(key, 1) > 1)
 
 
 def _beneath(graph: Contraction, node: fx.Node) -> dict[int, Tensor]:
