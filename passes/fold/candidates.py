@@ -10,7 +10,7 @@ The search is linear in the size of the graph: the walk is bounded, and values a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -215,8 +215,10 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal, rules: Rule
             return None  # nothing would be saved
         if best[0] <= numbers + staying and best[1] <= factor * work:
             names = ", ".join(dict.fromkeys(flow.unit.name(n) for n in dying if n in convs))
-            return Refusal(Reason.SHARED, f"the weights of {names} are used in several places", flow.unit.name(result))
-        return Refusal(Reason.LARGER, cost_message(form, numbers, work, factor), flow.unit.name(result))
+            return Refusal(
+                Reason.SHARED, f"the weights of {names} are used in several places", _last(graph, dying, signals)
+            )
+        return Refusal(Reason.LARGER, cost_message(form, numbers, work, factor), _last(graph, dying, signals))
     if best == (numbers, work) and len(convs) == 1 and not computed:
         return None
     conv_first = _begins_with_conv(interpreter, between)
@@ -245,6 +247,15 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal, rules: Rule
         moved=tuple(moved),
         head=head,
     )  # fmt: skip
+
+
+def _last(graph: Contraction, dying: list[fx.Node], signals: Mapping[fx.Node, Signal]) -> str:
+    """The name of the last layer that would vanish: what only hands its input on is none."""
+    last = [n for n in dying if n in signals and signals[n].work][-1]
+    region = graph.regions.get(last)
+    if isinstance(region, Candidate) and region.convs:
+        last = max(region.convs, key=graph.flow.order.__getitem__)
+    return graph.flow.unit.name(last)
 
 
 def _moved(

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from passes.fold.selection import Selection
 from passes.graph.dataflow import Flow
-from passes.graph.opset import Kind, base_operation
+from passes.graph.opset import Kind, argument, base_operation
 from passes.refusal import Reason, Refusal
 
 __all__ = ["worth_saying"]
@@ -37,7 +37,7 @@ def worth_saying(flow: Flow, selection: Selection, failed: Iterable[Refusal] = (
             said.setdefault(refusal.layer, refusal)
     why = _Why(flow, [*failed, *selection.refusals])
     for node in flow.nodes:
-        if node not in dead and _is_norm(flow, node):
+        if node not in dead and node not in flow.constant and _is_norm(flow, node):
             said.setdefault(flow.unit.name(node), why.stays(node))
     return list(said.values())
 
@@ -58,10 +58,9 @@ class _Why:
     def stays(self, node: fx.Node) -> Refusal:
         """Why a norm stays, by its name."""
         name = self.flow.unit.name(node)
-        own = self._told(node)
         before = [r for n in self._affine_before(node) for r in self.said.get(self.flow.unit.name(n), ())]
         unknown = (r for r in before if r.reason is Reason.RANK_UNKNOWN)
-        found = own or next(unknown, None) or self._own_statistics(node) or self._walked(node)
+        found = next(unknown, None) or self._own_statistics(node) or self._walked(node)
         behind = self._behind(node) if found.reason is Reason.NO_CONVOLUTION else ""
         return Refusal(found.reason, found.message + behind, name)
 
@@ -74,12 +73,19 @@ class _Why:
         """The affine operations through which a norm is reached, one after the other."""
         found: list[fx.Node] = []
         while len(found) < FAR:
-            sources = self.flow.inputs(node)
+            sources = self._sources(node)
             if len(sources) != 1 or sources[0] not in self.flow.affine:
                 break
             node = sources[0]
             found.append(node)
         return found
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """The values that an operation computes with; the sizes that one is moved by are none."""
+        operation, given = self.flow.operations.get(node), argument(node, 0, "input")
+        if operation is not None and operation.kind is Kind.MOVEMENT and isinstance(given, fx.Node):
+            return [given]
+        return self.flow.inputs(node)
 
     def _own_statistics(self, node: fx.Node) -> Refusal | None:
         """A norm that no law was asked about, since nothing stands before it."""
@@ -101,12 +107,10 @@ class _Why:
 
     def _walked(self, node: fx.Node) -> Refusal:
         """What keeps a norm from the layer before it."""
-        between = list[str]()
+        told, between = self._told(node), list[str]()  # what laws say may be of another layout than there is
         for _ in range(FAR):
-            sources = self.flow.inputs(node)
-            if not sources:
-                return Refusal(Reason.NO_CONVOLUTION, f"{Reason.NO_CONVOLUTION.value}: its input is a constant")
-            if len(sources) > 1:
+            sources = self._sources(node)
+            if len(sources) != 1:
                 return self._follows(node)
             node, reader = sources[0], node
             if node.op == "placeholder":
@@ -118,19 +122,18 @@ class _Why:
             if shared is not None:
                 return shared
             if base:
-                return self._stays_beside(node, between)
-            told = self._told(node)
-            if told is not None:
-                return Refusal(told.reason, f"it follows {self._named(node)}: {told.message}")
-            if self.said.get(self.flow.unit.name(node)):
+                return told or self._stays_beside(node, between)
+            if any(r.reason is Reason.NOT_AFFINE for r in self.said.get(self.flow.unit.name(node), ())):
                 return self._follows(node)
+            if told is None and (found := self._told(node)) is not None:
+                told = Refusal(found.reason, f"it follows {self._named(node)}: {found.message}")
             between.append(self._named(node))
         return self._follows(node)
 
     def _follows(self, node: fx.Node) -> Refusal:
         if self._normalises(node):
             return Refusal(Reason.BEHIND_NORM, f"{Reason.BEHIND_NORM.value}: it follows {self._named(node)}")
-        several = " of several values" if len(self.flow.inputs(node)) > 1 else ""
+        several = " of several values" if len(self._sources(node)) > 1 else ""
         return Refusal(Reason.NO_CONVOLUTION, f"{Reason.NO_CONVOLUTION.value}: it follows {self._named(node)}{several}")
 
     def _read_elsewhere(self, node: fx.Node, reader: fx.Node) -> Refusal | None:
@@ -139,7 +142,8 @@ class _Why:
             return None
         others = [u for u in readers if u is not reader]
         names = dict.fromkeys("the output" if u.op == "output" else self.flow.unit.name(u) for u in others)
-        several = ", ".join(names) or "several operations"
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        several = ", ".join(list(names)[:3]) + more
         return Refusal(Reason.SHARED, f"the output of {self.flow.unit.name(node)} is used by {several} as well")
 
     def _conv(self, node: fx.Node) -> bool:
