@@ -16,8 +16,8 @@ class ScaleShift(nn.Module):
         dims: n, how many dimensions stand behind it.
         device: of the numbers.
 
-    Shape: ``(N, C, *n)`` to the same; weight and bias are ``(C, 1, ...)`` with n ones. Input of another floating dtype
-    promotes as in any torch arithmetic.
+    Shape: ``(N, C, *n)`` to the same; weight and bias are ``(C, 1, ...)`` with n ones. The result has the wider of the
+    dtypes of input and numbers, as any arithmetic of torch, under autocast too.
     """
 
     def __init__(self, channels: int, dims: int, device: torch.device | str | None = None) -> None:

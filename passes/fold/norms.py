@@ -46,6 +46,12 @@ def _region(flow: Flow, node: fx.Node, channels: int) -> Candidate | Refusal:
     rank = n + 2 if n is not None else flow.rank.get(source)
     if rank is None:
         return Refusal(Reason.RANK_UNKNOWN, Reason.RANK_UNKNOWN.value)
+    held = {t.dtype for n in (node, *node.all_input_nodes) if n is not source for t in flow.tensors.get(n, ())}
+    given = {flow.dtype[source]} if source in flow.dtype else {p.dtype for p in flow.unit.root.parameters()}
+    if len(held | {d for d in given if d.is_floating_point}) > 1:
+        return Refusal(
+            Reason.CAST, "its numbers are of another dtype than its input: arithmetic would give the wider one"
+        )
     view = View(rank - 2) if rank > 2 else View(0, last=True, rank=2)
     graph = Contraction(flow)
     interpreter = Interpreter(graph, source, view, channels)

@@ -31,7 +31,7 @@ def worth_saying(flow: Flow, selection: Selection, failed: Iterable[Refusal] = (
     dead = {n for candidate, _ in selection.chosen for n in candidate.dying}
     # Two operations of one module may have one name: it is gone when both are.
     gone = {flow.unit.name(n) for n in dead} - {flow.unit.name(n) for n in flow.nodes if n not in dead}
-    said: dict[str, Refusal] = {}
+    said = {refusal.layer: refusal for refusal in selection.norms}
     for refusal in selection.refusals:
         if refusal.reason not in _QUIET and refusal.layer not in gone:
             said.setdefault(refusal.layer, refusal)

@@ -29,10 +29,11 @@ Guard = Callable[[Candidate], Placement | Refusal]
 
 @dataclass(frozen=True)
 class Selection:
-    """Candidates to fold, each with its place, and why others are not."""
+    """Candidates to fold, each with its place, why others are not, and why norms that are left over stay norms."""
 
     chosen: tuple[tuple[Candidate, Placement], ...]
     refusals: tuple[Refusal, ...]
+    norms: tuple[Refusal, ...] = ()
 
 
 def select(
@@ -81,7 +82,7 @@ def select(
     kept = [region for region in graph.regions.values() if isinstance(region, Candidate)]
     norms, left = _scaled(flow, graph.gone | staying, guard, refused) if rules.affine else ({}, [])
     placed = [*((region, placements[region]) for region in kept), *norms.items()]
-    return Selection(tuple(placed), (*left, *refusals))
+    return Selection(tuple(placed), tuple(refusals), tuple(left))
 
 
 def _scaled(
