@@ -120,6 +120,13 @@ def test_linear_layers_that_act_on_another_dimension_are_named() -> None:
     assert found["1"].message == "batch norm acts on dimension 1, which does not hold the channels here"
 
 
+@pytest.mark.parametrize("middle", [nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(2, 4), nn.LayerNorm([4, 3, 3])])
+def test_in_an_exported_program_too(middle: nn.Module) -> None:
+    model = nn.Sequential(conv(), middle, norm()).eval()
+    program = torch.export.export(model, (torch.randn(2, 4, 5, 5),))
+    assert Reason.BEHIND_NORM in {refusal.reason for refusal in reparam.explain(program).refusals}
+
+
 @pytest.mark.parametrize(
     "build",
     [

@@ -103,7 +103,9 @@ class _Why:
             return False
         if isinstance(module, _NormBase):
             return module.training or module.running_var is None
-        return not operation.affine
+        return not operation.affine or (
+            operation.id == "instance_norm" and bool(argument(node, 5, "use_input_stats", True))
+        )
 
     def _walked(self, node: fx.Node) -> Refusal:
         """What keeps a norm from the layer before it."""
