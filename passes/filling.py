@@ -12,6 +12,7 @@ the fold, in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,12 +89,17 @@ def _randomise(structure: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in structure.parameters():
-            numbers = torch.rand(parameter.shape, generator=generator, dtype=torch.float32) + 0.5
-            parameter.copy_(numbers / max(parameter[:1].numel(), 1))
+            if parameter.is_floating_point():
+                numbers = torch.rand(parameter.shape, generator=generator, dtype=torch.float32) + 0.5
+                parameter.copy_(numbers / math.prod(parameter.shape[1:]))
         for module in structure.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None and name in ("running_mean", "running_var"):
+                if buffer is None or not buffer.is_floating_point():
+                    continue
+                if name in ("running_mean", "running_var"):
                     buffer.fill_(float(name == "running_var"))
+                elif not bool(buffer.isfinite().all()):  # it came from the meta device
+                    buffer.copy_(torch.rand(buffer.shape, generator=generator))
 
 
 @dataclass(frozen=True)

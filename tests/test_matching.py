@@ -157,6 +157,8 @@ class Kept(nn.Module):
             self.after = nn.BatchNorm2d(8, affine=what != "plain norm")
         elif what == "layer scale":
             self.gamma, self.beta = nn.Parameter(torch.zeros(8, 1, 1)), nn.Parameter(torch.zeros(1, 8, 1, 1))
+        elif what == "scalar":
+            self.gamma = nn.Parameter(torch.tensor(0.5))
         elif what in ("branch", "row"):
             self.two = nn.Conv2d(8, 8, 1, bias=False)
 
@@ -166,6 +168,8 @@ class Kept(nn.Module):
             y = self.after(y)
         elif self.what == "layer scale":
             y = self.gamma * y + self.beta
+        elif self.what == "scalar":
+            y = y / self.gamma
         elif self.what == "sum":
             y = x + y
         elif self.what == "branch":
@@ -175,7 +179,7 @@ class Kept(nn.Module):
         return F.relu(y)
 
 
-KEPT = ["norm", "plain norm", "layer scale", "sum", "branch", "row"]
+KEPT = ["norm", "plain norm", "layer scale", "scalar", "sum", "branch", "row"]
 
 
 @pytest.mark.parametrize("what", KEPT)
@@ -190,17 +194,19 @@ def test_what_a_deployed_class_keeps_is_filled_so_that_it_does_nothing(what: str
     assert any("hold zeros" in note for note in report.notes) == (what == "branch")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("what", KEPT)
-def test_in_single_precision_from_the_meta_device(what: str) -> None:
-    model = lively(nn.Sequential(Trained(), nn.Conv2d(8, 8, 1), Trained())).float()
+def test_in_other_precisions_from_the_meta_device(what: str, dtype: torch.dtype) -> None:
+    model = lively(nn.Sequential(Trained(), nn.Conv2d(8, 8, 1), Trained())).to(dtype)
     with torch.device("meta"):
-        like = nn.Sequential(Kept(what), nn.Conv2d(8, 8, 1), Kept(what))
+        like = nn.Sequential(Kept(what), nn.Conv2d(8, 8, 1), Kept(what)).to(dtype)
     result, report = reparam.collapse_with_report(model, like=like)
     assert report.checked is not None
     assert report.checked.error < 1e-10
-    x = torch.randn(2, 8, 9, 9)
+    x = torch.randn(2, 8, 9, 9, dtype=dtype)
     with torch.no_grad():
-        assert torch.allclose(result(x), model(x), atol=1e-4)
+        got, wanted = result(x), model(x)
+    assert float((got - wanted).abs().max()) < 20 * torch.finfo(dtype).eps * float(wanted.abs().max())
 
 
 class ConvNorm(nn.Module):
