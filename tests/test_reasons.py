@@ -165,7 +165,6 @@ def test_many_readers_are_counted() -> None:
     [
         lambda: Net(lambda m, x: m.c((m.c(x) * 0.1).relu()), c=conv()),
         lambda: Net(lambda m, x: m.c((-m.c(x) + 1.0).relu()), c=conv()),
-        lambda: Net(lambda m, x: m.c(m.c(x)), c=conv(padding=1)),
         lambda: nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), nn.ReLU(), conv()),
         lambda: nn.Sequential(conv(), nn.ReLU(), conv()),
         lambda: nn.Sequential(nn.ZeroPad2d(1), conv()),
@@ -176,7 +175,7 @@ def test_many_readers_are_counted() -> None:
 def test_nothing_to_fold_is_no_refusal_and_no_fold(build: Callable[[], nn.Module]) -> None:
     model = lively(build())
     result, report = reparam.collapse_with_report(model)
-    assert not [r for r in report.refusals if r.reason is Reason.LARGER]
+    assert not report.refusals
     assert all(
         f.numbers_after <= f.numbers_before and f.multiply_adds_after < f.multiply_adds_before for f in report.folds
     )
