@@ -157,7 +157,7 @@ class _Filling:
             elif number in self.numbers:
                 into.copy_(self.numbers[number])
             elif into.is_floating_point():
-                raise ReparamError(f"{key} of like= has no number: nothing in the collapsed network stands there")
+                raise ReparamError(f"the collapsed network lacks {key} of like=: nothing in it stands there")
             if into.is_floating_point():
                 exact.put(into, self.numbers[number])
 
@@ -168,7 +168,7 @@ class _Filling:
         wanted = {name: self.numbers[id(p)] for name, p in fold.layer.named_parameters() if id(p) in self.numbers}
         name = ", ".join(layers_of(flow, fold.candidate))
         if len(wanted) != sum(1 for _ in fold.layer.parameters()):
-            raise ReparamError(f"{name} of like= has no number: nothing in the collapsed network stands there")
+            raise ReparamError(f"the collapsed network lacks {name} of like=: nothing in it stands there")
         roles = _roles(flow, fold)
         tensors = self._tensors(flow, fold)
         size = next(value for key, value in wanted.items() if key.endswith("weight")).numel()
