@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from passes.edits.holders import apart
 from passes.graph.capture import Call, Unit, call_of, has_hooks, in_one_context, inherits_forward, join, trace_units
@@ -109,8 +109,6 @@ def _other_calls(unit: Unit) -> list[_Uses]:
 
 def _intrinsic(conv: _ConvNd, places: Counter[int], owners: Counter[int]) -> Refusal | None:
     """What speaks against a convolution whatever surrounds it."""
-    if isinstance(conv, _ConvTransposeNd):
-        return Refusal(Reason.BLOCK, "a transposed convolution: no block is defined for it")
     if hasattr(conv, "parametrizations"):
         return Refusal(Reason.COMPUTED, f"{Reason.COMPUTED.value}: remove it first (torch.nn.utils.parametrize)")
     if is_pruned(conv):
@@ -151,7 +149,7 @@ def _usage(path: str, conv: _ConvNd, seen: list[_Uses], other: list[_Uses]) -> R
     if any(id(conv) in u.unit_of[id(conv)].pinned for u in running):
         return Refusal(Reason.UNTRACEABLE, "code that cannot be traced calls it")
     if any(id(conv) in u.named for u in running):
-        return Refusal(Reason.CODE, "it is called with its input as a keyword argument")
+        return Refusal(Reason.CODE, "it is called with a keyword argument, or more than its input")
     return None
 
 
@@ -231,7 +229,7 @@ class _Uses:
                     self.unit_of[id(conv)] = unit
                     self.norms[id(conv)] = self._norm_behind(unit, node, leaves, entered)
                     self.readers[id(conv)] = frozenset(_where_read(unit, reader) for reader in _readers(node))
-                    if node.kwargs:
+                    if node.kwargs or len(node.args) > 1:  # the output_size of a transposed convolution
                         self.named.add(id(conv))
                     if any(_meeting(node, reader) in own for reader in _readers(node)):
                         self.own_code.add(id(conv))

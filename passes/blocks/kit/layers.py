@@ -110,6 +110,7 @@ class BranchSum(nn.Module):
 
 _GEOMETRY = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    "output_padding",
 )  # fmt: skip
 
 
