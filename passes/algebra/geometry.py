@@ -1,7 +1,8 @@
 """The geometry of a convolution: everything about it but its numbers.
 
-A transposed convolution is described as the algebra has it (:mod:`passes.algebra.conv_form`): its padding is that of the
-input with zeros between the pixels, ``dilation * (kernel - 1) - padding`` in front and ``output_padding`` more behind.
+A transposed convolution is described as the algebra has it (:mod:`passes.algebra.conv_form`): its padding is that of
+the input with zeros between the pixels, ``dilation * (kernel - 1) - padding`` in front and ``output_padding`` more
+behind.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ PADS: dict[str, tuple[type[nn.Module], ...]] = {
 class Geometry:
     """Everything about a convolution but its numbers: one integer per spatial dimension.
 
-    What has no effect is at its default: the dilation of a single tap, the mode of a padding of nothing. ``stride`` of a
-    transposed convolution is how far apart its input's pixels are in the output.
+    What has no effect is at its default: the dilation of a single tap, the mode of a padding of nothing. ``stride`` of
+    a transposed convolution is how far apart its input's pixels are in the output.
     """
 
     in_channels: int

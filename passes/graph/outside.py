@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from passes.graph.contents import CONTAINERS, FOREIGN, copied, has_data, inside, is_changeable, refill, same_items
 
-__all__ = ["Outside", "kept_outside", "kept_statistics"]
+__all__ = ["Outside", "kept_outside", "kept_statistics", "spoken"]
 
 SMALL = 200
 DEPTH = 6
@@ -108,6 +108,13 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
             for buffer, content in kept:
                 if not torch.equal(buffer, content):
                     buffer.copy_(content)
+
+
+def spoken(code: Any) -> set[str]:
+    """The names that a function speaks of, or a function that it calls."""
+    walk = _Walk()
+    walk.value(code)
+    return walk.names
 
 
 class _Walk:

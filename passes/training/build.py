@@ -22,6 +22,7 @@ from passes.blocks.kit.layers import BranchSum, silence, stand_in
 from passes.blocks.kit.registry import Block
 from passes.blocks.kit.transposed import site_at
 from passes.edits.edit import Block as BlockEdit
+from passes.graph.leaf import without_hooks
 from passes.graph.modes import kept_modes
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.training.discovery import Found, Norm, plain_norm
@@ -45,7 +46,7 @@ class Cost:
 
 def site_of(model: nn.Module, found: Found, preserve: bool, online: bool) -> Site:
     """A convolution that was found, and its norm, as they stand in ``model``."""
-    conv = model.get_submodule(found.path)
+    conv = without_hooks(model.get_submodule(found.path))  # they go on as those of the block
     assert isinstance(conv, _ConvNd)
     norm = None
     if found.norm is not None:

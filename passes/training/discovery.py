@@ -25,6 +25,7 @@ from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
 from passes.graph.variants import own_calls, variants
 from passes.refusal import UNREAD, Reason, Refusal
+from passes.training.hooks import hook_refusal, sees_result
 
 __all__ = ["Found", "Norm", "find_convs", "plain_norm"]
 
@@ -78,6 +79,8 @@ def _found(model: nn.Module) -> list[Found]:
                 continue
             always = any(u.calls[id(module)] and not u.unit_of[id(module)].path for u in seen)
             norm = _norm_of(module, [*seen, *other])
+            if isinstance(norm, Norm) and sees_result(module):
+                norm = Refusal(Reason.HOOK, "it has a hook, which sees its result before the norm")
             if isinstance(norm, Norm):
                 norm = _stays(model.get_submodule(norm.path), places, owners) or norm
             if isinstance(norm, Refusal):
@@ -115,8 +118,8 @@ def _intrinsic(conv: _ConvNd, places: Counter[int], owners: Counter[int]) -> Ref
         return Refusal(Reason.COMPUTED, "it is pruned: make that permanent first (torch.nn.utils.prune.remove)")
     if "weight" not in conv._parameters:
         return Refusal(Reason.COMPUTED, "its weight is computed by weight_norm or spectral_norm: remove it first")
-    if has_hooks(conv):
-        return Refusal(Reason.HOOK, "it has a hook, which would no longer see this convolution alone")
+    if (hooked := hook_refusal(conv)) is not None:
+        return hooked
     if places[id(conv)] > 1 or any(owners[id(p)] > 1 for p in conv._parameters.values() if p is not None):
         return Refusal(Reason.SHARED, "it, or its weight, is registered in more than one place")
     if not inherits_forward(conv):
@@ -181,7 +184,7 @@ def _stays(norm: nn.Module, places: Counter[int], owners: Counter[int]) -> Refus
     own = [*norm._parameters.values(), *norm._buffers.values()]
     if not isinstance(norm, _BatchNorm) or norm.running_var is None:
         return Refusal(Reason.BATCH_STATISTICS, "its norm has no running statistics")
-    if has_hooks(norm):
+    if has_hooks(norm) or hook_refusal(norm) is not None:
         return Refusal(Reason.HOOK, "its norm has a hook")
     if hasattr(norm, "parametrizations"):
         return Refusal(Reason.COMPUTED, "its norm's weight is computed by a parametrization")

@@ -70,8 +70,8 @@ class Reading:
             found = [(n, s) for n in inside if isinstance(s := interpreter.value(n), Signal)]
         # A transposed convolution multiplies each pixel of its input with each tap, and no zero between them.
         spread = {n for n in inside if (known := self.flow.operations.get(n)) and known.kind is Kind.CONV_TRANSPOSE}
-        work = (s.work * s.form.rate / (math.prod(s.form.up) if n in spread else 1) for n, s in found)
-        return sum(work) / signal.form.rate
+        zeros = (math.prod(s.form.up) if n in spread and isinstance(s.form, ConvForm) else 1 for n, s in found)
+        return sum(s.work * s.form.rate / z for (_, s), z in zip(found, zeros, strict=True)) / signal.form.rate
 
     def candidate(self) -> Candidate:
         """The whole module as a region."""

@@ -2,11 +2,12 @@
 
 In the algebra it reads the input with ``stride - 1`` zeros between the pixels, so an output pixel meets only every
 ``stride``-th tap: one of ``stride / gcd(stride, dilation)`` phases. A branch with a smaller kernel is centred as
-everywhere (F2), and its sizes count taps of one phase: what is a 1x1 elsewhere is a kernel of that many taps, the smallest
-with which each output pixel reads its nearest input pixel. Padding and cropping lie behind the layer, in the output.
+everywhere (F2), and its sizes count taps of one phase: what is a 1x1 elsewhere is a kernel of that many taps, the
+smallest with which each output pixel reads its nearest input pixel. Padding and cropping lie behind the layer, in the
+output.
 
-The zeros between the pixels are no input: a batch norm or a bias in front of a transposed kernel would be another number in
-each phase and at the border. So a sequence has neither before its last layer.
+The zeros between the pixels are no input: a batch norm or a bias in front of a transposed kernel would be another
+number in each phase and at the border. So a sequence has neither before its last layer.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class TransposedSite(Site):
         padding, extra = transposed_padding(k, d, lead, trail)
         spare = (max(s, step) for s, step in zip(g.stride, d, strict=True))
         if all(p >= 0 for p in padding) and all(0 <= e < most for e, most in zip(extra, spare, strict=True)):
-            own = {"conv": self._spread(g.in_channels, g.out_channels, k, g.groups, d, padding, extra, bias)}
+            own: dict[str, nn.Module] = {
+                "conv": self._spread(g.in_channels, g.out_channels, k, g.groups, d, padding, extra, bias)
+            }
         else:
             none = (0,) * self.n
             ends = [tuple(-p for p in padding), tuple(e - p for e, p in zip(extra, padding, strict=True))]
