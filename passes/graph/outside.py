@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from passes.graph.contents import CONTAINERS, FOREIGN, copied, has_data, inside, is_changeable, refill, same_items
 
-__all__ = ["Outside", "kept_outside", "kept_statistics", "spoken"]
+__all__ = ["Outside", "kept_outside", "kept_statistics", "speaks_of_weights"]
 
 SMALL = 200
 DEPTH = 6
@@ -110,11 +110,20 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(content)
 
 
-def spoken(code: Any) -> set[str]:
-    """The names that a function speaks of, or a function that it calls."""
+def speaks_of_weights(code: Any) -> bool:
+    """Whether a function, or the forward of a module, names tensors of layers, itself or in what it calls by name."""
     walk = _Walk()
+    if isinstance(code, nn.Module):
+        walk.method(type(code), "forward")
+        code = vars(code).get("forward")
     walk.value(code)
-    return walk.names
+    return not walk.names.isdisjoint(_WEIGHTS)
+
+
+_WEIGHTS = frozenset(
+    {"weight", "bias", "weight_orig", "weight_mask", "weight_g", "weight_v", "parameters", "named_parameters"}
+    | {"_parameters", "state_dict", "load_state_dict", "register_parameter"}
+)
 
 
 class _Walk:

@@ -23,6 +23,7 @@ from passes.graph.capture import Call, Unit, call_of, has_hooks, in_one_context,
 from passes.graph.leaf import is_pruned
 from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
+from passes.graph.outside import speaks_of_weights
 from passes.graph.variants import own_calls, variants
 from passes.refusal import UNREAD, Reason, Refusal
 from passes.training.hooks import hook_refusal, sees_result
@@ -43,7 +44,7 @@ class Found:
     """A convolution of a model: its path, the norm that alone reads it, or the reason why it must be left alone.
 
     ``norm_stays`` says why a norm that reads it does not belong to it; ``always``, whether each call with defaults runs
-    it, in evaluation or in training.
+    it, in evaluation or in training; ``unread``, why the graphs do not show how it is used: then a run has to.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Found:
     refusal: Refusal | None = None
     norm_stays: Refusal | None = None
     always: bool = False
+    unread: Refusal | None = None
 
 
 def find_convs(model: nn.Module) -> list[Found]:
@@ -76,6 +78,10 @@ def _found(model: nn.Module) -> list[Found]:
             refusal = _intrinsic(module, places, owners) or _usage(path, module, seen, other)
             if refusal is not None:
                 found.append(Found(path, module, refusal=refusal.at(path)))
+                continue
+            if (unread := _unread(path, module, seen)) is not None:
+                speaking = _speaks(path, model, seen)
+                found.append(Found(path, module, refusal=speaking, unread=None if speaking else unread.at(path)))
                 continue
             always = any(u.calls[id(module)] and not u.unit_of[id(module)].path for u in seen)
             norm = _norm_of(module, [*seen, *other])
@@ -135,16 +141,12 @@ def _usage(path: str, conv: _ConvNd, seen: list[_Uses], other: list[_Uses]) -> R
             return Refusal(Reason.SHARED, f"a module around it is called more than once{when}")
         if uses.calls[id(conv)] > 1:
             return Refusal(Reason.SHARED, f"it is called more than once{when}")
-    for uses in seen:
-        # What one mode shows says nothing about the other, if code that cannot be read runs there.
-        if not uses.calls[id(conv)] and (hidden := uses.untraced_around(path)) is not None:
-            return hidden
     if any(u.reads(path) for u in [*seen, *other]):
         return Refusal(Reason.CODE, "the code around it reads its weight or bias itself")
     if any(id(conv) in unit.asked for u in [*seen, *other] for unit in u.units):
         return Refusal(Reason.CODE, "other code looks at its class")
     running = [u for u in [*seen, *other] if u.calls[id(conv)]]
-    if not running:
+    if not running and _unread(path, conv, seen) is None:
         return Refusal(Reason.NEVER_CALLED, Reason.NEVER_CALLED.value)
     modes = [u for u in seen if u.calls[id(conv)]]
     if len({u.norm(conv) for u in modes}) > 1 and len({u.readers[id(conv)] for u in modes}) > 1:
@@ -153,6 +155,25 @@ def _usage(path: str, conv: _ConvNd, seen: list[_Uses], other: list[_Uses]) -> R
         return Refusal(Reason.UNTRACEABLE, "code that cannot be traced calls it")
     if any(id(conv) in u.named for u in running):
         return Refusal(Reason.CODE, "it is called with a keyword argument, or more than its input")
+    return None
+
+
+def _unread(path: str, conv: _ConvNd, seen: list[_Uses]) -> Refusal | None:
+    """The code around it that cannot be traced, in a mode in which no graph shows it.
+
+    What one mode shows says nothing about the other.
+    """
+    hidden = (uses.untraced_around(path) for uses in seen if not uses.calls[id(conv)])
+    return next((refusal for refusal in hidden if refusal is not None), None)
+
+
+def _speaks(path: str, model: nn.Module, seen: list[_Uses]) -> Refusal | None:
+    """Code around a convolution that cannot be traced and names tensors: no run shows all that it does with them."""
+    around = {r.layer for uses in seen for r in uses.untraced if r.reason in UNREAD and _within(path, r.layer)}
+    for at in sorted(around):
+        if speaks_of_weights(model.get_submodule(at)):
+            told = f"the code of {at or 'the model'}, which cannot be traced, speaks of weights: they may be its own"
+            return Refusal(Reason.CODE, told, path)
     return None
 
 

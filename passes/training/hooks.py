@@ -19,7 +19,7 @@ from torch import nn
 
 from passes.blocks.kit.layers import GEOMETRY
 from passes.graph.leaf import makes_weight
-from passes.graph.outside import spoken
+from passes.graph.outside import speaks_of_weights
 from passes.refusal import Reason, Refusal
 
 __all__ = ["hook_refusal", "sees_result"]
@@ -29,10 +29,6 @@ _CALLED = {"_forward_hooks": 3, "_forward_pre_hooks": 2, "_backward_hooks": 3, "
 
 _STATE = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
-_WEIGHTS = frozenset(
-    {"weight", "bias", "weight_orig", "weight_mask", "weight_g", "weight_v", "parameters", "named_parameters"}
-    | {"_parameters", "state_dict", "load_state_dict", "register_parameter"}
-)
 _PLAIN = (bool, int, float, complex, str, type(None))
 
 
@@ -64,7 +60,7 @@ def _why_not(hook: Any, module: nn.Module, count: int) -> str | None:
     if found is None:
         return "cannot be read"
     code, first = found
-    if spoken(hook) & _WEIGHTS:
+    if speaks_of_weights(hook):
         return "speaks of weights"
     return None if _leaves_alone(code, first, count, module) else "looks at the layer itself"
 
