@@ -214,9 +214,9 @@ class _Trial(Generic[Row]):
             if len(taken_back) + len(changed) >= MAX_CULPRITS:
                 if doubted.isdisjoint(row.layer for row in rows):
                     wrong.raise_if_different()
-                said = f"{Reason.DIFFERS.value}, with too many others to tell them apart: {wrong.differences[0]}"
+                doubt = f"{Reason.DIFFERS.value}, with too many others to tell them apart: {wrong.differences[0]}"
                 for layer in [row.layer for row in rows if row.layer in doubted]:
-                    taken_back[layer] = Refusal(Reason.DIFFERS, said, layer)
+                    taken_back[layer] = Refusal(Reason.DIFFERS, doubt, layer)
                 rows = [row for row in rows if row.layer not in doubted]
                 continue
             i, reason = self.culprit(rows)
