@@ -200,13 +200,16 @@ def _norm_of(conv: _ConvNd, ways: list[_Uses]) -> Norm | Refusal | None:
     return norm
 
 
+_NORM_HOOKED = Refusal(Reason.HOOK, "its norm has a hook")
+
+
 def _stays(norm: nn.Module, places: Counter[int], owners: Counter[int]) -> Refusal | None:
     """Why a norm may not be moved."""
     own = [*norm._parameters.values(), *norm._buffers.values()]
     if not isinstance(norm, _BatchNorm) or norm.running_var is None:
         return Refusal(Reason.BATCH_STATISTICS, "its norm has no running statistics")
     if has_hooks(norm) or hook_refusal(norm) is not None:
-        return Refusal(Reason.HOOK, "its norm has a hook")
+        return _NORM_HOOKED
     if hasattr(norm, "parametrizations"):
         return Refusal(Reason.COMPUTED, "its norm's weight is computed by a parametrization")
     if places[id(norm)] != 1 or any(owners[id(p)] != 1 for p in own if isinstance(p, nn.Parameter)):
@@ -288,8 +291,8 @@ class _Uses:
             path, norm = join(unit.path, str(reader.target)), unit.module(reader)
             if not isinstance(norm, _BatchNorm):
                 return None
-            if str(reader.target) in unit.opaque:
-                return unit.opaque[str(reader.target)].at(path)
+            if (opaque := unit.opaque.get(str(reader.target))) is not None:
+                return _NORM_HOOKED if opaque.reason is Reason.HOOK else opaque.at(path)
             if leaves[str(reader.target)] != 1:
                 return Refusal(Reason.SHARED, f"the norm {path} is called more than once")
             if not in_one_context([conv, reader]):

@@ -53,7 +53,7 @@ class TransposedSite(Site):
 
     def needs_window(self, why: str) -> None:
         if self.reads_one and self.taps > 1:
-            self.refuse(f"its kernel is no larger than its stride, so each output pixel has a tap of its own: {why}")
+            self.refuse(f"no two of its taps reach one output pixel: {why}")
         super().needs_window(why)
 
     def parallel(
