@@ -115,8 +115,11 @@ def speaks_of_weights(code: Any) -> bool:
     walk = _Walk()
     if isinstance(code, nn.Module):
         walk.method(type(code), "forward")
-        code = vars(code).get("forward")
-    walk.value(code)
+        walk.value(vars(code).get("forward"))
+        for name in walk.names & vars(code).keys():
+            walk.held(vars(code)[name])
+    else:
+        walk.value(code)
     return not walk.names.isdisjoint(_WEIGHTS)
 
 
