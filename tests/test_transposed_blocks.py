@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import reparam
 from passes.algebra.geometry import TRANSPOSED, Geometry
+from passes.blocks.ecb import ScaledFilter
 from passes.edits.apply import apply
 from passes.edits.edit import made_by
 from passes.training.build import rebuilt
@@ -151,6 +152,22 @@ def test_where_taps_do_not_overlap_there_is_nothing_to_add(block: str) -> None:
     found = refusal(nn.Sequential(nn.ConvTranspose2d(4, 4, 2, 2)), block)
     assert found.reason is Reason.BLOCK
     assert "no two of its taps reach one output pixel" in found.message
+
+
+def test_fixed_filters_lie_as_in_the_ordinary_block() -> None:
+    """Torch's layer holds a transposed kernel the other way round."""
+    for block, filters in (("ecb", ("sobel_x.edge", "sobel_y.edge")), ("orepa", ("prior.filters",))):
+        spread, plain = (
+            reparam.expand(nn.Sequential(kind(8, 8, 3, padding=1)), block, online=False)[0]  # type: ignore[index]
+            for kind in (nn.ConvTranspose2d, nn.Conv2d)
+        )
+        for path in filters:
+            layers = [each.get_submodule(path) for each in (spread, plain)]
+            kernels = [
+                layer.filter if isinstance(layer, ScaledFilter) else Geometry.of(layer).laid_out(layer.weight)  # type: ignore[arg-type]
+                for layer in layers
+            ]
+            assert torch.equal(*kernels), path
 
 
 def test_the_norm_moves_in_and_comes_back() -> None:
