@@ -51,14 +51,9 @@ def without_hooks(module: nn.Module) -> nn.Module:
     if not has_hooks(module):
         return module
     bare = copy.copy(module)
-    bare.__dict__ = {
-        name: type(value)()
-        if name.endswith("_hooks")
-        else copy.copy(value)
-        if isinstance(value, (dict, set))
-        else value
-        for name, value in vars(module).items()
-    }
+    tables = {name: value for name, value in vars(module).items() if isinstance(value, (dict, set))}
+    own = {name: type(table)() if "_hooks" in name else copy.copy(table) for name, table in tables.items()}
+    bare.__dict__ = {**vars(module), **own}
     return bare
 
 
