@@ -250,6 +250,8 @@ def make_plan(
     with kept_generators(p.device for p in model.parameters()):
         positions = None
         convs = find_convs(model)
+        if verify is not True:
+            convs = [_unseen(found) for found in convs]
         if example_inputs is not None:
             example_inputs = as_example(example_inputs, model)
             positions = positions_of(model, convs, example_inputs)
@@ -257,6 +259,14 @@ def make_plan(
         rows = decide.rows(convs, block, where, online)
         plan = Plan(rows, positions is not None, model, init == "preserve", inplace, verify)
         return _tried(plan, decide, example_inputs, strict) if verify is True else plan
+
+
+def _unseen(found: Found) -> Found:
+    """A convolution of which no graph says how it is used is left alone where nothing is run."""
+    if found.refusal is not None or found.unread is None:
+        return found
+    said = f"{found.unread.message}; only a run shows how it is used: verify=True"
+    return replace(found, refusal=replace(found.unread, message=said))
 
 
 def _tried(plan: Plan, decide: _Decision, example: Any, strict: bool) -> Plan:
@@ -281,12 +291,13 @@ def _tried(plan: Plan, decide: _Decision, example: Any, strict: bool) -> Plan:
         decide.without_norm,
         example,
         lambda row: row.found.always,
+        lambda row: row.found.unread,
         exact_in_training=all(block is None or block.info.exact_in_training for block in blocks),
     )
     if strict and (outcome.taken_back or outcome.changed):
         refusal = next(iter([*outcome.taken_back.values(), *outcome.changed.values()]))
         raise EquivalenceError(str(refusal), layer=refusal.layer)
-    for layer, refusal in outcome.taken_back.items():
+    for layer, refusal in {**outcome.unseen, **outcome.taken_back}.items():
         rows[layer] = replace(rows[layer], block=None, refusal=refusal, cost=None)
     rows |= {row.layer: row for row in outcome.kept}
     for layer, refusal in outcome.changed.items():

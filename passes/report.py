@@ -184,7 +184,7 @@ def _described(form: Form) -> str:
     if isinstance(form, OpaqueForm):
         kind = type(form.layer).__name__
     else:
-        kind = f"ConvTranspose{form.n}d" if any(u != 1 for u in form.up) else f"Conv{form.n}d"
+        kind = f"ConvTranspose{form.n}d" if form.is_transposed else f"Conv{form.n}d"
     grouped = f", groups {form.groups}" if form.groups > 1 else ""
     stride = f", stride {'x'.join(map(str, form.stride))}" if any(s > 1 for s in form.stride) else ""
     kernel = "x".join(map(str, form.kernel))

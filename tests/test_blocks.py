@@ -415,7 +415,7 @@ def refusal(model: nn.Module, block: Any, **options: Any) -> reparam.Refusal:
         ("largekernel", conv_bn(2, 4, 4, 7, groups=4, dilation=2), "stride 1 and dilation 1"),
         ("qarepvgg", conv_bn(2, 4, 4, 1), "more than one tap with a batch norm behind it"),
         ("qarepvgg", nn.Sequential(nn.Conv2d(4, 4, 3)), "more than one tap with a batch norm behind it"),
-        ("dbb", nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), "a transposed convolution"),
+        ("dbb", nn.Sequential(nn.ConvTranspose2d(4, 4, 2, 2)), "no two of its taps reach one output pixel"),
     ],
 )
 def test_each_refusal_says_why(block: Any, model: nn.Module, fragment: str) -> None:

@@ -21,7 +21,7 @@ def mobileone(conv: Site, *, n: int = 4) -> Iterator[tuple[str, nn.Module]]:
     yield "conv0", conv.main()
     for i in range(1, n):
         yield f"conv{i}", conv.parallel(conv.kernel)
-    if conv.taps > 1:
+    if not conv.reads_one:
         yield "point", conv.parallel(1)
     if conv.keeps_shape:
         yield "identity", conv.identity()

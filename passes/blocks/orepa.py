@@ -21,8 +21,7 @@ def orepa(conv: Site, *, expansion: int = 8) -> Iterator[tuple[str, nn.Module]]:
 
     kxk, 1x1 -> average, 1x1 -> frequency prior, 1x1 -> kxk, 1x1, depthwise (x ``expansion``) -> 1x1.
     """
-    if conv.taps == 1:
-        conv.refuse("a kernel of one tap: the branches of orepa would all be the same")
+    conv.needs_window("the branches of orepa would all be the same")
     out = conv.out_channels
     yield "square", conv.row(conv=conv.main(norm=False), scale=conv.scale(1.0 if conv.preserve else 0.25))
     yield "average", conv.row(point=conv.pointwise(out), pool=conv.average(out), scale=conv.scale(0.25))

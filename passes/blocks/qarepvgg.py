@@ -22,7 +22,7 @@ def qarepvgg(conv: Site) -> Iterator[tuple[str, nn.Module]]:
     starts as the inverse of the outer one's statistics: the function is kept up to rounding in eval mode and up to eps
     in train mode.
     """
-    if conv.taps == 1 or conv.norm is None or conv.norm.running_var is None:
+    if conv.reads_one or conv.norm is None or conv.norm.running_var is None:
         conv.refuse("qarepvgg is for a kernel of more than one tap with a batch norm behind it")
     norm, inner = conv.norm, conv.new_norm(conv.out_channels)
     if conv.preserve and not conv.online and inner is not None:

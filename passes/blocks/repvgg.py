@@ -15,8 +15,7 @@ __all__ = ["repvgg"]
 @block("repvgg")
 def repvgg(conv: Site) -> Iterator[tuple[str, nn.Module]]:
     """RepVGG: kxk + 1x1 + identity (where shapes allow), each with its batch norm."""
-    if conv.taps == 1:
-        conv.refuse("a kernel of one tap: repvgg's 1x1 branch would be the same again")
+    conv.needs_window("repvgg's 1x1 branch would be the same again")
     yield "square", conv.main()
     yield "point", conv.parallel(1)
     if conv.keeps_shape:

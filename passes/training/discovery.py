@@ -16,15 +16,17 @@ from typing import Any
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from passes.edits.holders import apart
 from passes.graph.capture import Call, Unit, call_of, has_hooks, in_one_context, inherits_forward, join, trace_units
 from passes.graph.leaf import is_pruned
 from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
+from passes.graph.outside import speaks_of_weights
 from passes.graph.variants import own_calls, variants
 from passes.refusal import UNREAD, Reason, Refusal
+from passes.training.hooks import hook_refusal, sees_result
 
 __all__ = ["Found", "Norm", "find_convs", "plain_norm"]
 
@@ -42,7 +44,7 @@ class Found:
     """A convolution of a model: its path, the norm that alone reads it, or the reason why it must be left alone.
 
     ``norm_stays`` says why a norm that reads it does not belong to it; ``always``, whether each call with defaults runs
-    it, in evaluation or in training.
+    it, in evaluation or in training; ``unread``, why the graphs do not show how it is used: then a run has to.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Found:
     refusal: Refusal | None = None
     norm_stays: Refusal | None = None
     always: bool = False
+    unread: Refusal | None = None
 
 
 def find_convs(model: nn.Module) -> list[Found]:
@@ -76,8 +79,14 @@ def _found(model: nn.Module) -> list[Found]:
             if refusal is not None:
                 found.append(Found(path, module, refusal=refusal.at(path)))
                 continue
+            if (unread := _unread(path, module, seen)) is not None:
+                speaking = _speaks(path, model, seen)
+                found.append(Found(path, module, refusal=speaking, unread=None if speaking else unread.at(path)))
+                continue
             always = any(u.calls[id(module)] and not u.unit_of[id(module)].path for u in seen)
             norm = _norm_of(module, [*seen, *other])
+            if isinstance(norm, Norm) and sees_result(module):
+                norm = Refusal(Reason.HOOK, "it has a hook, which sees its result before the norm")
             if isinstance(norm, Norm):
                 norm = _stays(model.get_submodule(norm.path), places, owners) or norm
             if isinstance(norm, Refusal):
@@ -109,16 +118,14 @@ def _other_calls(unit: Unit) -> list[_Uses]:
 
 def _intrinsic(conv: _ConvNd, places: Counter[int], owners: Counter[int]) -> Refusal | None:
     """What speaks against a convolution whatever surrounds it."""
-    if isinstance(conv, _ConvTransposeNd):
-        return Refusal(Reason.BLOCK, "a transposed convolution: no block is defined for it")
     if hasattr(conv, "parametrizations"):
         return Refusal(Reason.COMPUTED, f"{Reason.COMPUTED.value}: remove it first (torch.nn.utils.parametrize)")
     if is_pruned(conv):
         return Refusal(Reason.COMPUTED, "it is pruned: make that permanent first (torch.nn.utils.prune.remove)")
     if "weight" not in conv._parameters:
         return Refusal(Reason.COMPUTED, "its weight is computed by weight_norm or spectral_norm: remove it first")
-    if has_hooks(conv):
-        return Refusal(Reason.HOOK, "it has a hook, which would no longer see this convolution alone")
+    if (hooked := hook_refusal(conv)) is not None:
+        return hooked
     if places[id(conv)] > 1 or any(owners[id(p)] > 1 for p in conv._parameters.values() if p is not None):
         return Refusal(Reason.SHARED, "it, or its weight, is registered in more than one place")
     if not inherits_forward(conv):
@@ -134,16 +141,12 @@ def _usage(path: str, conv: _ConvNd, seen: list[_Uses], other: list[_Uses]) -> R
             return Refusal(Reason.SHARED, f"a module around it is called more than once{when}")
         if uses.calls[id(conv)] > 1:
             return Refusal(Reason.SHARED, f"it is called more than once{when}")
-    for uses in seen:
-        # What one mode shows says nothing about the other, if code that cannot be read runs there.
-        if not uses.calls[id(conv)] and (hidden := uses.untraced_around(path)) is not None:
-            return hidden
     if any(u.reads(path) for u in [*seen, *other]):
         return Refusal(Reason.CODE, "the code around it reads its weight or bias itself")
     if any(id(conv) in unit.asked for u in [*seen, *other] for unit in u.units):
         return Refusal(Reason.CODE, "other code looks at its class")
     running = [u for u in [*seen, *other] if u.calls[id(conv)]]
-    if not running:
+    if not running and _unread(path, conv, seen) is None:
         return Refusal(Reason.NEVER_CALLED, Reason.NEVER_CALLED.value)
     modes = [u for u in seen if u.calls[id(conv)]]
     if len({u.norm(conv) for u in modes}) > 1 and len({u.readers[id(conv)] for u in modes}) > 1:
@@ -151,7 +154,26 @@ def _usage(path: str, conv: _ConvNd, seen: list[_Uses], other: list[_Uses]) -> R
     if any(id(conv) in u.unit_of[id(conv)].pinned for u in running):
         return Refusal(Reason.UNTRACEABLE, "code that cannot be traced calls it")
     if any(id(conv) in u.named for u in running):
-        return Refusal(Reason.CODE, "it is called with its input as a keyword argument")
+        return Refusal(Reason.CODE, "it is called with a keyword argument, or more than its input")
+    return None
+
+
+def _unread(path: str, conv: _ConvNd, seen: list[_Uses]) -> Refusal | None:
+    """The code around it that cannot be traced, in a mode in which no graph shows it.
+
+    What one mode shows says nothing about the other.
+    """
+    hidden = (uses.untraced_around(path) for uses in seen if not uses.calls[id(conv)])
+    return next((refusal for refusal in hidden if refusal is not None), None)
+
+
+def _speaks(path: str, model: nn.Module, seen: list[_Uses]) -> Refusal | None:
+    """Code around a convolution that cannot be traced and names tensors: no run shows all that it does with them."""
+    around = {r.layer for uses in seen for r in uses.untraced if r.reason in UNREAD and _within(path, r.layer)}
+    for at in sorted(around):
+        if speaks_of_weights(model.get_submodule(at)):
+            told = f"the code of {at or 'the model'}, which cannot be traced, speaks of weights: they may be its own"
+            return Refusal(Reason.CODE, told, path)
     return None
 
 
@@ -178,13 +200,16 @@ def _norm_of(conv: _ConvNd, ways: list[_Uses]) -> Norm | Refusal | None:
     return norm
 
 
+_NORM_HOOKED = Refusal(Reason.HOOK, "its norm has a hook")
+
+
 def _stays(norm: nn.Module, places: Counter[int], owners: Counter[int]) -> Refusal | None:
     """Why a norm may not be moved."""
     own = [*norm._parameters.values(), *norm._buffers.values()]
     if not isinstance(norm, _BatchNorm) or norm.running_var is None:
         return Refusal(Reason.BATCH_STATISTICS, "its norm has no running statistics")
-    if has_hooks(norm):
-        return Refusal(Reason.HOOK, "its norm has a hook")
+    if has_hooks(norm) or hook_refusal(norm) is not None:
+        return _NORM_HOOKED
     if hasattr(norm, "parametrizations"):
         return Refusal(Reason.COMPUTED, "its norm's weight is computed by a parametrization")
     if places[id(norm)] != 1 or any(owners[id(p)] != 1 for p in own if isinstance(p, nn.Parameter)):
@@ -231,7 +256,7 @@ class _Uses:
                     self.unit_of[id(conv)] = unit
                     self.norms[id(conv)] = self._norm_behind(unit, node, leaves, entered)
                     self.readers[id(conv)] = frozenset(_where_read(unit, reader) for reader in _readers(node))
-                    if node.kwargs:
+                    if node.kwargs or len(node.args) > 1:  # the output_size of a transposed convolution
                         self.named.add(id(conv))
                     if any(_meeting(node, reader) in own for reader in _readers(node)):
                         self.own_code.add(id(conv))
@@ -266,8 +291,8 @@ class _Uses:
             path, norm = join(unit.path, str(reader.target)), unit.module(reader)
             if not isinstance(norm, _BatchNorm):
                 return None
-            if str(reader.target) in unit.opaque:
-                return unit.opaque[str(reader.target)].at(path)
+            if (opaque := unit.opaque.get(str(reader.target))) is not None:
+                return _NORM_HOOKED if opaque.reason is Reason.HOOK else opaque.at(path)
             if leaves[str(reader.target)] != 1:
                 return Refusal(Reason.SHARED, f"the norm {path} is called more than once")
             if not in_one_context([conv, reader]):

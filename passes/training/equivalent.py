@@ -5,6 +5,7 @@ All three come from the same laws that :mod:`passes.collapse` folds with. Nothin
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -21,6 +22,7 @@ from passes.graph.capture import trace_units
 from passes.graph.dataflow import Flow
 from passes.graph.generated import forget_with
 from passes.graph.modes import kept_modes
+from passes.graph.opset import Kind
 from passes.laws.interpreter import Interpreter
 from passes.laws.layouts import views
 from passes.laws.regions import Contraction
@@ -65,8 +67,11 @@ class Reading:
         signal, interpreter = self._signal(None)
         inside = [n for n in self.flow.nodes if n not in self.flow.constant and n is not self.entry]
         with kept_modes(self.module):
-            signals = [s for n in inside if isinstance(s := interpreter.value(n), Signal)]
-        return sum(s.work * s.form.rate for s in signals) / signal.form.rate
+            found = [(n, s) for n in inside if isinstance(s := interpreter.value(n), Signal)]
+        # A transposed convolution multiplies each pixel of its input with each tap, and no zero between them.
+        spread = {n for n in inside if (known := self.flow.operations.get(n)) and known.kind is Kind.CONV_TRANSPOSE}
+        zeros = (math.prod(s.form.up) if n in spread and isinstance(s.form, ConvForm) else 1 for n, s in found)
+        return sum(s.work * s.form.rate / z for (_, s), z in zip(found, zeros, strict=True)) / signal.form.rate
 
     def candidate(self) -> Candidate:
         """The whole module as a region."""

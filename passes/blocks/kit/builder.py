@@ -90,6 +90,16 @@ class Site:
         return math.prod(self.kernel)
 
     @property
+    def weight(self) -> Tensor:
+        """The kernel ``(out, in / groups, *kernel)``, however torch's layer holds it."""
+        return self.geometry.laid_out(self.conv.weight)
+
+    @property
+    def reads_one(self) -> bool:
+        """Whether each output pixel reads a single pixel of the input, so that a smaller kernel would add nothing."""
+        return self.taps == 1
+
+    @property
     def depthwise(self) -> bool:
         """One input channel per group, and as many outputs as inputs."""
         return self.groups == self.in_channels == self.out_channels
@@ -102,6 +112,15 @@ class Site:
     def refuse(self, why: str) -> NoReturn:
         """Leave this convolution alone; ``why`` is what the plan prints."""
         raise RefusalError(Reason.BLOCK, why)
+
+    def needs_window(self, why: str) -> None:
+        """Leave it alone if it :attr:`reads_one`; ``why`` says what the block would come to."""
+        if self.reads_one:
+            self.refuse(f"a kernel of one tap: {why}")
+
+    def span(self, kernel: Sequence[int] | int) -> Ints:
+        """Sizes of the kernel that :meth:`parallel` makes for ``kernel``, one per dimension."""
+        return _per_dim(kernel, self.n)
 
     # ---------------------------------------------------------------- branches
 
@@ -132,7 +151,7 @@ class Site:
         ``dilation`` defaults to the main one's. A batch norm of weight ``gamma`` follows, if ``norm`` and if its shift
         has a place.
         """
-        k = _per_dim(kernel, self.n)
+        k = self.span(kernel)
         d = _per_dim(dilation, self.n) if dilation else self.geometry.dilation
         lead, trail = self._pads(k, d)
         g = self.geometry

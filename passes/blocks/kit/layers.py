@@ -15,6 +15,7 @@ from passes.blocks.kit.kernel_conv import KernelConv
 from passes.refusal import Reason, RefusalError, ReparamError
 
 __all__ = [
+    "GEOMETRY",
     "BranchSum",
     "ChannelScale",
     "IdentityConv",
@@ -108,9 +109,11 @@ class BranchSum(nn.Module):
         return f"block={self.reparam_block}"
 
 
-_GEOMETRY = (
+GEOMETRY = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    "output_padding",
 )  # fmt: skip
+"""Attributes that a block has from the convolution in whose place it stands."""
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -119,8 +122,9 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def stand_in(module: nn.Module, block: str, conv: Any) -> None:
     """Give a block the attributes of the convolution that it stands for, which surrounding code may read."""
-    for name in _GEOMETRY:
-        setattr(module, name, getattr(conv, name))
+    for name in GEOMETRY:
+        if hasattr(conv, name):
+            setattr(module, name, getattr(conv, name))
     module.reparam_block = block  # type: ignore[assignment]
 
 
