@@ -125,19 +125,20 @@ class _Compilation(Compilation[Program]):
         gone |= {user for node in gone for user in node.users if is_idle(user)}
         return tuple(node.name for node in self.program.graph.nodes if node in gone)
 
-    def replay(self, entry: str, result: str, inputs: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
-        return [self._run(self.nodes[entry], self.nodes[result], x) for x in inputs]
+    def replay(self, given: Sequence[Mapping[str, Tensor]], result: str) -> list[tuple[Tensor, float]]:
+        return [self._run({self.nodes[name]: x for name, x in each.items()}, self.nodes[result]) for each in given]
 
-    def _run(self, entry: fx.Node, result: fx.Node, x: Tensor) -> tuple[Tensor, float]:
-        needed = needed_for(result, entry, lambda node: node.all_input_nodes)
-        values: dict[fx.Node, Any] = {entry: x.clone()}  # it may be changed in place
-        peak = float(x.abs().max())
+    def _run(self, given: Mapping[fx.Node, Tensor], result: fx.Node) -> tuple[Tensor, float]:
+        needed = needed_for(result, given, lambda node: node.all_input_nodes)
+        values: dict[fx.Node, Any] = {entry: x.clone() for entry, x in given.items()}  # it may be changed in place
+        device = next(iter(given.values())).device
+        peak = max(float(x.abs().max()) for x in given.values())
         for node in self.program.graph.nodes:  # in the original order: some work in place
             if node not in needed:
                 continue
             if node.op in ("placeholder", "get_attr"):
                 number = self.numbers[self.weights.get(node.name, str(node.target))]
-                value = number.detach().to(x.device, torch.float64) if number.is_floating_point() else number
+                value = number.detach().to(device, torch.float64) if number.is_floating_point() else number
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 value = node.target(*args, **kwargs)

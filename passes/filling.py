@@ -165,6 +165,7 @@ class _Filling:
 
     def solve(self, flow: Flow, fold: Fold) -> None:
         """The numbers of a fold's layers, so that it becomes the layer that is known."""
+        assert fold.layer is not None  # no map goes into several layers where regions are whole
         wanted = {name: self.numbers[id(p)] for name, p in fold.layer.named_parameters() if id(p) in self.numbers}
         name = ", ".join(layers_of(flow, fold.candidate))
         if len(wanted) != sum(1 for _ in fold.layer.parameters()):

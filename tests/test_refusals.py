@@ -211,12 +211,6 @@ def pooled(**options: Any) -> nn.Module:
         (C3, BN),
     ),
     Case(
-        "over-the-batch",
-        Reason.LAYOUT,
-        lambda: Net(lambda m, x: m.bn((lambda y: torch.cat([y, y], 0))(m.a(x))), a=conv(), bn=nn.BatchNorm2d(4)),
-        (C3, BN),
-    ),
-    Case(
         "size-in-arithmetic",
         Reason.NO_CONVOLUTION,
         lambda: Net(lambda m, x: m.bn((lambda y: y / y.shape[2])(m.a(x))), a=conv(), bn=nn.BatchNorm2d(4)),

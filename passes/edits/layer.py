@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from passes.algebra.geometry import CONVS, PADS
 from passes.algebra.scale_shift import ScaleShift
 from passes.edits.errors import EditError
+from passes.graph.opset import operation_of_layer
 
 __all__ = ["GEOMETRY", "Layer", "describe", "described"]
 
@@ -149,14 +150,17 @@ def _stock(layer: nn.Module) -> Layer:
 
 def _relative(original: nn.Module, bias: bool) -> nn.Module:
     """A copy of a convolution of a class of its own, its weight and bias without numbers."""
-    if not isinstance(original, _ConvNd):
+    operation = operation_of_layer(original)
+    deformable = operation is not None and operation.id == "deform_conv2d"
+    if not isinstance(original, _ConvNd) and not deformable:
         raise EditError(f"a {type(original).__name__} is no convolution whose numbers can be folded")
-    layer = copy.copy(original)
+    layer: Any = copy.copy(original)
     layer.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
-    layer.weight = nn.Parameter(torch.empty_like(original.weight, device="meta"))
-    empty = nn.Parameter(torch.empty(original.out_channels, device="meta")) if bias else None
+    layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"))
+    empty = nn.Parameter(torch.empty(layer.out_channels, device="meta")) if bias else None
     layer.register_parameter("bias", empty)
-    return layer.eval()
+    made: nn.Module = layer.eval()
+    return made
 
 
 def _is_option(name: str, value: Any) -> bool:

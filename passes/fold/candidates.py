@@ -10,7 +10,7 @@ The search is linear in the size of the graph: the walk is bounded, and values a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -30,12 +30,27 @@ from passes.laws.regions import Contraction, Region
 from passes.laws.values import Signal
 from passes.refusal import Reason, Refusal, RefusalError
 
-__all__ = ["Candidate", "Key", "cost_message", "dying_constants", "find_candidates", "layers_of"]
+__all__ = [
+    "Candidate", "Key", "between_of", "cost_message", "dying_constants", "find_candidates", "in_order", "layers_of",
+]  # fmt: skip
 
 Key = tuple[fx.Node, fx.Node, frozenset[fx.Node]]
 
 MAX_CLIMB = 32
 """Most dominators walked up from one node; regions that matter are far smaller."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tie:
+    """Calls of one weight that fold together.
+
+    Args:
+        nodes: all that vanish.
+        one: whether one layer holds the numbers of all of them.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    one: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +66,8 @@ class Candidate(Region):
         convs: the dying convolutions and linear layers.
         gain: what orders candidates.
         factor: how many times ``numbers`` and ``work`` the one layer may cost.
+        parts: of a map that several layers take over: what each of them becomes.
+        tie: of calls of one weight, what they have in common.
     """
 
     between: tuple[fx.Node, ...]
@@ -62,6 +79,8 @@ class Candidate(Region):
     convs: frozenset[fx.Node]
     gain: tuple[bool, float, bool, float, int]
     factor: float = field(default=1.0, kw_only=True)
+    parts: tuple[Candidate, ...] = field(default=(), kw_only=True)
+    tie: Tie | None = field(default=None, kw_only=True)
 
     @property
     def swallowed(self) -> tuple[Candidate, ...]:
@@ -82,7 +101,20 @@ class Candidate(Region):
     @property
     def key(self) -> Key:
         """What finds this candidate again in another selection."""
-        return self.entry, self.result, frozenset(self.dying)
+        return self.entry, self.result, frozenset(self.touched)
+
+    @property
+    def together(self) -> Key:
+        """What finds again what it falls with: itself, the map that it takes part of, the calls that it is tied to."""
+        spread, tie = self.spread, self.tie
+        if tie is not None:
+            return tie.nodes[0], tie.nodes[-1], frozenset(tie.nodes)
+        return self.key if spread is None else (spread.source, spread.result, frozenset(spread.mapped))
+
+    @property
+    def touched(self) -> tuple[fx.Node, ...]:
+        """What dies, and the maps that it takes part of."""
+        return (*self.dying, *(node for spread in self.spreads for node in spread.mapped))
 
     def costs(self, form: Form) -> Refusal | None:
         """A refusal if ``form`` costs more than what would die."""
@@ -169,7 +201,9 @@ def _reach(graph: Contraction, changed: set[fx.Node], dominator: dict[fx.Node, f
 def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal, rules: Rules) -> Candidate | Refusal | None:
     """The region from the entry to ``result``, a refusal if it costs more, None if nothing would be gained."""
     graph, flow, entry, form = interpreter.graph, interpreter.flow, interpreter.entry, value.form
-    between = _between(graph, entry, result)
+    between = between_of(graph, (entry,), result)
+    if _parts_a_spread(graph, between, result):
+        return None
     head, moved = None, list[fx.Node]()
     if not value.is_moved:
         dying = _dying(interpreter, between, result, form)
@@ -181,10 +215,12 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal, rules: Rule
         if parts is None:
             return None
         head, moved, mapped = parts
-        dying = [*_dying(interpreter, _between(graph, entry, head), head, form), *mapped]
+        dying = [*_dying(interpreter, between_of(graph, (entry,), head), head, form), *mapped]
     signals = {n: s for n in dying if isinstance(s := interpreter.value(n), Signal)}
     convs = {n for n, s in signals.items() if s.conv}
     if not convs or _is_planned(graph, dying, entry):
+        return None
+    if any(isinstance(r := graph.regions.get(n), Candidate) and r.tie is not None for n in between):
         return None
     if rules.whole and any(n not in signals and (n in graph.regions or flow.tensors.get(n)) for n in between):
         return None
@@ -235,9 +271,9 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal, rules: Rule
     )
     return Candidate(
         entry, result, interpreter.view, interpreter.channels, form, tuple(inner),
-        between=_in_order(flow, between, *(region.between for region in inner)),
-        dying=_in_order(flow, dying, *(region.dying for region in swallowed)),
-        constants=_in_order(flow, constants, *(region.constants for region in swallowed)),
+        between=in_order(flow, between, *(region.between for region in inner)),
+        dying=in_order(flow, dying, *(region.dying for region in swallowed)),
+        constants=in_order(flow, constants, *(region.constants for region in swallowed)),
         numbers=numbers,
         work=work,
         computed=computed,
@@ -297,7 +333,8 @@ def _stays_in_code(flow: Flow, node: fx.Node) -> bool:
     return node.op == "call_function" or isinstance(call_of(node).module, _ConvNd)
 
 
-def _in_order(flow: Flow, *groups: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+def in_order(flow: Flow, *groups: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+    """Each node of these once, in the order of the graph."""
     return tuple(sorted({n for group in groups for n in group}, key=flow.order.__getitem__))
 
 
@@ -311,17 +348,29 @@ def _is_conv(graph: Contraction, node: fx.Node) -> bool:
     return node in graph.regions or is_conv(graph.flow, node)
 
 
+def _parts_a_spread(graph: Contraction, between: list[fx.Node], result: fx.Node) -> bool:
+    """Whether the original of a region would have a map in it of which only some layers take their part inside."""
+    inside = set(between)
+    for spread in {s for n in between if n in graph.regions for s in graph.regions[n].spreads}:
+        heads = inside.intersection(spread.heads)
+        if (len(heads) < len(spread.heads)) if spread.result in inside else (heads != {result}):
+            return True
+    return False
+
+
 def _begins_with_conv(interpreter: Interpreter, between: list[fx.Node]) -> bool:
     signals = (s for n in between if isinstance(s := interpreter.value(n), Signal))
     return next((s.conv for s in signals if s.work), False)
 
 
-def _between(graph: Contraction, entry: fx.Node, result: fx.Node) -> list[fx.Node]:
-    """Nodes from ``entry`` (not included) to ``result``, in order."""
+def between_of(graph: Contraction, entries: Sequence[fx.Node], result: fx.Node) -> list[fx.Node]:
+    """Nodes from the entries (not included) to ``result``, in order."""
+    if result in entries:
+        return []
     seen, todo = {result}, [result]
     while todo:
         for source in graph.sources(todo.pop()):
-            if source is not entry and source not in seen and source not in graph.flow.constant:
+            if source not in entries and source not in seen and source not in graph.flow.constant:
                 seen.add(source)
                 todo.append(source)
     return sorted(seen, key=graph.flow.order.__getitem__)
@@ -367,7 +416,7 @@ def dying_constants(graph: Contraction, dying: list[fx.Node]) -> list[fx.Node]:
 def layers_of(flow: Flow, candidate: Candidate) -> tuple[str, ...]:
     """Paths of the layers that vanish, in order of execution."""
     owners = {call_of(n) for n in candidate.constants}  # modules that hold weights: their names say enough
-    order = _in_order(flow, candidate.constants, candidate.dying)
+    order = in_order(flow, candidate.constants, candidate.touched)
     named = [
         n
         for n in order

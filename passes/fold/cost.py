@@ -56,7 +56,8 @@ def numbers_of(
             kernels += min(value.numel(), value.untyped_storage().nbytes() // value.element_size())
             parameters |= _beneath(graph, node)
     more += max(kernels - _total(parameters.values()), 0)
-    return _total(own.values()) + sum(graph.regions[n].form.numbers for n in dying if n in graph.regions), more
+    regions = [graph.regions[n] for n in dying if n in graph.regions]
+    return _total(own.values()) + sum(region.form.numbers for region in regions if not region.is_alias), more
 
 
 def staying_numbers(graph: Contraction, dying: Collection[fx.Node], constants: Collection[fx.Node]) -> int:

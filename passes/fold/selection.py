@@ -16,6 +16,8 @@ from passes.fold.candidates import Candidate, Key, find_candidates
 from passes.fold.norms import left_over
 from passes.fold.placement import Placement
 from passes.fold.rules import DEFAULT, Rules
+from passes.fold.spreads import find_spreads
+from passes.fold.ties import find_ties
 from passes.graph.dataflow import Flow
 from passes.laws.interpreter import form_of
 from passes.laws.regions import Contraction
@@ -57,7 +59,15 @@ def select(
     refusals: list[Refusal] = []
     refused = set(banned)
     changed: set[fx.Node] | None = None
-    while changed is None or changed:  # every round but the last chooses a region that grows: they come to an end
+    while True:  # every round but the last chooses a region that grows: they come to an end
+        if changed is not None and not changed:
+            several, said = ({}, []) if rules.whole else _several(graph, guard, refused, staying)
+            refusals = [*said, *refusals]  # of one of them alone, less was said
+            if not several:
+                break
+            placements |= several
+            graph, changed = _contracted(graph, [*several]), _around(graph, [*several])
+            continue
         candidates, said = find_candidates(graph, changed, rules)
         refusals += said
         chosen: list[Candidate] = []
@@ -100,6 +110,33 @@ def _scaled(
             else:
                 left.append(outcome.at(flow.unit.name(norm.result)))
     return placed, left
+
+
+def _several(
+    graph: Contraction, guard: Guard, refused: set[Key], staying: Set[fx.Node]
+) -> tuple[dict[Candidate, Placement], list[Refusal]]:
+    """Candidates that are one decision, with their places; asked for only where no region of a single layer is left."""
+    spreads, refusals = find_spreads(graph)
+    tied, said = find_ties(graph)
+    refusals += said
+    chosen: dict[Candidate, Placement] = {}
+    used: set[fx.Node] = set()
+    for group in [*tied, *((*spread.parts, spread) for spread in spreads)]:
+        key, nodes = group[-1].together, {node for candidate in group for node in candidate.touched}
+        if key in refused or not staying.isdisjoint(nodes) or not used.isdisjoint(nodes):
+            continue
+        placed: dict[Candidate, Placement] = {}
+        for candidate in group:
+            outcome = guard(candidate)
+            if isinstance(outcome, Refusal):
+                refused.add(key)
+                refusals.append(replace(outcome, layer=graph.flow.unit.name(group[-1].dying[-1])))
+                break
+            placed[candidate] = outcome
+        else:
+            chosen |= placed
+            used |= nodes
+    return chosen, refusals
 
 
 def _is_stale(candidate: Candidate, entries: Set[fx.Node], gone: Set[fx.Node]) -> bool:

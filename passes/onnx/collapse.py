@@ -103,7 +103,7 @@ class _Compilation(Compilation[ir.Model]):
             uses = [use.node for use in self.values[name].uses()]
             if any(all(str(value.name) not in gone for value in node.outputs) for node in uses):
                 return Refusal(Reason.SHARED, f"the kind or the shape of {name} is asked for")
-        linear = candidate.form.n == 0 and not self._is_matrix(candidate)
+        linear = candidate.form.n == 0 and not self._is_matrix(candidate) and candidate.spread is None
         if linear and len(candidate.convs) == 1 and len(candidate.dying) <= 1 + (candidate.form.bias is not None):
             return Refusal(Reason.LAYOUT, "it is written in as few operators already")
         return None
@@ -131,9 +131,9 @@ class _Compilation(Compilation[ir.Model]):
                     todo.append(node)
         return tuple(str(node.outputs[0].name) for node in self.model.graph if node in gone)
 
-    def replay(self, entry: str, result: str, inputs: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
-        region = Region(self.model, self.constants, self.values[entry], self.values[result])
-        return [region.run(x) for x in inputs]
+    def replay(self, given: Sequence[Mapping[str, Tensor]], result: str) -> list[tuple[Tensor, float]]:
+        region = Region(self.model, self.constants, [self.values[name] for name in given[0]], self.values[result])
+        return [region.run(each) for each in given]
 
 
 def _read(model: ir.Model) -> tuple[Constants, Read]:

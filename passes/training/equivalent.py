@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.geometry import Geometry
 from passes.algebra.opaque import OpaqueForm
 from passes.fold.candidates import Candidate
@@ -59,7 +59,7 @@ class Reading:
 
     def form(self, dtype: torch.dtype | None = torch.float64) -> ConvForm:
         """The map with its numbers in ``dtype``; shapes only with None. Differentiable where gradients are on."""
-        form = self._signal(dtype)[0].form
+        form: Form = self._signal(dtype)[0].form
         return form.refuse() if isinstance(form, OpaqueForm) else form
 
     def multiply_adds(self) -> float:
@@ -71,7 +71,7 @@ class Reading:
         # A transposed convolution multiplies each pixel of its input with each tap, and no zero between them.
         spread = {n for n in inside if (known := self.flow.operations.get(n)) and known.kind is Kind.CONV_TRANSPOSE}
         zeros = (math.prod(s.form.up) if n in spread and isinstance(s.form, ConvForm) else 1 for n, s in found)
-        return sum(s.work * s.form.rate / z for (_, s), z in zip(found, zeros, strict=True)) / signal.form.rate
+        return float(sum(s.work * s.form.rate / z for (_, s), z in zip(found, zeros, strict=True)) / signal.form.rate)
 
     def candidate(self) -> Candidate:
         """The whole module as a region."""
