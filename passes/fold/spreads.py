@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from passes.fold.candidates import Candidate, between_of, dying_constants, in_order
 from passes.fold.cost import numbers_of
 from passes.graph.dataflow import Flow
-from passes.graph.opset import Kind
+from passes.graph.opset import Kind, argument
 from passes.laws.interpreter import Interpreter, deformed, sources_of
 from passes.laws.layouts import is_conv, views
 from passes.laws.regions import Contraction, Region, Spread
@@ -94,10 +94,10 @@ def held_by(flow: Flow, node: fx.Node) -> list[fx.Node]:
 
 
 def sources_of_node(graph: Contraction, node: fx.Node) -> list[fx.Node]:
-    """What a node reads that is no constant; of a cast, what is cast."""
-    operation = graph.flow.operations.get(node)
-    sources = [s for s in graph.sources(node) if s not in graph.flow.constant]
-    return sources[:1] if operation is not None and operation.kind is Kind.CAST else sources
+    """What a node reads that is no constant; of a cast or a move, what is cast or moved."""
+    operation, given = graph.flow.operations.get(node), argument(node, 0, "input")
+    one = operation is not None and operation.kind in (Kind.CAST, Kind.MOVEMENT) and isinstance(given, fx.Node)
+    return [s for s in graph.sources(node) if s not in graph.flow.constant and (not one or s is given)]
 
 
 # ------------------------------------------------------------------ one map
