@@ -264,6 +264,27 @@ def test_largekernel_of_yolov10_is_a_three_beside_a_seven() -> None:
         expanded(Block("largekernel", table="yolo"), nn.Conv2d(4, 4, 7, groups=4))
 
 
+@pytest.mark.parametrize("size", [(3, 1), (4, 2)])
+@pytest.mark.parametrize("block", ["conv3xc", "lora"])
+def test_transposed_convolutions_take_what_folds(block: str, size: tuple[int, int]) -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, *size, 1)).double()
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    trained = lively(reparam.expand(model, block, where="all", init="paper", example_inputs=x))
+    assert is_block(trained[0])
+    folded: Any = reparam.collapse(trained, example_inputs=x)
+    assert type(folded[0]) is nn.ConvTranspose2d
+    with torch.no_grad():
+        assert torch.allclose(folded(x), trained(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("block", ["repnext", "difference"])
+def test_transposed_convolutions_are_left_where_a_structure_is_not_defined(block: str) -> None:
+    plan = reparam.plan(nn.Sequential(nn.ConvTranspose2d(4, 4, 3, padding=1)), block, where="all")
+    (refused,) = plan.refused
+    assert refused.refusal is not None
+    assert refused.refusal.message.startswith("a transposed convolution: ")
+
+
 # ------------------------------------------------------------------ adapters
 
 

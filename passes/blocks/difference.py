@@ -24,7 +24,9 @@ def difference(conv: Site, *, theta: float = 1.0) -> Iterator[tuple[str, nn.Modu
     Each is a linear map of trained weights, so all are one convolution in every step. ``theta`` times the neighbour is
     taken away in the angular one.
     """
-    if conv.kernel != (3, 3) or conv.geometry.transposed:
+    if conv.geometry.transposed:
+        conv.refuse("a transposed convolution: differences of neighbours are not defined for it")
+    if conv.kernel != (3, 3):
         conv.refuse("difference is for 3x3 kernels: its differences are those of a 3x3")
     yield "square", conv.main(norm=False)
     for name, matrix in _matrices(theta).items():
