@@ -55,6 +55,7 @@ class Reason(Enum):
     BLOCK = "the block does not apply to this convolution"
     NOT_SELECTED = "not selected"
     KERNEL_OF_ONE = "a kernel of one tap"
+    NOT_MEANT = "the block is meant for other kernels"
     COMPUTED = "its weight is computed by a parametrization"
     OWN_FORWARD = "its class does more than convolve"
     ARGUMENT = "an optional argument changes what uses it"

@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.geometry import Geometry
+from passes.algebra.geometry import Geometry, Layer
 from passes.algebra.lowering import Target, emit, target_of
+from passes.blocks.kit.layers import is_block
 from passes.collapse import collapse_model
 from passes.compiler import timed
 from passes.edits.edit import Edit, Replace
@@ -81,8 +82,9 @@ def restore_blocks(
     model = _unwrapped(model, like)
     result = _copy_with_room(like, model)
     have, wanted = dict(model.state_dict(keep_vars=True)), result.state_dict(keep_vars=True)
-    convs = {found.path: found for found in find_convs(result)}
     inside = dict(model.named_modules())
+    linear = any(is_block(module) and hasattr(module, "in_features") for module in inside.values())
+    convs = {found.path: found for found in find_convs(result, linear=linear)}
     changed = {path for path in convs if path in inside and _own(have, path) != _own(wanted, path)}
     folding = {path for path in convs if path in changed or (path in inside and convs[path].norm is not None)}
     norms = {norm.path for path in folding if (norm := convs[path].norm) is not None}
@@ -105,7 +107,7 @@ def restore_blocks(
             conv, norm = convs[path].conv, convs[path].norm
             layers = [inside[path]]
             if norm is not None and isinstance(behind := inside.get(norm.path), _BatchNorm):
-                layers.append(plain_norm(behind, len(conv.kernel_size)))
+                layers.append(plain_norm(behind, conv.weight.dim() - 2))
             try:
                 reading = Reading(nn.Sequential(*layers))
                 candidate, form = reading.candidate(), reading.form()
@@ -115,7 +117,7 @@ def restore_blocks(
                 error = prove(reading.flow, candidate, form, folded, said) if prove_folds else None
             except RefusalError:
                 return None
-            if not isinstance(folded, _ConvNd) or Geometry.of(folded) != Geometry.of(conv):
+            if not isinstance(folded, (_ConvNd, nn.Linear)) or Geometry.of(folded) != Geometry.of(conv):
                 return None
             _copy(conv.weight, folded.weight, exact, numbers.weight)
             behind_it = None if norm is None else result.get_submodule(norm.path)
@@ -227,7 +229,7 @@ def _copy(into: Tensor, value: Tensor, exact: Exact, number: Tensor | None = Non
         exact.put(into, exact.get(id(value), value.double()) if number is None else number)
 
 
-def _put_bias(path: str, conv: _ConvNd, bias: Tensor | None, norm: Any, exact: Exact, number: Tensor | None) -> None:
+def _put_bias(path: str, conv: Layer, bias: Tensor | None, norm: Any, exact: Exact, number: Tensor | None) -> None:
     """Give the folded bias to whoever can take it: the convolution, or the norm behind it, else the identity."""
     if norm is not None:
         make_identity(norm, exact)

@@ -56,7 +56,7 @@ Where = Annotated[
     typer.Option(
         "--where",
         metavar="PATTERN",
-        help="Only these layers, layer1.* for example; may be repeated.",
+        help="These layers, layer1.* for example; may be repeated. all: wherever it can be, not where it is meant.",
         rich_help_panel=EXPANSION,
     ),
 ]
@@ -112,7 +112,7 @@ def plan(
     if reasons is not None:
         tables.show(console, reasons)
     left = f", {len(planned.refused)} are left" if planned.refused else ""
-    console.print(f"{len(planned.expanded)} of {len(planned.rows)} convolutions get a block{left}", soft_wrap=True)
+    console.print(f"{len(planned.expanded)} of {len(planned.rows)} {planned.noun} get a block{left}", soft_wrap=True)
 
 
 def expand(
@@ -144,7 +144,7 @@ def expand(
     expanded = planned.apply()
     console.print(f"{escape(target)} with {escape(str(recipe))}", style="italic", soft_wrap=True)
     console.print(tables.counts_table({"before": Counts.of(network.model), "in training": Counts.of(expanded)}))
-    console.print(f"{len(planned.expanded)} of {len(planned.rows)} convolutions expanded", soft_wrap=True)
+    console.print(f"{len(planned.expanded)} of {len(planned.rows)} {planned.noun} expanded", soft_wrap=True)
     if verify and init == "preserve":
         _check_start(network.model, expanded)
     _write(expanded, output, network, recipe=recipe)

@@ -767,13 +767,14 @@ class Varied(nn.Module):
 @pytest.mark.parametrize("case", SELECTED)
 def test_where(case: str) -> None:
     where, layers = SELECTED[case]
-    plan = reparam.plan(Varied(), Block("mobileone", n=2), where=where)
+    # One of the two is for pointwise layers, the other for every kernel of more than one tap.
+    plan = reparam.plan(Varied(), Block("mobileone", n=2) if "point" in layers else "doconv", where=where)
     assert [r.layer for r in plan.expanded] == layers
     assert plan.refused == ()
 
 
 def test_one_tap_only_when_named() -> None:
-    reason = row(reparam.plan(Varied(), "mobileone"), "point").refusal
+    reason = row(reparam.plan(Varied(), "doconv"), "point").refusal
     assert reason.reason is Reason.KERNEL_OF_ONE
     assert "name it to expand it" in reason.message
 
@@ -805,7 +806,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "mapping that matches nothing": ({"block": {"steam": "acb"}}, r"'steam' matches no convolution; near names: stem"),
     "key of a mapping": ({"block": {3: "acb"}}, "a pattern is a string, got 3"),
     "type of an option": ({"block": Block("acb", gamma="1/3"), "init": "paper"}, "acb.gamma='1/3'. cannot be built"),
-    "type of another option": ({"block": Block("mobileone", n=None)}, r"stem\.conv: mobileone.n=None. cannot be built"),
+    "type of another option": (
+        {"block": Block("mobileone", n=None), "where": "all"},
+        r"stem\.conv: mobileone.n=None. cannot be built",
+    ),
     "value of an option": ({"block": Block("acb", bn="before")}, "bn is 'branch' or 'after', got 'before'"),
     "online": ({"online": "yes"}, "online is True, False or None .*, got 'yes'"),
     "pattern": ({"where": "stem.cnov"}, r"'stem\.cnov' matches no convolution; near names: stem\.conv"),
@@ -1044,7 +1048,7 @@ def test_every_convolution_is_accounted_for(name: str) -> None:
     """Each has a row; each with more taps than one gets a block or is left for one of the reasons known here."""
     model = timm.create_model(name)
     convs = {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    plan = reparam.plan(model, "acb")
+    plan = reparam.plan(model, "acb", where="all")
     assert [r.layer for r in plan.rows] == list(convs)
     known = {Reason.OWN_FORWARD, Reason.BLOCK, Reason.UNTRACEABLE, Reason.QUESTION}
     for found in plan.rows:

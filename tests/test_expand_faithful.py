@@ -98,7 +98,7 @@ def test_maps_smaller_than_the_kernel(kernel: int, groups: int, block: str) -> N
     """Torch's 3-d pooling refuses them, the convolution does not."""
     conv = nn.Conv3d(WIDTH, WIDTH, kernel, padding=kernel // 2, groups=groups, bias=False)
     model = exact(nn.Sequential(conv, nn.BatchNorm3d(WIDTH)))
-    expanded = reparam.expand(model, block)
+    expanded = reparam.expand(model, block, where="all")
     assert blocks(expanded) == ["0"]
     computes(model, expanded, torch.randn(2, WIDTH, 2, 3, 4, dtype=torch.float64))
 

@@ -61,8 +61,10 @@ POINTS = [
 
 def applies(block: str, point: Spread) -> bool:
     """Where a block must be used, written down apart from its code; everywhere else it must say why not."""
-    if block in ("mobileone", "doconv"):
-        return block == "mobileone" or math.prod(point.kernel) > 1
+    if block in ("mobileone", "doconv", "lora"):
+        return block != "doconv" or math.prod(point.kernel) > 1
+    if block in ("repnext", "difference"):
+        return False
     if block == "ecb":
         return point.kernel == (3, 3)
     if block == "largekernel":
@@ -134,7 +136,7 @@ def up4(**options: Any) -> nn.Sequential:
 
 def test_a_branch_has_a_tap_for_each_output_phase_in_the_middle() -> None:
     """So each output pixel reads its nearest input pixel, whatever its phase."""
-    expanded: Any = reparam.expand(up4(), "repvgg")
+    expanded: Any = reparam.expand(up4(), "repvgg", where="all")
     assert expanded[0].point.conv.kernel_size == (2, 2)
     assert [b.kernel_size for b in reparam.expand(up4(), "acb")[0].modules() if isinstance(b, nn.ConvTranspose2d)] == [
         (4, 4), (4, 2), (2, 4),

@@ -18,7 +18,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from passes.algebra.conv_form import ConvForm, Ints, per_dim, transposed_padding
 from passes.algebra.kernels import swap_in_out
 
-__all__ = ["CONVS", "PADS", "TRANSPOSED", "Geometry", "flat_pads", "paddings"]
+__all__ = ["CONVS", "PADS", "TRANSPOSED", "Geometry", "Layer", "flat_pads", "paddings"]
+
+Layer = _ConvNd | nn.Linear
+"""What has a geometry."""
 
 CONVS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Convolutions by number of spatial dimensions, from one."""
@@ -55,8 +58,10 @@ class Geometry:
     transposed: bool = False
 
     @staticmethod
-    def of(conv: _ConvNd) -> Geometry:
-        """The geometry of a convolution, ``padding="same"`` included."""
+    def of(conv: Layer) -> Geometry:
+        """The geometry of a convolution, ``padding="same"`` included; a linear layer has no dimensions."""
+        if isinstance(conv, nn.Linear):
+            return Geometry(conv.in_features, conv.out_features, (), (), (), (), (), 1, "zeros")
         transposed = isinstance(conv, _ConvTransposeNd)
         kernel, pads = tuple(conv.kernel_size), _stuffed_paddings(conv) if transposed else paddings(conv)
         steps = zip(per_dim(conv.dilation, len(kernel)), kernel, strict=True)
@@ -79,12 +84,19 @@ class Geometry:
         return len(self.kernel)
 
     @property
+    def depthwise(self) -> bool:
+        """One input channel per group, and as many outputs as inputs."""
+        return self.groups == self.in_channels == self.out_channels
+
+    @property
     def center(self) -> Ints:
         """The tap on which branches are centred."""
         return tuple((k - 1) // 2 for k in self.kernel)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Run a convolution of this geometry with another kernel ``(out, in / groups, *kernel)`` and bias."""
+        """Run a layer of this geometry with another kernel ``(out, in / groups, *kernel)`` and bias."""
+        if not self.kernel:
+            return F.linear(x, weight, bias)
         if self.transposed:
             run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.n - 1]
             own, extra = transposed_padding(self.kernel, self.dilation, self.lead, self.trail)
@@ -118,7 +130,7 @@ class Geometry:
         return own == theirs and steps and mode
 
     def __str__(self) -> str:
-        parts = [f"{self.in_channels}->{self.out_channels}", "x".join(map(str, self.kernel))]
+        parts = [f"{self.in_channels}->{self.out_channels}", "x".join(map(str, self.kernel)) or "linear"]
         if self.transposed:
             parts.append("transposed")
         if any(s > 1 for s in self.stride):

@@ -47,12 +47,12 @@ class Cost:
 def site_of(model: nn.Module, found: Found, preserve: bool, online: bool) -> Site:
     """A convolution that was found, and its norm, as they stand in ``model``."""
     conv = without_hooks(model.get_submodule(found.path))  # they go on as those of the block
-    assert isinstance(conv, _ConvNd)
+    assert isinstance(conv, (_ConvNd, nn.Linear))
     norm = None
     if found.norm is not None:
         held = model.get_submodule(found.norm.path)
         assert isinstance(held, _BatchNorm)
-        norm = plain_norm(held, len(conv.kernel_size))
+        norm = plain_norm(held, conv.weight.dim() - 2)
     return site_at(conv, norm, preserve=preserve, online=online)
 
 
@@ -85,7 +85,7 @@ def build(layer: str, site: Site, block: Block, online: bool, *, recorded: bool 
         for parameter in branch.parameters():
             if id(parameter) in own:
                 continue
-            if not conv.weight.requires_grad:
+            if not conv.weight.requires_grad and not block.info.adapter:
                 parameter.requires_grad_(False)
             if layout.channels_last and parameter.dim() == conv.weight.dim() and parameter.dim() in (4, 5):
                 last = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
@@ -103,8 +103,8 @@ def build(layer: str, site: Site, block: Block, online: bool, *, recorded: bool 
 def rebuilt(model: nn.Module, edit: BlockEdit) -> nn.Module:
     """The block that an edit puts in the place of a convolution of ``model``."""
     conv = model.get_submodule(edit.path)
-    if not isinstance(conv, _ConvNd):
-        raise ReparamError(f"{edit.path} is no convolution, so it cannot get a block")
+    if not isinstance(conv, (_ConvNd, nn.Linear)):
+        raise ReparamError(f"{edit.path} is no convolution and no linear layer, so it cannot get a block")
     found = Found(edit.path, conv, Norm(edit.norm, edit.rest) if edit.norm else None)
     site = site_of(model, found, edit.preserve, edit.online)
     return build(edit.path, site, Block(edit.block, **dict(edit.options)), edit.online)

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.geometry import Geometry
+from passes.algebra.geometry import Geometry, Layer
 from passes.blocks.kit.layers import BranchSum, ChannelScale
 from passes.training.equivalent import KernelProgram
 
@@ -26,7 +25,7 @@ __all__ = ["OnlineSum", "scales_for_norms"]
 class OnlineSum(BranchSum):
     """A block that runs as one convolution; same branches, same names as :class:`BranchSum`."""
 
-    def __init__(self, block: str, branches: dict[str, nn.Module], conv: _ConvNd) -> None:
+    def __init__(self, block: str, branches: dict[str, nn.Module], conv: Layer) -> None:
         super().__init__(block, branches, conv)
         self.geometry = Geometry.of(conv)
         self._record()

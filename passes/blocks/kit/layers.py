@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.geometry import Geometry
+from passes.algebra.geometry import Geometry, Layer
 from passes.blocks.kit.kernel_conv import KernelConv
 from passes.refusal import Reason, RefusalError, ReparamError
 
@@ -20,6 +20,8 @@ __all__ = [
     "ChannelScale",
     "IdentityConv",
     "SilenceError",
+    "SumBefore",
+    "Times",
     "WindowMean",
     "is_block",
     "silence",
@@ -28,18 +30,40 @@ __all__ = [
 
 
 class ChannelScale(nn.Module):
-    """A trained factor per channel: ``y = weight * x`` on dimension 1."""
+    """A trained factor per channel: ``y = weight * x + bias`` on dimension 1, the bias 0 at first and mostly not there.
 
-    def __init__(self, channels: int, value: float, n: int, **placed: Any) -> None:
+    With one channel it is the same factor for all.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, channels: int, value: float, n: int, *, shift: bool = False, **placed: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((channels, *(1,) * n), value, **placed))
+        self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if shift else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
+        y = x * self.weight
+        return y if self.bias is None else y + self.bias
 
     def silence(self) -> None:
         """Return zero, and take a gradient."""
-        nn.init.zeros_(self.weight)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+class Times(nn.Module):
+    """A fixed number as a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:g}"
 
 
 class IdentityConv(KernelConv):
@@ -47,14 +71,15 @@ class IdentityConv(KernelConv):
 
     identity: Tensor
 
-    def __init__(self, conv: _ConvNd) -> None:
-        super().__init__(Geometry.of(conv), conv.bias)
+    def __init__(self, conv: Layer) -> None:
+        geometry = Geometry.of(conv)
+        super().__init__(geometry, conv.bias)
         self.weight = conv.weight
         self.register_buffer("identity", torch.empty_like(conv.weight, requires_grad=False))
         nn.init.zeros_(self.weight)
         with torch.no_grad():
             size = conv.weight.shape[1]
-            one = torch.eye(size, dtype=conv.weight.dtype, device=conv.weight.device).repeat(conv.groups, 1)
+            one = torch.eye(size, dtype=conv.weight.dtype, device=conv.weight.device).repeat(geometry.groups, 1)
             self.identity.copy_(one.reshape(conv.weight.shape))
 
     def kernel(self) -> Tensor:
@@ -78,6 +103,29 @@ class WindowMean(nn.AvgPool2d):
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 
+class SumBefore(nn.Module):
+    """A layer behind the sum of modules over the same input.
+
+    Args:
+        modules: by name.
+        name: of the layer.
+        layer: what stands behind.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], name: str, layer: nn.Module) -> None:
+        super().__init__()
+        for each, module in {**modules, name: layer}.items():
+            self.add_module(each, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others, layer = self.children()
+        y = first(x)
+        for other in others:
+            y = y + other(x)
+        behind: Tensor = layer(y)
+        return behind
+
+
 class BranchSum(nn.Module):
     """The sum of all branches over the same input: a block in training.
 
@@ -87,7 +135,7 @@ class BranchSum(nn.Module):
         conv: the convolution that it stands for.
     """
 
-    def __init__(self, block: str, branches: dict[str, nn.Module], conv: _ConvNd) -> None:
+    def __init__(self, block: str, branches: dict[str, nn.Module], conv: Layer) -> None:
         super().__init__()
         stand_in(self, block, conv)
         for name, branch in branches.items():
@@ -111,7 +159,7 @@ class BranchSum(nn.Module):
 
 GEOMETRY = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
-    "output_padding",
+    "output_padding", "in_features", "out_features",
 )  # fmt: skip
 """Attributes that a block has from the convolution in whose place it stands."""
 
@@ -150,7 +198,7 @@ def silence(branch: nn.Module) -> None:
     if hasattr(last, "silence"):
         last.silence()
         return
-    if not isinstance(last, (_ConvNd, _BatchNorm)):
+    if not isinstance(last, (_ConvNd, nn.Linear, _BatchNorm)):
         raise SilenceError(
             f"a branch ends in {type(last).__name__}, and init='preserve' does not know how to start that at zero: "
             "end it in a convolution or batch norm, or give it a method silence()"

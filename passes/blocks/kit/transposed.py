@@ -22,15 +22,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.conv_form import Ints, transposed_padding
-from passes.algebra.geometry import TRANSPOSED, Geometry
+from passes.algebra.geometry import TRANSPOSED, Geometry, Layer
 from passes.blocks.kit.builder import Site
 from passes.blocks.kit.layers import IdentityConv
 
 __all__ = ["TransposedSite", "site_at"]
 
 
-def site_at(conv: _ConvNd, norm: _BatchNorm | None, *, preserve: bool, online: bool) -> Site:
-    """The site of a convolution of either kind."""
+def site_at(conv: Layer, norm: _BatchNorm | None, *, preserve: bool, online: bool) -> Site:
+    """The site of a linear layer, or of a convolution of either kind."""
     kind = TransposedSite if Geometry.of(conv).transposed else Site
     return kind(conv, norm, preserve=preserve, online=online)
 
@@ -60,29 +60,34 @@ class TransposedSite(Site):
         self,
         kernel: Sequence[int] | int,
         *,
+        channels: int | None = None,
         dilation: Sequence[int] | int = 0,
         bias: bool = False,
         norm: bool = True,
         gamma: float = 1.0,
     ) -> nn.Module:
         """As :meth:`Site.parallel`; without ``bias`` where the branch is padded behind the layer that would hold it."""
-        g, k = self.geometry, self.span(kernel)
+        g, k, out = self.geometry, self.span(kernel), channels or self.out_channels
         d = super().span(dilation) if dilation else g.dilation
         lead, trail = self._pads(k, d)
         padding, extra = transposed_padding(k, d, lead, trail)
         spare = (max(s, step) for s, step in zip(g.stride, d, strict=True))
         if all(p >= 0 for p in padding) and all(0 <= e < most for e, most in zip(extra, spare, strict=True)):
-            own: dict[str, nn.Module] = {
-                "conv": self._spread(g.in_channels, g.out_channels, k, g.groups, d, padding, extra, bias)
-            }
+            own: dict[str, nn.Module] = {"conv": self._spread(g.in_channels, out, k, g.groups, d, padding, extra, bias)}
         else:
             none = (0,) * self.n
             ends = [tuple(-p for p in padding), tuple(e - p for e, p in zip(extra, padding, strict=True))]
-            conv = self._spread(g.in_channels, g.out_channels, k, g.groups, d, none, none)
+            conv = self._spread(g.in_channels, out, k, g.groups, d, none, none)
             own = {"conv": conv, **self._aligning(*ends)}
-        return self.row(**own, norm=self.new_norm(g.out_channels, gamma) if norm else None)
+        return self.row(**own, norm=self.new_norm(out, gamma) if norm else None)
 
-    def pointwise(self, channels: int | None = None, *, bias: bool = False) -> _ConvNd:
+    def spread(self, kernel: Sequence[int] | int, *, bias: bool = False) -> nn.Module:
+        self.refuse("a transposed convolution: taps spread over its window are not defined for it")
+
+    def lines(self, length: int) -> nn.Module:
+        self.refuse("a transposed convolution: lines in a row are not defined for it")
+
+    def pointwise(self, channels: int | None = None, *, bias: bool = False) -> Layer:
         """The 1x1 convolution that begins a sequence, on the input as it is, without bias."""
         g = self.geometry
         return self._conv(g.in_channels, channels or g.in_channels, (1,) * self.n, g.groups)
@@ -95,9 +100,11 @@ class TransposedSite(Site):
     def trimmed(self, layer: nn.Module) -> nn.Module:
         return layer
 
-    def windowed(self, channels: int, *, bias: bool = False, groups: int | None = None) -> nn.Module:
+    def windowed(
+        self, channels: int, *, out: int | None = None, bias: bool = False, groups: int | None = None
+    ) -> nn.Module:
         """The transposed convolution that ends a sequence: the main one's, for ``channels``."""
-        return self._like_main(channels, self.out_channels, groups or self.groups, bias)
+        return self._like_main(channels, out or self.out_channels, groups or self.groups, bias)
 
     def expanded(self, channels: int) -> nn.Module:
         return self._like_main(self.in_channels, channels, self.in_channels)
