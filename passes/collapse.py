@@ -23,6 +23,7 @@ from passes.compiler import compile_model, timed
 from passes.edits.apply import Undo
 from passes.edits.edit import remember
 from passes.edits.holders import apart
+from passes.fold.rules import DEFAULT, Rules
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.inputs import Example
@@ -48,6 +49,7 @@ def collapse_model(
     strict: bool = False,
     inplace: bool = False,
     exact: Exact | None = None,
+    rules: Rules = DEFAULT,
 ) -> tuple[nn.Module, Explanation]:
     """Fold every region of ``model`` that is one convolution; see :func:`reparam.collapse`.
 
@@ -61,7 +63,7 @@ def collapse_model(
             before, exact = Before.of(model, example, inplace=inplace), exact or Exact()
         elif example is not None:
             _run_once(model, example)
-    ledger = Ledger(prove=bool(verify), strict=strict, exact=exact)
+    ledger = Ledger(prove=bool(verify), strict=strict, exact=exact, rules=rules)
     excused: Checked | None = None
     while True:
         ledger.begin()
@@ -168,7 +170,7 @@ def _run_once(model: nn.Module, example: Example) -> None:
         raise ReparamError(f"the model rejects example_inputs: {error}") from error
 
 
-def explain_model(model: nn.Module, example: Example | None = None) -> Explanation:
+def explain_model(model: nn.Module, example: Example | None = None, rules: Rules = DEFAULT) -> Explanation:
     """Decide as :func:`collapse_model` does, numbers included, and stop before surgery; the model is not changed.
 
     On the meta device there are no numbers: what only they can tell (a module that has to be probed, a weight that
@@ -181,7 +183,7 @@ def explain_model(model: nn.Module, example: Example | None = None) -> Explanati
     with kept_modes(model, training=None):
         if model.training:
             evaluate(model)
-        compile_model(model, example, explanation, None, Ledger(prove=False))
+        compile_model(model, example, explanation, None, Ledger(prove=False, rules=rules))
     return explanation
 
 

@@ -13,11 +13,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor, fx, nn
 
+from passes.algebra.geometry import CONVS
 from passes.edits.apply import Undo, apply
 from passes.fold.aliasing import Memory
-from passes.fold.candidates import Candidate, Key, layers_of
+from passes.fold.candidates import Candidate, Key, Tie, between_of, layers_of
 from passes.fold.edits import Edited, edits_of
 from passes.fold.folds import Fold, folded
 from passes.fold.layout import Layout
@@ -32,9 +34,10 @@ from passes.graph.opset import base_operation
 from passes.graph.shapes import Known
 from passes.graph.together import runs_of
 from passes.graph.variants import OtherCalls
+from passes.laws.regions import Contraction
 from passes.proof.compare import EquivalenceError
 from passes.proof.hold import FoldKey, Ledger
-from passes.proof.prove import prove
+from passes.proof.prove import prove, prove_spread
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.report import Explanation
 from passes.report import Fold as Record
@@ -116,13 +119,18 @@ def _compile_unit(
         layout = Layout(flow, model)
         guard = _guard(flow, layout)
     folds, edited = decide(flow, guard, lambda folds: _edited(layout, folds), explanation, ledger)
+    aliases = {fold.candidate.spread: fold for fold in folds if fold.layer is None}
     for fold in folds:
+        if fold.layer is None:  # its layers are told of
+            continue
         where = "" if undos is None else edited.paths[fold.candidate]
         explanation.folds.append(Record.of(flow, fold.candidate, fold.form, where, fold.error))
         pruned = [flow.unit.name(n) for n in fold.candidate.dying if n in flow.modules and is_pruned(flow.modules[n])]
         explanation.notes += [f"the pruning mask of {name} is in the folded weights" for name in pruned]
         if undos is not None:
-            edits = [*fold.placement.slots, *(rewrite.call.path for rewrite in fold.placement.rewrites)]
+            around = [fold, *(aliases[spread] for spread in fold.candidate.spreads if spread in aliases)]
+            edits = [path for each in around for path in each.placement.slots]
+            edits += [rewrite.call.path for each in around for rewrite in each.placement.rewrites]
             key = _fold_key(flow, fold.candidate)
             ledger.touched[key] = where, *(join(unit.path, path) for path in edits)
             ledger.layers[key] = ", ".join(layers_of(flow, fold.candidate))
@@ -132,6 +140,8 @@ def _compile_unit(
         explanation.apart.setdefault(key, []).extend(owners)
     if undos is not None:
         undos.append(apply(model, edited.edits, edited.layers))
+        if ledger.made is not None:
+            ledger.made.append((flow, folds))
 
 
 def decide(
@@ -158,7 +168,7 @@ def decide(
     made: dict[Key, Fold] = {}
     for attempt in range(ROUNDS + len(flow.nodes) + 1):
         with clock(explanation, "plan"):
-            selection = select(flow, guard, banned.keys(), staying)
+            selection = select(flow, guard, banned.keys(), staying, ledger.rules)
         failed = dict[Candidate, Refusal]()
         for candidate, placement in selection.chosen:
             outcome = _fold(flow, candidate, placement, made, explanation, ledger)
@@ -170,11 +180,11 @@ def decide(
                 edited, failed = edits(folds)
         if not failed:
             said = [refusal for refusal in banned.values() if refusal.reason is not Reason.TAKEN_BACK]
-            explanation.refusals += dict.fromkeys([*worth_saying(flow, selection), *said])
+            explanation.refusals += dict.fromkeys([*worth_saying(flow, selection, said), *said])
             return folds, edited
-        banned.update({candidate.key: refusal for candidate, refusal in failed.items()})
+        banned.update({candidate.together: refusal for candidate, refusal in failed.items()})
         if attempt >= ROUNDS:
-            staying.update(node for candidate in failed for node in candidate.dying)
+            staying.update(node for candidate in failed for node in candidate.together[2])
     raise AssertionError  # from some round on each leaves fewer nodes to choose from
 
 
@@ -201,7 +211,13 @@ def _guard(flow: Flow, layout: Layout) -> Guard:
         anew = isinstance(found, Placement) and any(rewrite.call.parent is None for rewrite in found.rewrites)
         if isinstance(found, Refusal) or anew:
             return found
-        return calls.refusal([*candidate.dying, *candidate.constants], candidate.result) or found
+        if candidate.spread is not None and not candidate.is_alias:
+            return found  # asked for the map and all of its layers at once
+        nodes = {node for each in (candidate, *candidate.parts) for node in (*each.dying, *each.constants)}
+        nodes.update(() if candidate.tie is None else candidate.tie.nodes)
+        if candidate.spread is not None:  # what stays of it between the layers and the map
+            nodes.update(between_of(Contraction(flow), candidate.spread.heads, candidate.entry))
+        return calls.refusal(sorted(nodes), candidate.result) or found
 
     return place_safely
 
@@ -226,8 +242,11 @@ def _fold(
                 fold = folded(flow, candidate, placement)
             if ledger.prove:
                 with clock(explanation, "proof"):
-                    fold = replace(fold, error=prove(flow, candidate, fold.form, fold.layer, layers))
-            if ledger.exact is not None:
+                    if fold.layer is None:
+                        prove_spread(flow, candidate, layers)
+                    else:
+                        fold = replace(fold, error=prove(flow, candidate, fold.form, fold.layer, layers))
+            if ledger.exact is not None and fold.layer is not None:
                 sources = [t for n in (*candidate.dying, *candidate.constants) for t in flow.tensors.get(n, ())]
                 ledger.exact.note(fold.layer, fold.form, sources)
             fold = replace(fold, form=fold.form.to("meta"))  # the numbers are in the layer now
@@ -240,22 +259,39 @@ def _fold(
             raise
         return ledger.take_back(key, layers, str(error).removeprefix(f"{layers}: "))
     made[candidate.key] = replace(fold, candidate=candidate, placement=placement)
-    return candidate.costs(fold.form)
+    return None if fold.layer is None else candidate.costs(fold.form)
 
 
 def _fold_key(flow: Flow, candidate: Candidate) -> FoldKey:
     """What finds a fold again in another trace of the same unit."""
-    names = sorted(node.name for node in candidate.dying)
+    names = sorted(node.name for node in candidate.touched)
     return flow.unit.path, candidate.entry.name, candidate.result.name, *names
 
 
 def _edited(layout: Layout, folds: list[Fold]) -> tuple[Edited, dict[Candidate, Refusal]]:
     """The edits that put the folded layers in place, or which of them have no place after all."""
+    if failed := _not_alike(folds):
+        return Edited(), failed
     try:
         return edits_of(layout, folds), {}
     except RefusalError as error:
         rewriting = [fold for fold in folds if fold.placement.rewrites] or folds
         return Edited(), {fold.candidate: error.refusal for fold in rewriting}
+
+
+def _not_alike(folds: list[Fold]) -> dict[Candidate, Refusal]:
+    """Folds that should share their numbers, which turned out to be others."""
+    first: dict[Tie, nn.Module] = {}
+    refusal = Refusal(Reason.SHARED, "its weight is used by several calls, and no one layer computes them all")
+    failed = {}
+    for fold in folds:
+        tie = fold.candidate.tie
+        if tie is not None and tie.one and fold.layer is not None:
+            held, mine = (dict(m.named_parameters()) for m in (first.setdefault(tie, fold.layer), fold.layer))
+            plain = type(fold.layer) in (*CONVS, nn.Linear) and getattr(fold.layer, "padding_mode", "zeros") == "zeros"
+            if not plain or held.keys() != mine.keys() or not all(torch.equal(held[key], mine[key]) for key in mine):
+                failed[fold.candidate] = refusal
+    return failed
 
 
 def _traced(model: nn.Module, explanation: Explanation, example: Example | None) -> list[Unit]:

@@ -38,7 +38,7 @@ from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.table import section
 from passes.training.build import Cost, build, check_preserved, signature, site_of, try_on_meta
 from passes.training.discovery import Found, find_convs
-from passes.training.filters import Blocks, Where, block_chooser, selector
+from passes.training.filters import Blocks, Where, block_chooser, named_blocks, selector
 from passes.training.forms import Form
 from passes.training.positions import positions_of
 from passes.training.trial import try_blocks
@@ -47,7 +47,7 @@ __all__ = ["Cost", "Plan", "PlanRow", "make_plan"]
 
 log = logging.getLogger("reparam")
 
-_UNASKED = (Reason.NOT_SELECTED, Reason.KERNEL_OF_ONE)
+_UNASKED = (Reason.NOT_SELECTED, Reason.KERNEL_OF_ONE, Reason.NOT_MEANT)
 """Refusals of convolutions that the caller did not ask for."""
 
 _TAKEN_BACK = (Reason.NOT_RUN, Reason.DIFFERS)
@@ -159,8 +159,13 @@ class Plan:
         for note in self.notes:
             log.info("expand: %s", note)
         level = logging.INFO if self.expanded else logging.WARNING
-        log.log(level, "expand: %d of %d convolutions get a block", len(self.expanded), len(self.rows))
+        log.log(level, "expand: %d of %d %s get a block", len(self.expanded), len(self.rows), self.noun)
         return model
+
+    @property
+    def noun(self) -> str:
+        """What the rows are."""
+        return "layers" if any(isinstance(row.found.conv, nn.Linear) for row in self.rows) else "convolutions"
 
     def _check_unchanged(self) -> None:
         modules = dict(self._model.named_modules())
@@ -170,7 +175,7 @@ class Plan:
                 raise ReparamError(f"{row.layer} is no longer the layer that was planned for: plan again")
 
     def __str__(self) -> str:
-        lines = [f"{len(self.expanded)} of {len(self.rows)} convolutions get a block"]
+        lines = [f"{len(self.expanded)} of {len(self.rows)} {self.noun} get a block"]
         costs = [row.cost for row in self.expanded if row.cost is not None]
         if costs:
             cells = [_aligned([c.parameters for c in costs]), _aligned([c.multiply_adds for c in costs])]
@@ -186,16 +191,15 @@ class Plan:
         lines[1:1] = _grouped("taken back", [(row, row.refusal) for row in back], layers=True)
         lines += _grouped("left alone", said, layers=True)
         lines += _grouped("without their norm", stays, layers=True)
-        lines += _grouped("not considered", [(row, row.refusal) for row in self._unasked], layers=False)
+        unasked = [(row, row.refusal) for row in self.rows if row.refusal and row.refusal.reason in _UNASKED]
+        meant = [pair for pair in unasked if pair[1].reason is Reason.NOT_MEANT]
+        lines += _grouped("not considered", [pair for pair in unasked if pair not in meant], layers=False)
+        lines += _grouped("not considered", meant, layers=True)
         if notes := [f"note: {note}" for note in self.notes]:
             lines += ["", *(line for note in notes for line in textwrap.wrap(note, 110, subsequent_indent="  "))]
         if self.compared:
             lines += ["", *(line for text in self.compared for line in textwrap.wrap(f"tried: {text}", 110))]
         return "\n".join(lines)
-
-    @property
-    def _unasked(self) -> tuple[PlanRow, ...]:
-        return tuple(row for row in self.rows if row.refusal is not None and row.refusal.reason in _UNASKED)
 
 
 def _put(
@@ -247,10 +251,13 @@ def make_plan(
     inplace: bool = False,
 ) -> Plan:
     """Decide for every convolution of ``model``; see :func:`reparam.plan`. The model is not changed."""
-    _check(model, init, verify, inplace)
+    linear = any(each.info.linear for each in named_blocks(block))
+    _check(model, init, verify, inplace, linear=linear)
     with kept_generators(p.device for p in model.parameters()):
         positions = None
-        convs = find_convs(model)
+        convs = find_convs(model, linear=linear)
+        if verify is not True:
+            convs = [_unseen(found) for found in convs]
         if example_inputs is not None:
             example_inputs = as_example(example_inputs, model)
             positions = positions_of(model, convs, example_inputs)
@@ -258,6 +265,14 @@ def make_plan(
         rows = decide.rows(convs, block, where, form)
         plan = Plan(rows, positions is not None, model, init == "preserve", inplace, verify)
         return _tried(plan, decide, example_inputs, strict) if verify is True else plan
+
+
+def _unseen(found: Found) -> Found:
+    """A convolution of which no graph says how it is used is left alone where nothing is run."""
+    if found.refusal is not None or found.unread is None:
+        return found
+    said = f"{found.unread.message}; only a run shows how it is used: verify=True"
+    return replace(found, refusal=replace(found.unread, message=said))
 
 
 def _tried(plan: Plan, decide: _Decision, example: Any, strict: bool) -> Plan:
@@ -282,12 +297,13 @@ def _tried(plan: Plan, decide: _Decision, example: Any, strict: bool) -> Plan:
         decide.without_norm,
         example,
         lambda row: row.found.always,
+        lambda row: row.found.unread,
         exact_in_training=all(block is None or block.info.exact_in_training for block in blocks),
     )
     if strict and (outcome.taken_back or outcome.changed):
         refusal = next(iter([*outcome.taken_back.values(), *outcome.changed.values()]))
         raise EquivalenceError(str(refusal), layer=refusal.layer)
-    for layer, refusal in outcome.taken_back.items():
+    for layer, refusal in {**outcome.unseen, **outcome.taken_back}.items():
         rows[layer] = replace(rows[layer], block=None, refusal=refusal, cost=None)
     rows |= {row.layer: row for row in outcome.kept}
     for layer, refusal in outcome.changed.items():
@@ -308,9 +324,11 @@ class _Decision:
         rows = []
         for found in convs:
             mine = chosen(found.path)
-            refusal = selected(found.path, found.conv)
-            if refusal is None and mine is None:
-                refusal = Refusal(Reason.NOT_SELECTED, Reason.NOT_SELECTED.value)
+            refusal: Refusal | None = Refusal(Reason.NOT_SELECTED, Reason.NOT_SELECTED.value)
+            if mine is not None and isinstance(found.conv, nn.Linear) and not mine.info.linear:
+                refusal = Refusal(Reason.NOT_SELECTED, f"{mine.name} is for convolutions, and this is a linear layer")
+            elif mine is not None:
+                refusal = selected(found.path, found.conv, mine)
             asked = refusal is None or refusal.reason is not Reason.NOT_SELECTED
             if asked and _inside_block(self.model, found.path):
                 refusal = Refusal(Reason.BLOCK, "it is part of a block already; collapse the model first")
@@ -342,7 +360,7 @@ class _Decision:
         return alone if alone.refusal is None else None
 
 
-def _check(model: Any, init: Any, verify: Any, inplace: bool) -> None:
+def _check(model: Any, init: Any, verify: Any, inplace: bool, *, linear: bool) -> None:
     if init not in ("preserve", "paper"):
         raise ReparamError(f"init is 'preserve' or 'paper', got {init!r}")
     if verify not in (True, False, "folds"):
@@ -358,7 +376,7 @@ def _check(model: Any, init: Any, verify: Any, inplace: bool) -> None:
             "an exported program has no layers that a block could replace: expand the module, then export"
         )
     check_model(model, numbers=False)
-    if isinstance(model, _ConvNd):
+    if isinstance(model, (_ConvNd, nn.Linear) if linear else _ConvNd):
         raise ReparamError("the model is itself one layer: put it into torch.nn.Sequential, so that it can be replaced")
     if inplace and (name := next((n for n, p in model.named_parameters() if p.is_inference()), None)) is not None:
         raise ReparamError(

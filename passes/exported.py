@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from passes.compiler import clock
 from passes.edits.edit import Substitute
 from passes.edits.program_graph import ModuleGraph, ProgramGraph, substitute
+from passes.fold.rules import DEFAULT, Rules
 from passes.graph.aten import is_aten, is_idle, translated
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example
@@ -38,13 +39,18 @@ def module_of(program: Program) -> nn.Module:
     return program.module(check_guards=False) if isinstance(program, ExportedProgram) else program
 
 
-def explain_program(program: Program) -> Explanation:
+def explain_program(program: Program, rules: Rules = DEFAULT) -> Explanation:
     """Decide as :func:`collapse_program` does, and stop before the edits."""
-    return _Compilation(program, Ledger(prove=False)).explanation
+    return _Compilation(program, Ledger(prove=False, rules=rules)).explanation
 
 
 def collapse_program(
-    program: Program, *, example: Example | None = None, verify: bool | str = True, strict: bool = False
+    program: Program,
+    *,
+    example: Example | None = None,
+    verify: bool | str = True,
+    strict: bool = False,
+    rules: Rules = DEFAULT,
 ) -> tuple[Program, Explanation]:
     """Fold every region of a program that is one convolution; the result is a program of the same kind.
 
@@ -53,8 +59,9 @@ def collapse_program(
         example: what to compare the whole program on; that of the export, or one of the shapes it says, otherwise.
         verify: as for a module.
         strict: as for a module.
+        rules: what may fold.
     """
-    ledger = Ledger(prove=bool(verify), strict=strict, exact=Exact() if verify is True else None)
+    ledger = Ledger(prove=bool(verify), strict=strict, exact=Exact() if verify is True else None, rules=rules)
     given = example_of(program) if example is None else example
     return collapse_graph(_Compilation(program, ledger), example=given, verify=verify, strict=strict)
 
@@ -118,19 +125,20 @@ class _Compilation(Compilation[Program]):
         gone |= {user for node in gone for user in node.users if is_idle(user)}
         return tuple(node.name for node in self.program.graph.nodes if node in gone)
 
-    def replay(self, entry: str, result: str, inputs: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
-        return [self._run(self.nodes[entry], self.nodes[result], x) for x in inputs]
+    def replay(self, given: Sequence[Mapping[str, Tensor]], result: str) -> list[tuple[Tensor, float]]:
+        return [self._run({self.nodes[name]: x for name, x in each.items()}, self.nodes[result]) for each in given]
 
-    def _run(self, entry: fx.Node, result: fx.Node, x: Tensor) -> tuple[Tensor, float]:
-        needed = needed_for(result, entry, lambda node: node.all_input_nodes)
-        values: dict[fx.Node, Any] = {entry: x.clone()}  # it may be changed in place
-        peak = float(x.abs().max())
+    def _run(self, given: Mapping[fx.Node, Tensor], result: fx.Node) -> tuple[Tensor, float]:
+        needed = needed_for(result, given, lambda node: node.all_input_nodes)
+        values: dict[fx.Node, Any] = {entry: x.clone() for entry, x in given.items()}  # it may be changed in place
+        device = next(iter(given.values())).device
+        peak = max(float(x.abs().max()) for x in given.values())
         for node in self.program.graph.nodes:  # in the original order: some work in place
             if node not in needed:
                 continue
             if node.op in ("placeholder", "get_attr"):
                 number = self.numbers[self.weights.get(node.name, str(node.target))]
-                value = number.detach().to(x.device, torch.float64) if number.is_floating_point() else number
+                value = number.detach().to(device, torch.float64) if number.is_floating_point() else number
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 value = node.target(*args, **kwargs)

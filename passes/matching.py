@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import Geometry
@@ -29,16 +28,12 @@ MAX_TIES = 1000
 
 @dataclass(frozen=True)
 class _Step:
-    """An operation: what it is, what it reads, and the path of the layer or tensor that it uses.
-
-    ``norm`` is the path of the batch norm behind it that nothing else reads: a fold may have taken it away.
-    """
+    """An operation: what it is, what it reads, and the path of the layer or tensor that it uses."""
 
     label: tuple[Any, ...]
     sources: tuple[int, ...]
     ordered: bool
     path: str
-    norm: str = ""
 
 
 def renamed(have: nn.Module, wanted: nn.Module) -> dict[str, Tensor] | None:
@@ -53,9 +48,9 @@ def renamed(have: nn.Module, wanted: nn.Module) -> dict[str, Tensor] | None:
         if pairs is None:
             return None
         for i, j in pairs:
-            for old, new in ((first[i].path, second[j].path), (first[i].norm, second[j].norm)):
-                if old and new and names.setdefault(old, new) != new:
-                    return None  # one layer stands in two places, and there are two there
+            old, new = first[i].path, second[j].path
+            if old and new and names.setdefault(old, new) != new:
+                return None  # one layer stands in two places, and there are two there
     state = have.state_dict(keep_vars=True)
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -75,20 +70,11 @@ def _steps(unit: Unit) -> list[_Step]:
     number: dict[fx.Node, int] = {}
     steps: list[_Step] = []
     for node in filter(live.__contains__, flow.nodes):
-        operation, module = flow.operations.get(node), flow.modules.get(node)
+        operation = flow.operations.get(node)
         nothing = operation is not None and (operation.kind is Kind.DROPOUT or operation.id == "identity")
         if nothing and node.all_input_nodes[0] in number:
             number[node] = number[node.all_input_nodes[0]]  # in evaluation
             continue
-        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if source is not None and source in number and isinstance(module, _NormBase) and len(source.users) == 1:
-            before = steps[number[source]]
-            if before.label[0] in _TAKES_NORMS and not before.norm:
-                steps[number[source]] = _Step(
-                    before.label, before.sources, before.ordered, before.path, join(unit.path, str(node.target))
-                )
-                number[node] = number[source]
-                continue
         read = tuple(number[n] for n in node.all_input_nodes if n in number)
         number[node] = len(steps)
         named = node.op in ("call_module", "get_attr")
@@ -101,9 +87,6 @@ def _steps(unit: Unit) -> list[_Step]:
             )
         )
     return steps
-
-
-_TAKES_NORMS = frozenset({"conv", "linear", "conv_transpose"})
 
 
 def _label(flow: Flow, node: fx.Node) -> tuple[Any, ...]:

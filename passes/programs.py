@@ -11,20 +11,23 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, fx, nn
 
+from passes.algebra.scale_shift import ScaleShift
 from passes.compiler import clock, decide
 from passes.edits.edit import Substitute
 from passes.edits.layer import describe
 from passes.fold.aliasing import Memory
-from passes.fold.candidates import Candidate, layers_of
+from passes.fold.candidates import Candidate, between_of, layers_of
 from passes.fold.folds import Fold
 from passes.fold.placement import Placement
 from passes.graph.capture import Call, Unit
 from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind
+from passes.laws.regions import Contraction, Spread
 from passes.proof.check import Checked
 from passes.proof.hold import Ledger
 from passes.refusal import Reason, Refusal
@@ -63,7 +66,9 @@ class Compilation(ABC, Generic[Graph]):
     ) -> None:
         self.names, self.reusable, self.unread, self.kept = names, frozenset(weights), unread, kept
         self.ledger, self.explanation = ledger, explanation
-        unit.replay = lambda entry, result, inputs: self.replay(names[entry], names[result], inputs)
+        unit.replay = lambda given, result: self.replay(
+            [{names[node]: x for node, x in each.items()} for each in given], names[result]
+        )
         with clock(explanation, "plan"):
             self.flow = Flow(unit, {})
             self.memory = Memory(self.flow)
@@ -73,8 +78,8 @@ class Compilation(ABC, Generic[Graph]):
         self._tell(self.folds)
 
     @abstractmethod
-    def replay(self, entry: str, result: str, inputs: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
-        """The value of ``result`` for each value of ``entry``, in float64, and the largest magnitude on the way."""
+    def replay(self, given: Sequence[Mapping[str, Tensor]], result: str) -> list[tuple[Tensor, float]]:
+        """The value of ``result`` each time that values are given, in float64, and the largest magnitude on the way."""
 
     @abstractmethod
     def gone(self, entry: str, dying: Collection[str], staying: Collection[str] = ()) -> tuple[str, ...]:
@@ -99,41 +104,62 @@ class Compilation(ABC, Generic[Graph]):
     def result(self, folds: list[Fold]) -> Graph:
         """The graph with these folds."""
         self._tell(folds)
-        result, self.explanation.after = self.substituted([(self.edits[fold], fold.layer) for fold in folds])
+        edits = [(self.edits[fold], fold.layer) for fold in folds if fold.layer is not None]
+        result, self.explanation.after = self.substituted(edits)
         return result
 
     def without_what_fails(self, example: Any) -> tuple[Graph, Checked]:
         """The graph with those folds that hold, each tried alone; raises if they do not hold together."""
-        held = []
-        for fold in self.folds:
-            alone = self.compared(self.result([fold]), example)
+        held: list[Fold] = []
+        for folds in self._together():
+            alone = self.compared(self.result(folds), example)
             if alone.ok:
-                held.append(fold)
+                held += folds
             else:
-                names = ", ".join(layers_of(self.flow, fold.candidate))
+                names = ", ".join(layers_of(self.flow, folds[0].candidate))
                 self.ledger.take_back((names,), names, str(alone.differences[0]))
         result = self.result(held)
         checked = self.compared(result, example)
         checked.raise_if_different()
         return result, checked
 
+    def _together(self) -> list[list[Fold]]:
+        """The folds, those in one list that take over one map."""
+        found: list[tuple[set[Spread], list[Fold]]] = []
+        for fold in self.folds:
+            spreads, folds = set(fold.candidate.spreads), [fold]
+            for other in [each for each in found if each[0] & spreads]:
+                found.remove(other)
+                spreads, folds = spreads | other[0], [*other[1], *folds]
+            found.append((spreads, folds))
+        return [folds for _, folds in found]
+
     def _tell(self, folds: list[Fold]) -> None:
         told = self.explanation
         told.folds = [
             Record.of(self.flow, fold.candidate, fold.form, self.edits[fold].weight.rpartition(".")[0], fold.error)
             for fold in folds
+            if fold.layer is not None
         ]
-        told.edits = [self.edits[fold] for fold in folds]
+        told.edits = [self.edits[fold] for fold in folds if fold.layer is not None]
         unread = [f"{count} call{'s' * (count > 1)} of {name}" for name, count in self.unread.most_common()]
         told.notes = [f"not read: {', '.join(unread)}"] if unread else []
 
     def _guard(self, candidate: Candidate) -> Placement | Refusal:
+        if candidate.tie is not None:
+            return Refusal(Reason.SHARED, "its weight is used by several calls")
         ends = [candidate.entry, candidate.last, candidate.result, *candidate.moved[-1:]]
         if any(node not in self.names for node in ends):
             return Refusal(Reason.LAYOUT, "begins or ends inside of one operation of the graph")
         found = self.memory.refusal(candidate) or self.guard(candidate)
         if found is not None:
             return found
+        if candidate.spread is not None:  # these give other numbers from now on
+            changed = [candidate.result]
+            if candidate.is_alias:
+                changed += between_of(Contraction(self.flow), candidate.spread.heads, candidate.entry)
+            if any(self.names.get(node) in self.kept for node in changed):
+                return Refusal(Reason.SHARED, f"{self.names[candidate.result]} is part of an interface that is kept")
         dying = {*candidate.dying, *candidate.constants, *candidate.moved}
         for node in [*candidate.dying, *candidate.moved]:
             if node is candidate.result or node not in self.names:
@@ -152,6 +178,8 @@ class Compilation(ABC, Generic[Graph]):
         taken = self.taken()
         for fold in folds:
             candidate = fold.candidate
+            if fold.layer is None:
+                continue
             weight, bias = self._numbers(fold, taken)
             taken |= {weight, bias}
             dying = {self.names[node] for node in candidate.dying if node in self.names}
@@ -161,13 +189,32 @@ class Compilation(ABC, Generic[Graph]):
             ends = (candidate.moved[-1], candidate.result) if candidate.moved else ()
             layer = describe(fold.layer, {})
             self.edits[fold] = Substitute(result, entry, layer, gone, weight, bias, *(self.names[n] for n in ends))
-        return None, {}
+        without = {
+            fold.candidate: refusal for fold in folds if fold.layer is None and (refusal := self._end(fold, folds))
+        }
+        return None, without
+
+    def _end(self, alias: Fold, folds: list[Fold]) -> Refusal | None:
+        """Let a map vanish with the edit of one of the layers that took it over."""
+        candidate = alias.candidate
+        for fold in reversed(folds):
+            edit = self.edits.get(fold)
+            if edit is not None and not edit.end and candidate.spread in fold.candidate.spreads:
+                source, end = self.names[candidate.entry], self.names[candidate.result]
+                dying = {self.names[node] for node in candidate.dying if node in self.names}
+                gone = self.gone(source, dying)
+                self.edits[fold] = replace(edit, gone=(*edit.gone, *gone), moved=source, end=end)
+                return None
+        return Refusal(Reason.CODE, "its layers take more over than one edit of a graph says")
 
     def _numbers(self, fold: Fold, taken: set[str]) -> tuple[str, str]:
         """Names for the folded numbers: those of the largest weight that goes, and of the bias beside it."""
+        assert fold.layer is not None
         going = {str(n.target): self.flow.held[n] for n in fold.candidate.constants if n.op == "get_attr"}
         numbers = [(name, going[name]) for name in going if name in self.reusable]
-        weights = [name for name, number in numbers if isinstance(number, Tensor) and number.dim() > 1]
+        least = 1 if isinstance(fold.layer, ScaleShift) else 2
+        weights = [name for name, number in numbers if isinstance(number, Tensor) and number.dim() >= least]
+        weights = [name for name in weights if name.endswith("weight")] or weights
         weight = max(weights, key=lambda name: going[name].numel(), default="") or fresh("folded.weight", taken)
         if not any(name.endswith("bias") for name, _ in fold.layer.named_parameters()):
             return weight, ""
@@ -241,12 +288,12 @@ def fresh(name: str, taken: Collection[str]) -> str:
     return found
 
 
-def needed_for(result: Any, entry: Any, inputs: Any) -> set[Any]:
-    """What a value is computed from, itself included, back to ``entry``, which is not; ``inputs(x)`` are x's own."""
+def needed_for(result: Any, given: Collection[Any], inputs: Any) -> set[Any]:
+    """What a value is computed from, itself included, back to what is given, not included; ``inputs(x)`` are x's."""
     needed, todo = {result}, [result]
     while todo:
         for source in inputs(todo.pop()):
-            if source is not entry and source not in needed:
+            if source not in given and source not in needed:
                 needed.add(source)
                 todo.append(source)
     return needed

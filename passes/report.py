@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.conv_form import Form
+from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.opaque import OpaqueForm
 from passes.blocks.kit.kernel_conv import KernelConv
 from passes.edits.edit import Edit
+from passes.edits.rewritten import Rewritten
 from passes.fold.candidates import Candidate, layers_of
 from passes.graph.dataflow import Flow
 from passes.proof.check import Checked
@@ -36,7 +37,7 @@ class Counts:
         modules = list(model.modules())
         return Counts(
             sum(isinstance(m, (_ConvNd, KernelConv)) for m in modules),
-            sum(isinstance(m, _NormBase) or "BatchNorm" in type(m).__name__ for m in modules),
+            sum(_is_norm(m) for m in modules),
             sum(isinstance(m, nn.Linear) for m in modules),
             sum(p.numel() for p in model.parameters()),
         )
@@ -45,6 +46,13 @@ class Counts:
         return (
             f"{self.convs} convs, {self.norms} norms, {self.linears} linears, {self.parameters / 1e6:.2f} M parameters"
         )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it normalises: one that was rewritten to do something else holds no statistics any more."""
+    if isinstance(module, Rewritten) and isinstance(module, _NormBase):
+        return module.running_var is not None
+    return isinstance(module, _NormBase) or "BatchNorm" in type(module).__name__
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,24 @@ class Explanation:
         """How many layers stay for each reason."""
         return Counter(r.reason.value for r in self.refusals)
 
+    def growth(self) -> str | None:
+        """What folds cost more than the layers they replace, as ``cost="layers"`` allows; None where none does."""
+        grown = [
+            f
+            for f in self.folds
+            if f.numbers_after > f.numbers_before or f.multiply_adds_after > f.multiply_adds_before
+        ]
+        if not grown:
+            return None
+        most = max(grown, key=lambda f: f.numbers_after - f.numbers_before)
+        return (
+            f"{len(grown)} fold{'s cost' if len(grown) > 1 else ' costs'} more than what is replaced, as cost= allows: "
+            f"{sum(f.numbers_before for f in grown)} -> {sum(f.numbers_after for f in grown)} numbers, "
+            f"{sum(f.multiply_adds_before for f in grown):.0f} -> {sum(f.multiply_adds_after for f in grown):.0f} "
+            f"multiply-adds per position; most of all {_short(most.layers)}: {most.numbers_before} -> "
+            f"{most.numbers_after} numbers"
+        )
+
     def __str__(self) -> str:
         lines = []
         if self.taken_back:
@@ -143,7 +169,7 @@ class Explanation:
         lines += section("left as they are:", ("layer", "reason"), [(r.layer, r.message) for r in self.refusals])
         untraced = [(r.layer or "(model)", r.message) for r in self.untraced]
         lines += section("compiled inside only:", ("module", "reason"), untraced)
-        return "\n".join(lines + [f"note: {n}" for n in self.notes])
+        return "\n".join(lines + [f"note: {n}" for n in [*filter(None, [self.growth()]), *self.notes]])
 
 
 def _short(layers: tuple[str, ...]) -> str:
@@ -151,12 +177,14 @@ def _short(layers: tuple[str, ...]) -> str:
 
 
 def _described(form: Form) -> str:
+    if isinstance(form, ConvForm) and form.channelwise:
+        return f"ScaleShift({form.out_channels})"
     if form.n == 0:
         return f"Linear({form.in_channels} -> {form.out_channels})"
     if isinstance(form, OpaqueForm):
         kind = type(form.layer).__name__
     else:
-        kind = f"ConvTranspose{form.n}d" if any(u != 1 for u in form.up) else f"Conv{form.n}d"
+        kind = f"ConvTranspose{form.n}d" if form.is_transposed else f"Conv{form.n}d"
     grouped = f", groups {form.groups}" if form.groups > 1 else ""
     stride = f", stride {'x'.join(map(str, form.stride))}" if any(s > 1 for s in form.stride) else ""
     kernel = "x".join(map(str, form.kernel))

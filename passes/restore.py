@@ -18,19 +18,21 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.geometry import Geometry
+from passes.algebra.geometry import Geometry, Layer
 from passes.algebra.lowering import Target, emit, target_of
+from passes.blocks.kit.layers import is_block
 from passes.collapse import collapse_model
 from passes.compiler import timed
 from passes.edits.edit import Edit, Replace
 from passes.edits.layer import described
+from passes.filling import fill, variance_of_one
 from passes.fold.candidates import layers_of
+from passes.fold.rules import Rules
 from passes.graph.capture import join, trace_units
 from passes.graph.copies import deep_copy
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example
 from passes.graph.modes import has_own_modes, kept_modes
-from passes.matching import renamed
 from passes.proof.check import check
 from passes.proof.hold import Exact
 from passes.proof.prove import prove
@@ -53,10 +55,12 @@ def collapse_like(
     outcome = restore_blocks(model, like, exact, prove_folds=bool(verify))
     if outcome is None:
         exact = Exact(keep=verify is True)
-        folded, explanation = collapse_model(model, example=None, verify="folds" if verify else False, exact=exact)
-        restored, by_graph = restore(folded, like, exact)
-        if by_graph:
-            explanation.notes.append("like= names its layers otherwise: they were matched by the graph")
+        folded, explanation = collapse_model(
+            model, example=None, verify="folds" if verify else False, exact=exact, rules=Rules(whole=True)
+        )
+        restored, told = restore(folded, like, exact)
+        by_graph = told is not None
+        explanation.notes += told or ()
         outcome = restored, explanation
         inside = dict(folded.named_modules())
         norms = [path for path, layer in outcome[0].named_modules() if isinstance(layer, _NormBase) and path in inside]
@@ -64,7 +68,7 @@ def collapse_like(
     result, explanation = outcome
     if verify is True or (verify and by_graph):  # where layers go was told by names, or has to be seen
         with timed(explanation.seconds, "check"):
-            explanation.checked = check(given, result, example, exact=exact, effects=False)
+            explanation.checked = check(given, result, example, exact=exact, effects=False, by_name=not by_graph)
             explanation.checked.raise_if_different()
     return result, explanation
 
@@ -79,8 +83,9 @@ def restore_blocks(
     model = _unwrapped(model, like)
     result = _copy_with_room(like, model)
     have, wanted = dict(model.state_dict(keep_vars=True)), result.state_dict(keep_vars=True)
-    convs = {found.path: found for found in find_convs(result)}
     inside = dict(model.named_modules())
+    linear = any(is_block(module) and hasattr(module, "in_features") for module in inside.values())
+    convs = {found.path: found for found in find_convs(result, linear=linear)}
     changed = {path for path in convs if path in inside and _own(have, path) != _own(wanted, path)}
     folding = {path for path in convs if path in changed or (path in inside and convs[path].norm is not None)}
     norms = {norm.path for path in folding if (norm := convs[path].norm) is not None}
@@ -105,7 +110,7 @@ def restore_blocks(
             conv, norm = convs[path].conv, convs[path].norm
             layers = [inside[path]]
             if norm is not None and isinstance(behind := inside.get(norm.path), _BatchNorm):
-                layers.append(plain_norm(behind, len(conv.kernel_size)))
+                layers.append(plain_norm(behind, conv.weight.dim() - 2))
             try:
                 reading = Reading(nn.Sequential(*layers))
                 candidate, form = reading.candidate(), reading.form()
@@ -115,7 +120,7 @@ def restore_blocks(
                 error = prove(reading.flow, candidate, form, folded, said) if prove_folds else None
             except RefusalError:
                 return None
-            if not isinstance(folded, _ConvNd) or Geometry.of(folded) != Geometry.of(conv):
+            if not isinstance(folded, (_ConvNd, nn.Linear)) or Geometry.of(folded) != Geometry.of(conv):
                 return None
             _copy(conv.weight, folded.weight, exact, numbers.weight)
             behind_it = None if norm is None else result.get_submodule(norm.path)
@@ -227,7 +232,7 @@ def _copy(into: Tensor, value: Tensor, exact: Exact, number: Tensor | None = Non
         exact.put(into, exact.get(id(value), value.double()) if number is None else number)
 
 
-def _put_bias(path: str, conv: _ConvNd, bias: Tensor | None, norm: Any, exact: Exact, number: Tensor | None) -> None:
+def _put_bias(path: str, conv: Layer, bias: Tensor | None, norm: Any, exact: Exact, number: Tensor | None) -> None:
     """Give the folded bias to whoever can take it: the convolution, or the norm behind it, else the identity."""
     if norm is not None:
         make_identity(norm, exact)
@@ -243,8 +248,10 @@ def _put_bias(path: str, conv: _ConvNd, bias: Tensor | None, norm: Any, exact: E
         _copy(norm.running_mean, -bias, exact, -number)
 
 
-def restore(collapsed: nn.Module, like: nn.Module, exact: Exact) -> tuple[nn.Module, bool]:
-    """A copy of ``like`` (in eval mode) that computes what ``collapsed`` does, and whether the graph told the names.
+def restore(collapsed: nn.Module, like: nn.Module, exact: Exact) -> tuple[nn.Module, list[str] | None]:
+    """A copy of ``like`` (in eval mode) that computes what ``collapsed`` does.
+
+    With notes where names told nothing and the graph did; then it has to be run.
 
     Raises :class:`ReparamError`, naming the layer, where ``collapsed`` has no layer of the same shape for one of
     ``like``'s, or no place for its bias.
@@ -256,12 +263,11 @@ def restore(collapsed: nn.Module, like: nn.Module, exact: Exact) -> tuple[nn.Mod
         result.state_dict(keep_vars=True),
         _norm_behind(result),
     )
-    by_graph = None
-    if any(_unmatched(have, state, norms)):  # a class that was written for deployment may name its layers otherwise
-        by_graph = renamed(collapsed, result)
-        have = have if by_graph is None else by_graph
     missing, extra = _unmatched(have, state, norms)
-    if missing or extra:
+    if missing or extra:  # a class that was written for deployment may name its layers otherwise
+        notes = fill(collapsed, result, exact)
+        if notes is not None:
+            return result, ["like= names its layers otherwise: they were matched by the graph", *notes]
         raise ReparamError(
             f"the collapsed network does not match the architecture given as like=: it lacks "
             f"{', '.join(missing[:3]) or 'nothing'}, it has {', '.join(extra[:3]) or 'nothing'} besides; give the "
@@ -290,7 +296,7 @@ def restore(collapsed: nn.Module, like: nn.Module, exact: Exact) -> tuple[nn.Mod
                 check_pair(conv, *pair, weight, have.get(join(conv, "bias")))
         for name in state.keys() & have.keys():
             check_copy(name, state[name], have[name])
-    return result, by_graph is not None
+    return result, None
 
 
 def _unmatched(have: dict[str, Tensor], state: dict[str, Tensor], norms: dict[str, str]) -> tuple[list[str], list[str]]:
@@ -309,15 +315,8 @@ def make_identity(norm: nn.Module, exact: Exact) -> None:
     if not isinstance(norm, _NormBase) or norm.running_mean is None or norm.running_var is None:
         raise ReparamError("a batch norm without running statistics cannot be made the identity")
     norm.running_mean.zero_()
-    one = torch.ones_like(norm.running_var)
-    var = one - norm.eps
-    for _ in range(4):  # the subtraction rounds; step to the neighbour whose sum with eps is exactly one
-        off = var + norm.eps
-        if bool((off == one).all()):
-            break
-        var = torch.nextafter(var, torch.where(off < one, one, -one))
-    norm.running_var.copy_(var)
-    exact.put(norm.running_var, torch.ones_like(var, dtype=torch.float64) - norm.eps)
+    norm.running_var.copy_(variance_of_one(norm.eps, norm.running_var))
+    exact.put(norm.running_var, torch.ones_like(norm.running_var, dtype=torch.float64) - norm.eps)
     if norm.weight is not None:
         norm.weight.fill_(1.0)
     if norm.bias is not None:

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from passes.algebra.scale_shift import ScaleShift
     from passes.blocks.kit.builder import Site
     from passes.blocks.kit.registry import Block, BlockInfo, block, blocks
     from passes.expand import Plan
@@ -35,6 +36,7 @@ __all__ = [
     "Reason",
     "Refusal",
     "ReparamError",
+    "ScaleShift",
     "Site",
     "Verdict",
     "block",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "passes.algebra.scale_shift": ("ScaleShift",),
     "passes.blocks": ("Block", "BlockInfo", "Site", "block", "blocks"),
     "passes.proof.compare": ("Equivalence", "EquivalenceError", "Verdict"),
     "passes.refusal": ("Reason", "Refusal", "ReparamError"),

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from passes.collapse import check_model, collapse_model, explain_model
 from passes.exported import Program, collapse_program, example_of, explain_program, is_program, module_of
+from passes.fold.rules import DEFAULT, rules_of
 from passes.graph.generators import alone
 from passes.graph.inputs import Example, as_example, likely
 from passes.graph.outside import kept_outside, kept_statistics
@@ -36,6 +37,8 @@ def collapse(
     verify: bool | str = True,
     strict: bool = False,
     inplace: bool = False,
+    norms: str = "keep",
+    cost: str = "numbers",
 ) -> Network:
     """Fold every region of ``model`` that acts as one convolution or linear layer into that one layer.
 
@@ -59,6 +62,12 @@ def collapse(
             run the result against the original; ``"folds"``: prove the folds only; ``False``: neither.
         strict: raise where a fold does not hold, instead of taking it back alone with a warning.
         inplace: edit ``model`` itself and return it.
+        norms: ``"keep"``: a batch norm that cannot be folded stays as it is; ``"affine"``: it becomes one scale and
+            shift (:class:`reparam.ScaleShift`), 2C numbers instead of 4C, where that is exact and it holds fewer.
+        cost: ``"numbers"``: one layer takes the place of several only if it holds no more numbers and needs no more
+            multiply-adds than they. ``"layers:4"``: for devices where calls count more than arithmetic, it may hold and
+            need up to 4 times as much (or another factor from 1 on) if there are fewer calls then: a 1x1 before a 3x3,
+            branches of different size; the report says what grew. ``"layers"`` is ``"layers:4"``.
 
     Raises:
         ReparamError: bad input (not a module, no numbers, NaN in a weight, a cast that overflows), naming the layer.
@@ -69,7 +78,14 @@ def collapse(
     Source: Ding et al., "Diverse Branch Block" (CVPR 2021), sec. 3.2; "RepVGG" (CVPR 2021), sec. 3.3.
     """
     return collapse_with_report(
-        model, example_inputs=example_inputs, like=like, verify=verify, strict=strict, inplace=inplace
+        model,
+        example_inputs=example_inputs,
+        like=like,
+        verify=verify,
+        strict=strict,
+        inplace=inplace,
+        norms=norms,
+        cost=cost,
     )[0]
 
 
@@ -81,6 +97,8 @@ def collapse_with_report(
     verify: bool | str = True,
     strict: bool = False,
     inplace: bool = False,
+    norms: str = "keep",
+    cost: str = "numbers",
 ) -> tuple[Network, Explanation]:
     """As :func:`collapse`, with what was folded, what was refused and why, counts, errors and seconds."""
     if verify not in (True, False, "folds"):
@@ -89,6 +107,9 @@ def collapse_with_report(
         raise ReparamError(f"like= takes the architecture as a torch.nn.Module, got {type(like).__name__}")
     if like is not None and inplace:
         raise ReparamError("like= returns a copy of that architecture, so inplace=True has nothing to edit; drop one")
+    rules = rules_of(norms, cost)
+    if like is not None and rules != DEFAULT:
+        raise ReparamError("like= says which layers there are, norms included: drop norms= and cost=")
     program, module = _read(model)
     if program is not None and (like is not None or inplace):
         raise ReparamError("an exported program is copied, and has no layers to fill: drop like= and inplace=")
@@ -97,11 +118,11 @@ def collapse_with_report(
     found: Any
     with undisturbed(module):
         if program is not None:
-            found = collapse_program(program, example=example, verify=verify, strict=strict)
+            found = collapse_program(program, example=example, verify=verify, strict=strict, rules=rules)
         elif like is not None:
             found = collapse_like(module, like, example, verify=verify)
         else:
-            found = collapse_model(module, example=example, verify=verify, strict=strict, inplace=inplace)
+            found = collapse_model(module, example=example, verify=verify, strict=strict, inplace=inplace, rules=rules)
     return found  # type: ignore[no-any-return]
 
 
@@ -130,18 +151,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def explain(model: Network, example_inputs: Any = None) -> Explanation:
+def explain(model: Network, example_inputs: Any = None, *, norms: str = "keep", cost: str = "numbers") -> Explanation:
     """Which regions would fold, into what, and why the others do not; ``str()`` of it is a table.
 
-    Decides as :func:`collapse` does and stops before surgery and proof; the model is not changed. Raises as
-    :func:`collapse` does for bad input.
+    Decides as :func:`collapse` does with the same options and stops before surgery and proof; the model is not changed.
+    Raises as :func:`collapse` does for bad input.
     """
+    rules = rules_of(norms, cost)
     program, module = _read(model)
     check_model(module, numbers=False)
     with undisturbed(module):
         if program is not None:
-            return explain_program(program)
-        return explain_model(module, as_example(example_inputs, module))
+            return explain_program(program, rules)
+        return explain_model(module, as_example(example_inputs, module), rules)
 
 
 def verify(

@@ -39,6 +39,10 @@ Key = Annotated[str | None, typer.Option("--key", help="Where in that checkpoint
 Prove = Annotated[bool, typer.Option("--verify/--no-verify", help="Prove each step, and run the result.")]
 FoldsOnly = Annotated[bool, typer.Option("--folds-only", help="Prove each fold, but do not run the result.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail where a fold does not hold, instead of taking it back.")]
+Norms = Annotated[str, typer.Option("--norms", help="Batch norms that stay: keep, or affine (one scale and shift).")]
+Cost = Annotated[
+    str, typer.Option("--cost", help="What may not grow: numbers; or layers:4, for fewer calls up to 4 times as much.")
+]
 Everything = Annotated[bool, typer.Option("--all", help="List everything.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the random weights.")]
 Blocks = Annotated[
@@ -52,7 +56,7 @@ Where = Annotated[
     typer.Option(
         "--where",
         metavar="PATTERN",
-        help="Only these layers, layer1.* for example; may be repeated.",
+        help="These layers, layer1.* for example; may be repeated. all: wherever it can be, not where it is meant.",
         rich_help_panel=EXPANSION,
     ),
 ]
@@ -117,7 +121,7 @@ def plan(
     if reasons is not None:
         tables.show(console, reasons)
     left = f", {len(planned.refused)} are left" if planned.refused else ""
-    console.print(f"{len(planned.expanded)} of {len(planned.rows)} convolutions get a block{left}", soft_wrap=True)
+    console.print(f"{len(planned.expanded)} of {len(planned.rows)} {planned.noun} get a block{left}", soft_wrap=True)
 
 
 def expand(
@@ -150,7 +154,7 @@ def expand(
     expanded = planned.apply()
     console.print(f"{escape(target)} with {escape(str(recipe))}", style="italic", soft_wrap=True)
     console.print(tables.counts_table({"before": Counts.of(network.model), "in training": Counts.of(expanded)}))
-    console.print(f"{len(planned.expanded)} of {len(planned.rows)} convolutions expanded", soft_wrap=True)
+    console.print(f"{len(planned.expanded)} of {len(planned.rows)} {planned.noun} expanded", soft_wrap=True)
     if verify and init == "preserve":
         _check_start(network.model, expanded)
     _write(expanded, output, network, recipe=recipe)
@@ -182,6 +186,8 @@ def collapse(
     verify: Prove = True,
     folds_only: FoldsOnly = False,
     strict: Strict = False,
+    norms: Norms = "keep",
+    cost: Cost = "numbers",
     dynamic: Annotated[
         str, typer.Option("--dynamic", help="What a .pt2 or .onnx file leaves open: batch,height,width.")
     ] = "",
@@ -194,7 +200,8 @@ def collapse(
     """
     if _is_onnx(target):
         _refuse_for_onnx(pretrained=pretrained, weights=weights, key=key, block=block, where=where, kernel=kernel)
-        _collapse_onnx(Path(target), output, "folds" if verify and folds_only else verify, strict)
+        _keep_norms(norms)
+        _collapse_onnx(Path(target), output, "folds" if verify and folds_only else verify, strict, cost)
         return
     left_open = parse_dynamic(dynamic)
     exports = output is not None and output.suffix in SUFFIXES
@@ -213,7 +220,9 @@ def collapse(
     # What runs an exported file loads no state dict: there the norms are folded as well.
     like = None if network.recipe is None or exports else network.stock()
     how: bool | str = "folds" if verify and folds_only else verify
-    folded, explanation = reparam.collapse_with_report(network.model, like=like, verify=how, strict=strict)
+    folded, explanation = reparam.collapse_with_report(
+        network.model, like=like, verify=how, strict=strict, norms=norms, cost=cost
+    )
     seconds = time.perf_counter() - started
     _print_collapsed(target, explanation, seconds)
     if output is not None and exports:
@@ -237,7 +246,7 @@ def _print_collapsed(target: str, explanation: Explanation, seconds: float) -> N
     console.print(f"seconds: {seconds:.2f}" + (f" ({parts})" if parts else ""))
 
 
-def _collapse_onnx(path: Path, output: Path | None, how: bool | str, strict: bool) -> None:
+def _collapse_onnx(path: Path, output: Path | None, how: bool | str, strict: bool, cost: str) -> None:
     """The same for an ONNX file."""
     from reparam import onnx
 
@@ -246,22 +255,29 @@ def _collapse_onnx(path: Path, output: Path | None, how: bool | str, strict: boo
             raise typer.BadParameter(f"{output} must end in .onnx, as the file that is collapsed")
         files.check_writable(output)
     started = time.perf_counter()
-    model, explanation = onnx.collapse_with_report(path, verify=how, strict=strict)
+    model, explanation = onnx.collapse_with_report(path, verify=how, strict=strict, cost=cost)
     _print_collapsed(str(path), explanation, time.perf_counter() - started)
     if output is not None:
         onnx.save(model, output)
         _wrote(output)
 
 
-def explain(target: Target, pretrained: Pretrained = False, everything: Everything = False) -> None:
+def explain(
+    target: Target,
+    pretrained: Pretrained = False,
+    norms: Norms = "keep",
+    cost: Cost = "numbers",
+    everything: Everything = False,
+) -> None:
     """Show which layers would fold, into what, and why the others do not. Nothing is changed."""
     if _is_onnx(target):
         from reparam import onnx
 
         _refuse_for_onnx(pretrained=pretrained)
-        explanation = onnx.explain(target)
+        _keep_norms(norms)
+        explanation = onnx.explain(target, cost=cost)
     else:
-        explanation = reparam.explain(_load(target, pretrained=pretrained).model)
+        explanation = reparam.explain(_load(target, pretrained=pretrained).model, norms=norms, cost=cost)
     tables.show(console, tables.folds_table(explanation, everything))
     if explanation.refusals and everything:
         title = f"left alone: {len(explanation.refusals)}"
@@ -360,6 +376,14 @@ def _refuse_for_onnx(**given: object) -> None:
         raise UsageError(f"{', '.join(options)}: an ONNX file has its weights and its network in it; leave that out")
 
 
+def _keep_norms(norms: str) -> None:
+    """In an ONNX file a norm is one operator, and a scale and shift are two."""
+    if norms != "keep":
+        raise UsageError(
+            "--norms: in an ONNX file a batch norm is one operator, a scale and shift would be two: it stays"
+        )
+
+
 def _inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:
     """Inputs to count multiply-adds with, one sample; None if none can be guessed."""
     try:
@@ -429,5 +453,5 @@ def _print_counts(title: str, explanation: Explanation) -> None:
     columns = {heading: counts for heading, counts in states.items() if counts is not None}
     console.print(escape(title), style="italic", soft_wrap=True)
     console.print(tables.counts_table(columns))
-    for note in explanation.notes:
+    for note in [*filter(None, [explanation.growth()]), *explanation.notes]:
         console.print(f"note: {escape(note)}", soft_wrap=True)

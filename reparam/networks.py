@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import reparam
 from passes.training.discovery import Found, find_convs, plain_norm
+from passes.training.filters import ALL
 from reparam import ReparamError, files, sources
-from reparam.recipe import Recipe
+from reparam.recipe import Recipe, parse_where
 
 __all__ = ["Network", "UsageError", "advice", "load"]
 
@@ -146,7 +147,7 @@ def advice(stock: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     """
     if not files.misfit(stock, dict(tensors)):
         return "It holds the plain network: leave out --block"
-    convs = find_convs(stock)
+    convs = find_convs(stock, linear=True)
     replaced = [each for each in convs if _children(tensors, each.path) and f"{each.path}.weight" not in tensors]
     if not replaced:
         return "It is of another network"
@@ -154,10 +155,10 @@ def advice(stock: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     for name, form in _alike(stock, replaced[0], tensors):
         words = f"--block {name}" + ("" if form is None else f" --form {form}")
         tops = list(dict.fromkeys(each.path.partition(".")[0] for each in replaced))
-        for where in (None, tops, [each.path for each in replaced]):
-            fitting = Recipe(name, where=where, form=form)
+        for where in ([], [ALL], tops, [each.path for each in replaced]):
+            fitting = Recipe(name, where=parse_where(where, (), None), form=form)
             if not files.misfit(fitting.expand(stock), dict(tensors)):
-                return f"It fits with {words}" + "".join(f" --where {pattern!r}" for pattern in where or ())
+                return f"It fits with {words}" + "".join(f" --where {pattern!r}" for pattern in where)
         looks = (
             looks or f"{replaced[0].path} looks expanded with {words}, but others do not: see --where, PATTERN=BLOCK"
         )
@@ -171,7 +172,7 @@ def _alike(stock: nn.Module, found: Found, tensors: Mapping[str, Tensor]) -> Ite
     if found.norm is not None:
         norm = stock.get_submodule(found.norm.path)
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        layers["norm"] = plain_norm(copy.deepcopy(norm), len(found.conv.kernel_size))
+        layers["norm"] = plain_norm(copy.deepcopy(norm), found.conv.weight.dim() - 2)
     wanted = _children(tensors, found.path)
     for name, info in reparam.blocks().items():
         for form in (None, "branches" if info.online else "online"):

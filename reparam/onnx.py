@@ -39,6 +39,7 @@ except ModuleNotFoundError as missing:
         f"ONNX files need {missing.name}, which is not installed: pip install 'reparam[onnx]'"
     ) from missing
 
+from passes.fold.rules import rules_of
 from passes.proof.check import Checked
 
 __all__ = ["collapse", "collapse_with_report", "explain", "load", "save", "verify", "weights"]
@@ -53,6 +54,7 @@ def collapse(
     inputs: Mapping[str, Any] | None = None,
     verify: bool | str = True,
     strict: bool = False,
+    cost: str = "numbers",
 ) -> ir.Model:
     """Fold every region of an ONNX model that acts as one convolution or linear layer into that one operator.
 
@@ -65,12 +67,14 @@ def collapse(
         verify: ``True``: replay each region in float64 by onnx's reference evaluator, and run the whole file before and
             after by onnxruntime; ``"folds"``: the regions only; ``False``: neither.
         strict: raise where a fold does not hold, instead of taking it back alone with a warning.
+        cost: as for :func:`reparam.collapse`. Its ``norms`` is not offered: a batch norm is one operator, a scale and
+            shift would be two.
 
     Raises:
         FileError: no ONNX, truncated, contradictory or unknown to the installed onnx; the message names the file.
         EquivalenceError: the result differs, or, with ``strict``, one fold does.
     """
-    return collapse_with_report(model, inputs=inputs, verify=verify, strict=strict)[0]
+    return collapse_with_report(model, inputs=inputs, verify=verify, strict=strict, cost=cost)[0]
 
 
 def collapse_with_report(
@@ -79,16 +83,18 @@ def collapse_with_report(
     inputs: Mapping[str, Any] | None = None,
     verify: bool | str = True,
     strict: bool = False,
+    cost: str = "numbers",
 ) -> tuple[ir.Model, Explanation]:
     """As :func:`collapse`, with what was folded, what was refused and why, counts, errors and seconds."""
     if verify not in (True, False, "folds"):
         raise ReparamError(f"verify= is True, 'folds' or False, got {verify!r}")
-    return collapse_model(_loaded(model), inputs=inputs, verify=verify, strict=strict)
+    rules = rules_of("keep", cost)
+    return collapse_model(_loaded(model), inputs=inputs, verify=verify, strict=strict, rules=rules)
 
 
-def explain(model: str | os.PathLike[str] | ir.Model) -> Explanation:
+def explain(model: str | os.PathLike[str] | ir.Model, *, cost: str = "numbers") -> Explanation:
     """Which regions would fold, into what, and why the others do not. Raises as :func:`collapse` for bad files."""
-    return explain_model(_loaded(model))
+    return explain_model(_loaded(model), rules_of("keep", cost))
 
 
 def verify(reference: Any, candidate: Any, inputs: Mapping[str, Any] | None = None) -> Checked:

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 from torch import nn
 
 import reparam
+from passes.training.filters import ALL
 from reparam import Block, Form, Plan, ReparamError
 from reparam.sources import literal, split_commas
 
@@ -29,7 +30,7 @@ class Recipe:
 
     Args:
         block: a name, a :class:`reparam.Block`, or a mapping from patterns to either.
-        where: patterns or filters; a predicate cannot be stored, so :meth:`to_text` refuses it.
+        where: as :func:`reparam.expand`; a predicate cannot be stored, so :meth:`to_text` refuses it.
         init: ``"preserve"`` or ``"paper"``.
         form: as :func:`reparam.expand`, as text; None means as the block says.
     """
@@ -128,8 +129,8 @@ def block_text(block: Block) -> str:
 def _where_text(where: Any) -> list[str]:
     """The selection in words."""
     plain = where if callable(where) else _plain(where)
-    if plain is None or callable(plain):
-        return [] if plain is None else ["where a predicate holds"]
+    if plain in (_MEANT, ALL) or callable(plain):
+        return ["where a predicate holds"] if callable(plain) else [] if plain == _MEANT else ["wherever it can be"]
     filters = plain if isinstance(plain, dict) else {"name": plain}
     texts = []
     for key, value in filters.items():
@@ -143,13 +144,16 @@ def _where_text(where: Any) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------- where
 
+_MEANT = "meant"
+"""What a file says of an expansion that gave each block to the layers that it is meant for."""
+
 
 def _plain(where: Any) -> Any:
-    """``where`` as JSON can hold it: None, a list of patterns, or filters whose values are lists."""
+    """``where`` as JSON can hold it: a word, a list of patterns, or filters whose values are lists."""
     if where is None:
-        return None
+        return _MEANT
     if isinstance(where, str):
-        return [where]
+        return where if where == ALL else [where]
     if isinstance(where, Mapping):
         return {key: _plain_filter(value) for key, value in where.items()}
     if callable(where):
@@ -167,6 +171,8 @@ def _plain_filter(value: Any) -> Any:
 
 
 def _from_plain(where: Any) -> Any:
+    if where is None or where == _MEANT:
+        return ALL if where is None else None  # null in files from before blocks were meant for some kernels only
     if not isinstance(where, dict):
         return where
     return {key: value if key == "name" else _shapes(value) for key, value in where.items()}
@@ -183,6 +189,10 @@ def _shapes(value: Any) -> Any:
 
 def parse_where(patterns: Sequence[str], kernels: Sequence[str], depthwise: bool | None) -> Any:
     """The ``where`` of :func:`reparam.expand` from ``--where``, ``--kernel`` (``3`` or ``3x5``) and ``--depthwise``."""
+    if list(patterns) == [ALL]:
+        if kernels or depthwise is not None:
+            raise RecipeError(f"--where {ALL} stands alone: leave out --kernel and --depthwise")
+        return ALL
     if not kernels and depthwise is None:
         return list(patterns) or None
     filters: dict[str, Any] = {"name": list(patterns)} if patterns else {}

@@ -123,15 +123,16 @@ def plan_reasons(plan: Plan, *, everything: bool = False) -> Table | None:
 
 
 def blocks_table(blocks: Iterable[BlockInfo]) -> Table:
-    """The registered blocks with their options and what they are."""
+    """The registered blocks with their options, what they are and what they are meant for."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("block", no_wrap=True)
     table.add_column("options", overflow="fold")
     table.add_column("what it is", overflow="fold")
+    table.add_column("meant for", overflow="fold")
     for info in blocks:
         options = ", ".join(f"{key}={value!r}" for key, value in info.options.items())
         summary = info.summary + (" (online by default)" if info.online else "")
-        table.add_row(escape(info.name), escape(options), escape(summary))
+        table.add_row(escape(info.name), escape(options), escape(summary), escape(info.meant_for))
     return table
 
 

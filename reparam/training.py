@@ -40,6 +40,8 @@ def expand(
 ) -> nn.Module:
     """Replace convolutions of ``model``, with the batch norm behind each, by training-time blocks.
 
+    Linear layers too, by blocks that take them (``lora``).
+
     The result is the caller's own class, in the mode the model was in; :func:`reparam.collapse` brings it back, with
     ``like=model`` to the very structure it came from. Convolutions that cannot be replaced exactly are left alone;
     :func:`plan` says which and why. Where none gets a block, the result equals ``model`` and the log has a warning.
@@ -49,10 +51,12 @@ def expand(
         model: any module; parts that torch.fx cannot trace are expanded inside.
         block: a name of :func:`reparam.blocks`, a :class:`reparam.Block` with options, or a mapping from patterns on
             layer paths to either; the first pattern that matches wins, and what matches none is left alone.
-        where: which convolutions: a pattern (``"layer1.*"``; a module's path stands for all inside) or several, a
-            predicate ``(path, conv) -> bool``, or filters such as ``{"kernel": 3, "depthwise": False}`` (also ``name``,
-            ``groups``, ``stride``; a tuple is one shape, a list holds several). Default: every convolution with a
-            kernel of more than one tap.
+        where: which layers. Default: those that the block is meant for by its publication (``meant_for`` of
+            :func:`reparam.blocks`); ``"all"``: every one that can have it (a layer of that name is ``["all"]``). Else a
+            pattern (``"layer1.*"``; a module's path stands for all inside) or several, a predicate
+            ``(path, conv) -> bool``, or filters such as ``{"kernel": 3, "depthwise": False}`` (also ``name``,
+            ``groups``, ``stride``; a tuple is one shape, a list or range holds several). Filters that say nothing on
+            names or kernels leave these as the block is meant.
         init: ``"preserve"``: the original layers are the main branch and every added branch starts at zero, so the
             model computes the same function in eval and in train mode. ``"paper"``: the published initialisation; the
             main branch keeps its kernel.
@@ -72,7 +76,8 @@ def expand(
             neither.
         strict: raise for a block that does not hold.
         inplace: edit ``model`` itself and return it. Original parameters stay the same objects, so an optimizer keeps
-            them (it does not know the new ones); only ``doconv`` replaces the kernel by its own W.
+            them (it does not know the new ones); only ``doconv`` replaces the kernel by its own W, and
+            ``lora(freeze=True)`` a layer's numbers by ones that are not trained.
 
     Raises:
         ReparamError: bad input, an unknown block, option or filter, a pattern that matches nothing (near names are

@@ -30,7 +30,7 @@ from passes.blocks import doconv as doconv_file
 from passes.blocks import ecb as ecb_file
 from passes.blocks import orepa as orepa_file
 from passes.blocks.kit.kernel_conv import KernelConv
-from passes.blocks.kit.layers import BranchSum, ChannelScale, IdentityConv, WindowMean, is_block
+from passes.blocks.kit.layers import BranchSum, ChannelScale, IdentityConv, Times, WindowMean, is_block
 from passes.blocks.kit.registry import unregister
 from passes.refusal import Reason, ReparamError
 
@@ -40,11 +40,15 @@ GRID = os.environ.get("REPARAM_GRID", "")
 TOLERANCE = 1e-10
 """Relative to the largest output, in float64."""
 
-BLOCKS = ("acb", "dbb", "doconv", "repvgg", "mobileone", "orepa", "ecb", "largekernel", "qarepvgg")
+BLOCKS = (
+    "acb", "dbb", "doconv", "repvgg", "mobileone", "orepa", "ecb", "largekernel", "qarepvgg", "conv3xc", "repnext",
+    "difference", "lora",
+)  # fmt: skip
 ONE_TAP = "a kernel of one tap"
 
-KINDS = ("acb", "dbb", "doconv", "orepa", "qarepvgg")
-"""One of each kind for the quick tests: norms alone, sequences and pools, a computed kernel, scales, a norm behind."""
+KINDS = ("acb", "dbb", "doconv", "orepa", "qarepvgg", "repnext")
+"""One of each kind for the quick tests: norms alone, sequences and pools, a computed kernel, scales, a norm behind the
+sum, lines in a row."""
 
 every_kind = pytest.mark.parametrize(
     "block", [block if block in KINDS else pytest.param(block, marks=pytest.mark.slow) for block in BLOCKS]
@@ -103,8 +107,10 @@ def applies(block: str, point: Point) -> bool:
     """Where a block must be used, written down apart from its code; everywhere else it must say why not."""
     if block == "acb":
         return point.kernel != (1, 3)
-    if block == "ecb":
+    if block in ("ecb", "difference"):
         return point.kernel == (3, 3)
+    if block == "repnext":
+        return point.kernel in ((3, 3), (7, 7))
     if block == "largekernel":
         square = point.kernel in ((5, 5), (7, 7))
         return square and point.groups == "depthwise" and point.stride == 1 and point.dilation == 1
@@ -116,6 +122,8 @@ WHY_NOT = {
     "ecb": "ecb is for 3x3 kernels",
     "largekernel": "largekernel is for",
     "qarepvgg": "with a batch norm behind it",
+    "repnext": "repnext is for kernels of 3x3 and 7x7",
+    "difference": "difference is for 3x3 kernels",
 }
 
 
@@ -208,7 +216,9 @@ def test_published_start_on_every_geometry_folds_into_the_original_convolution(b
     counts: Counter[str] = Counter()
     for some, model, x in batches(sample(block)):
         before = copy.deepcopy(model.state_dict())
-        planned = reparam.plan(model, block, init="paper", form="branches", verify=False)  # compared here as well
+        planned = reparam.plan(
+            model, block, where="all", init="paper", form="branches", verify=False
+        )  # compared here as well
         for point, row in zip(some, planned.rows, strict=True):
             assert (row.refusal is None) == applies(block, point), (point, row.refusal)
             if row.refusal is not None:
@@ -231,7 +241,7 @@ def test_published_start_on_every_geometry_folds_into_the_original_convolution(b
 def test_preserving_start_changes_nothing_in_evaluation_and_in_training(block: str, small: bool) -> None:
     """Exactly; QARepVGG has a norm behind a norm: up to rounding in evaluation, and up to eps in training."""
     for some, model, x in batches(sample(block, seed=1, small=small)):
-        planned = reparam.plan(model, block, form="branches")
+        planned = reparam.plan(model, block, where="all", form="branches")
         assert all((row.refusal is None) == applies(block, p) for p, row in zip(some, planned.rows, strict=True))
         expanded: Any = planned.apply()
         for training in (False, True):
@@ -251,10 +261,11 @@ def test_the_grid_meets_every_pair_of_values_and_is_mostly_expanded() -> None:
     assert len(POINTS) == 7812
     assert shares == {
         "acb": 6696, "dbb": 7812, "doconv": 7812, "repvgg": 7812, "mobileone": 7812, "orepa": 7812,
-        "ecb": 1116, "largekernel": 104, "qarepvgg": 3906,
+        "ecb": 1116, "largekernel": 104, "qarepvgg": 3906, "conv3xc": 7812, "repnext": 2232, "difference": 1116,
+        "lora": 7812,
     }  # fmt: skip
     every_pair = set().union(*map(pairs, POINTS))
-    for block in ("dbb", "doconv", "repvgg", "mobileone", "orepa"):
+    for block in ("dbb", "doconv", "repvgg", "mobileone", "orepa", "conv3xc", "lora"):
         chosen = sample(block)
         assert len(chosen) < 60 or GRID
         assert set().union(*map(pairs, chosen)) == every_pair or GRID
@@ -289,7 +300,7 @@ def test_counting_convolutions_counts_branches() -> None:
 @every_kind
 def test_online_runs_one_convolution_and_is_the_sum_of_its_branches(block: str) -> None:
     for some, model, x in batches(sample(block, seed=2, small=True)):
-        planned = reparam.plan(model, block, init="paper", form="online", verify=False)
+        planned = reparam.plan(model, block, where="all", init="paper", form="online", verify=False)
         assert [row.refusal is None for row in planned.rows] == [applies(block, p) for p in some]
         expanded: Any = trained(planned.apply())
         assert convolutions(expanded.train(), x) == len(some)
@@ -307,9 +318,9 @@ def test_online_runs_one_convolution_and_is_the_sum_of_its_branches(block: str) 
 
 @every_kind
 def test_sampled_from_the_whole_batch_is_the_sum_of_its_branches(block: str) -> None:
-    """Outputs, gradients and running statistics, in training; then the result in evaluation, and what it folds to."""
+    """Outputs, gradients and running statistics, in training; then the result in evaluation."""
     for some, model, x in batches(sample(block, seed=3, small=True)):
-        planned = reparam.plan(model, block, init="paper", form="branches", verify=False)
+        planned = reparam.plan(model, block, where="all", init="paper", form="branches", verify=False)
         expanded: Any = trained(planned.apply()).train()
         if not any(is_block(module) for module in expanded.modules()):
             continue
@@ -318,12 +329,11 @@ def test_sampled_from_the_whole_batch_is_the_sum_of_its_branches(block: str) -> 
             sum((y.square() * (y > 0.1)).sum() for y in way(x)).backward()
         for point, wanted, got in zip(some, expanded(x), sampled(x), strict=True):
             assert gap(got, wanted) < 1e-9, point
-        for (name, wanted), got in zip(expanded.named_parameters(), sampled.parameters(), strict=True):
-            assert (wanted.grad is None) == (got.grad is None), name
-            if wanted.grad is not None:
-                assert float((wanted.grad - got.grad).abs().max()) <= 1e-7 * max(float(wanted.grad.abs().max()), 1), (
-                    name
-                )
+        for (name, parameter), other in zip(expanded.named_parameters(), sampled.parameters(), strict=True):
+            assert (parameter.grad is None) == (other.grad is None), name
+            if parameter.grad is not None:
+                most = max(float(parameter.grad.abs().max()), 1)
+                assert float((parameter.grad - other.grad).abs().max()) <= 1e-7 * most, name
         for (name, wanted), got in zip(expanded.named_buffers(), sampled.buffers(), strict=True):
             assert gap(got.double(), wanted.double()) < 1e-10, name
         for point, wanted, got in zip(some, expanded.eval()(x), sampled.eval()(x), strict=True):
@@ -333,7 +343,9 @@ def test_sampled_from_the_whole_batch_is_the_sum_of_its_branches(block: str) -> 
 @every_kind
 def test_online_preserving_start_is_the_function_up_to_rounding(block: str) -> None:
     for some, model, x in batches(sample(block, seed=3, small=True)):
-        expanded: Any = reparam.expand(model, block, form="online", verify=False)  # compared here, point by point
+        expanded: Any = reparam.expand(
+            model, block, where="all", form="online", verify=False
+        )  # compared here, point by point
         for training in (False, True):
             reference = copy.deepcopy(model).train(training)
             with torch.no_grad():
@@ -360,7 +372,7 @@ GEOMETRIES: tuple[tuple[int, int, Any, dict[str, Any]], ...] = (
 )
 
 
-ANY_NUMBER = ("acb", "dbb", "doconv", "repvgg", "mobileone", "orepa")
+ANY_NUMBER = ("acb", "dbb", "doconv", "repvgg", "mobileone", "orepa", "conv3xc", "lora")
 
 
 @pytest.mark.parametrize(
@@ -379,7 +391,7 @@ def test_blocks_carry_over_to_one_and_three_dimensions(block: str, n: int, form:
     x = torch.randn(2, 4, *(11, 9, 7)[:n], dtype=torch.float64)
     for inputs, outputs, kernel, options in GEOMETRIES:
         model = trained(conv_bn(n, inputs, outputs, kernel, **options))
-        planned = reparam.plan(model, block, form=form)
+        planned = reparam.plan(model, block, where="all", form=form)
         if block == "acb" and n == 1:
             assert [row.refusal.message for row in planned.refused if row.refusal] == [
                 "its kernel is a line itself: acb has nothing to add"
@@ -396,7 +408,7 @@ def test_blocks_carry_over_to_one_and_three_dimensions(block: str, n: int, form:
 
 
 def test_acb_in_three_dimensions_has_one_line_for_each_axis() -> None:
-    block: Any = reparam.expand(conv_bn(3, 4, 4, (3, 5, 7)), "acb")[0]  # type: ignore[index]
+    block: Any = reparam.expand(conv_bn(3, 4, 4, (3, 5, 7)), "acb", where="all")[0]  # type: ignore[index]
     assert {name: only(b, nn.Conv3d).kernel_size for name, b in block.named_children()} == {
         "square": (3, 5, 7), "line0": (3, 1, 1), "line1": (1, 5, 1), "line2": (1, 1, 7),
     }  # fmt: skip
@@ -441,7 +453,7 @@ def refusal(model: nn.Module, block: Any, **options: Any) -> reparam.Refusal:
         ("largekernel", conv_bn(2, 4, 4, 7, groups=4, dilation=2), "stride 1 and dilation 1"),
         ("qarepvgg", conv_bn(2, 4, 4, 1), "more than one tap with a batch norm behind it"),
         ("qarepvgg", nn.Sequential(nn.Conv2d(4, 4, 3)), "more than one tap with a batch norm behind it"),
-        ("dbb", nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), "a transposed convolution"),
+        ("dbb", nn.Sequential(nn.ConvTranspose2d(4, 4, 2, 2)), "no two of its taps reach one output pixel"),
     ],
 )
 def test_each_refusal_says_why(block: Any, model: nn.Module, fragment: str) -> None:
@@ -470,7 +482,7 @@ def test_without_a_norm_branches_have_one_only_if_the_bias_has_a_place(block: st
     kernel = 5 if block == "largekernel" else 3
     for groups in (4,) if block == "largekernel" else (1, 2, 4):
         model = nn.Sequential(nn.Conv2d(4, 4, kernel, padding=1, groups=groups, bias=bias)).double()
-        expanded: Any = reparam.expand(model, block, form=form, verify=False)  # compared here
+        expanded: Any = reparam.expand(model, block, where="all", form=form, verify=False)  # compared here
         assert is_block(expanded[0])
         norms = [m for m in expanded.modules() if isinstance(m, _BatchNorm)]
         assert bool(norms) == (bias and block in WITH_NORMS and form == "branches")
@@ -504,10 +516,21 @@ class SmallNet(nn.Module):
 
 @pytest.mark.parametrize("form", ["branches", "online"])
 @pytest.mark.parametrize(
-    "block", [*BLOCKS, reparam.Block("ecb", identity=True), reparam.Block("acb", bn="after")], ids=str
+    "block",
+    [
+        *BLOCKS,
+        reparam.Block("ecb", identity=True),
+        reparam.Block("acb", bn="after"),
+        reparam.Block("repvgg", alpha=True),
+        reparam.Block("mobileone", affine="scalar"),
+        reparam.Block("qarepvgg", average=True),
+        reparam.Block("orepa", width=2),
+        reparam.Block("largekernel", table="overlock"),
+    ],
+    ids=str,
 )
 def test_every_parameter_has_a_gradient_within_two_steps(block: Any, form: str) -> None:
-    model = reparam.expand(SmallNet().double().train(), block, form=form, verify=False)
+    model = reparam.expand(SmallNet().double().train(), block, where="all", form=form, verify=False)
     added = [m for m in model.modules() if is_block(m)]
     assert added
     # Without momentum or decay: what moves has its own gradient. AdamW's step does not depend on the gradient's size.
@@ -530,7 +553,7 @@ def test_every_parameter_has_a_gradient_within_two_steps(block: Any, form: str) 
 
 def expand_one(block: Any, model: nn.Sequential, **options: Any) -> Any:
     """The block in the place of a model's first convolution."""
-    expanded: Any = reparam.expand(model, block, **options)
+    expanded: Any = reparam.expand(model, block, **{"where": "all", **options})
     return expanded[0]
 
 
@@ -685,7 +708,7 @@ def test_mobileone_has_n_kernels_a_point_and_an_identity(n: int) -> None:
 
 def test_mobileone_needs_at_least_one_kernel() -> None:
     with pytest.raises(ReparamError, match="n is at least 1, got 0"):
-        reparam.expand(conv_bn(2, 4, 4), reparam.Block("mobileone", n=0))
+        reparam.expand(conv_bn(2, 4, 4), reparam.Block("mobileone", n=0), where="all")
 
 
 def test_acb_knows_two_places_for_its_norm() -> None:
@@ -799,21 +822,14 @@ def test_qarepvgg_has_one_norm_in_the_square_and_one_behind_the_sum() -> None:
 
 def test_blocks_lists_all_in_order_of_registration_with_their_options() -> None:
     assert tuple(reparam.blocks()) == (
-        "acb",
-        "dbb",
-        "doconv",
-        "ecb",
-        "largekernel",
-        "mobileone",
-        "orepa",
-        "qarepvgg",
-        "repvgg",
-    )
+        "acb", "conv3xc", "dbb", "difference", "doconv", "ecb", "largekernel", "lora", "mobileone", "orepa", "qarepvgg",
+        "repnext", "repvgg",
+    )  # fmt: skip
     shown = {name: str(info) for name, info in reparam.blocks().items()}
     assert shown["acb"].startswith("acb(gamma=1.0, bn='branch', line=None): Asymmetric convolution block")
-    assert shown["repvgg"].startswith("repvgg(): RepVGG")
+    assert shown["repvgg"].startswith("repvgg(identity=True, alpha=False): RepVGG")
     assert all("\n" not in line for line in shown.values())
-    assert {name for name, info in reparam.blocks().items() if info.online} == {"orepa"}
+    assert {name for name, info in reparam.blocks().items() if info.online} == {"orepa", "difference"}
     reparam.blocks().clear()  # a copy
     assert reparam.blocks()
 
@@ -856,14 +872,14 @@ def test_a_decorator_without_a_name_says_how_it_is_written() -> None:
 
 
 def test_unknown_names_and_options_list_what_there_is() -> None:
-    with pytest.raises(ReparamError, match=r"no block named 'repvg' \(did you mean 'repvgg'\?\); known: acb, dbb"):
+    with pytest.raises(ReparamError, match=r"no block named 'repvg' \(did you mean 'repvgg'\?\); known: acb, conv3xc"):
         reparam.expand(conv_bn(2, 4, 4), "repvg")
     with pytest.raises(ReparamError, match="no block named 'zzz'; known: acb"):
         reparam.Block("zzz")
     with pytest.raises(ReparamError, match="block 'acb' has no option 'gama'; it has: gamma, bn, line"):
         reparam.Block("acb", gama=1.0)
-    with pytest.raises(ReparamError, match="block 'repvgg' has no option 'n'; it has: none"):
-        reparam.Block("repvgg", n=1)
+    with pytest.raises(ReparamError, match="block 'repnext' has no option 'n'; it has: none"):
+        reparam.Block("repnext", n=1)
     with pytest.raises(ReparamError, match="no block named 'nothing'"):
         unregister("nothing")
 
@@ -1027,7 +1043,7 @@ def test_badly_named_or_missing_branches_are_errors() -> None:
 def test_added_layers_have_the_dtype_the_mode_and_the_layout_of_the_original(block: str, dtype: torch.dtype) -> None:
     model = SmallNet().to(dtype).to(memory_format=torch.channels_last)
     model.train()
-    expanded = reparam.expand(model, block, form="branches")
+    expanded = reparam.expand(model, block, where="all", form="branches")
     tensors = [*expanded.parameters(), *(b for b in expanded.buffers() if b.is_floating_point())]
     assert {t.dtype for t in tensors} == {dtype}
     assert all(m.training for m in expanded.modules())
@@ -1039,7 +1055,7 @@ def test_added_layers_have_the_dtype_the_mode_and_the_layout_of_the_original(blo
     x = torch.randn(2, 3, 12, 12, dtype=dtype).to(memory_format=torch.channels_last)
     assert expanded(x).dtype is dtype
     expanded.zero_grad()
-    assert not any(m.training for m in reparam.expand(model.eval(), block).modules())
+    assert not any(m.training for m in reparam.expand(model.eval(), block, where="all").modules())
 
 
 @pytest.mark.parametrize("form", ["branches", "online"])
@@ -1048,11 +1064,12 @@ def test_a_frozen_convolution_gets_frozen_branches(block: str, form: str) -> Non
     model = SmallNet()
     for part in (model.stem, model.wide):
         part.requires_grad_(False)
-    expanded: Any = reparam.expand(model, block, form=form, verify=False)
+    expanded: Any = reparam.expand(model, block, where="all", form=form, verify=False)
     for name, module in expanded.named_modules():
         if is_block(module):
             trains = any(p.requires_grad for p in module.parameters())
-            assert trains == name.startswith("body"), name
+            # An adapter is there to be trained beside what is frozen.
+            assert trains == (name.startswith("body") or block == "lora"), name
     assert any(is_block(m) for m in (*expanded.stem, *expanded.wide))
 
 
@@ -1061,9 +1078,9 @@ def test_a_frozen_convolution_gets_frozen_branches(block: str, form: str) -> Non
 def test_state_dict_names_are_the_same_every_time_and_load_into_another_expansion(block: str, form: str) -> None:
     size, groups = (5, 4) if block == "largekernel" else (3, 1)
     model = conv_bn(2, 4, 4, size, padding=1, groups=groups)
-    first = trained(reparam.expand(model, block, form=form, verify=False))
+    first = trained(reparam.expand(model, block, where="all", form=form, verify=False))
     other = conv_bn(2, 4, 4, size, padding=1, groups=groups).double()
-    second = reparam.expand(other, block, form=form, verify=False).eval()
+    second = reparam.expand(other, block, where="all", form=form, verify=False).eval()
     assert list(first.state_dict()) == list(second.state_dict())
     x = torch.randn(1, 4, 12, 12, dtype=torch.float64)
     assert not torch.equal(first(x), second(x))
@@ -1073,6 +1090,6 @@ def test_state_dict_names_are_the_same_every_time_and_load_into_another_expansio
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_blocks_are_made_of_stock_modules_and_the_few_of_parts(block: str) -> None:
-    for module in reparam.expand(SmallNet(), block, form="branches", verify=False).modules():
-        own = (SmallNet, BranchSum, ChannelScale, KernelConv, WindowMean)
+    for module in reparam.expand(SmallNet(), block, where="all", form="branches", verify=False).modules():
+        own = (SmallNet, BranchSum, ChannelScale, KernelConv, Times, WindowMean)
         assert type(module).__module__.startswith("torch.nn") or isinstance(module, own)

@@ -239,7 +239,7 @@ def test_an_expansion_that_changes_the_function_fails(
         (
             Recipe("mobileone", where="*"),
             ("--block", "mobileone"),
-            "--block mobileone --where 'square' --where 'point'",
+            "--block mobileone --where 'all'",
         ),
         (Recipe(reparam.Block("acb", bn="after")), ("--block", "acb"), "line0.weight"),
         (Recipe({"square": "acb", "point": "mobileone"}, where="*"), ("--block", "acb"), "PATTERN=BLOCK"),

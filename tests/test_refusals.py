@@ -199,21 +199,15 @@ def pooled(**options: Any) -> nn.Module:
     ),
     Case(
         "flattened-into-features",
-        Reason.NO_CONVOLUTION,
+        Reason.CHANNELS,
         lambda: nn.Sequential(nn.Conv1d(4, 3, 3), nn.Flatten(), nn.BatchNorm1d(27), nn.ReLU()),
         ("Conv1d 4->3 3", "BatchNorm1d"),
         LINE,
     ),
     Case(
         "fixed-slice",
-        Reason.NO_CONVOLUTION,
+        Reason.LAYOUT,
         lambda: Net(lambda m, x: m.bn(m.a(x)[:, :, :4]), a=conv(), bn=nn.BatchNorm2d(4)),
-        (C3, BN),
-    ),
-    Case(
-        "over-the-batch",
-        Reason.NO_CONVOLUTION,
-        lambda: Net(lambda m, x: m.bn((lambda y: torch.cat([y, y], 0))(m.a(x))), a=conv(), bn=nn.BatchNorm2d(4)),
         (C3, BN),
     ),
     Case(

@@ -244,12 +244,15 @@ class ReadTwice(LowRank):
         return super().forward(x) + F.linear(x, self.right).sum() + self.left.sum()
 
 
-@pytest.mark.parametrize(("make", "shape"), [(Repeated, (2, WIDTH, 9, 9)), (ReadTwice, (3, WIDTH))])
-def test_what_would_be_larger_at_run_time_stays(make: type[nn.Module], shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("make", "shape", "reason"),
+    [(Repeated, (2, WIDTH, 9, 9), Reason.LARGER), (ReadTwice, (3, WIDTH), Reason.SHARED)],
+)
+def test_what_would_be_larger_at_run_time_stays(make: type[nn.Module], shape: tuple[int, ...], reason: Reason) -> None:
     model = ready(make())
     plain, report = collapse_with_report(model)
     assert report.folds == []
-    assert Reason.LARGER in {r.reason for r in report.refusals}
+    assert reason in {r.reason for r in report.refusals}
     x = torch.randn(shape, dtype=torch.float64)
     assert close(plain(x), model(x))
 

@@ -351,7 +351,7 @@ def test_a_bare_block_keeps_the_options_that_its_recipe_has() -> None:
 # ------------------------------------------------------------------------------------------------- fair comparison
 
 
-@pytest.mark.parametrize("text", ["acb", "acb@paper", "dbb@paper", "doconv", "acb@online", "repvgg@paper"])
+@pytest.mark.parametrize("text", ["acb", "acb@paper", "dbb@paper", "doconv", "acb@online", "repvgg@paper@all"])
 def test_variants_of_one_seed_begin_with_the_same_weights_and_see_the_same_batches(text: str) -> None:
     plain = variant(Config(model="zoo:cifar_quick", data="synthetic", batch=8, epochs=2, size=16), "plain")
     reference, other = Training(plain), Training(variant(plain, text))

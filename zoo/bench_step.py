@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import reparam
 from passes.blocks.kit.layers import BranchSum
+from passes.training.filters import ALL
 from zoo.measure import one_thread
 from zoo.render import console, markdown_table, provenance, rich_table, write_text
 
@@ -81,7 +82,7 @@ def step(
     for name in names:
         if name not in reparam.blocks():
             raise typer.BadParameter(f"there is no block {name!r}; known: {', '.join(reparam.blocks())}")
-    where = None if stem else {"kernel": 3}
+    where = ALL if stem else {"kernel": 3}
     terminal = console()
     facts = provenance()
     text = f"# What a training step costs\n\n{facts}\n"
@@ -100,7 +101,7 @@ def step(
         terminal.print(f"wrote {out}", soft_wrap=True)
 
 
-Where = dict[str, int] | None
+Where = dict[str, int] | str
 Table = tuple[str, tuple[str, ...], list[list[str]], str]
 """Title, headings, rows and the note below."""
 
@@ -127,7 +128,7 @@ def _on_cpu(names: list[str], where: Where, rounds: int, batch: int, size: int) 
     note = (
         f"Processor time of forward, backward and SGD with momentum, relative to the plain network's "
         f"{statistics.median(plain):.2f} s in the same round: medians and quartiles of {rounds} interleaved runs. "
-        "Layers: convolutions that get a block" + (", the 7x7 stem not among them." if where else ".")
+        "Layers: convolutions that get a block" + (", the 7x7 stem not among them." if where != ALL else ".")
     )
     left = [name for name in names if not layers[name]]
     note += f" Blocks that apply to no layer of it: {', '.join(left)}." if left else ""

@@ -28,6 +28,7 @@ import reparam
 from passes.blocks.kit.layers import is_block
 from passes.expand import PlanRow
 from passes.refusal import Reason
+from passes.training.filters import ALL
 from reparam import Plan
 from zoo.census import Census, take_census
 from zoo.families import ROUND_TRIP, Trained
@@ -165,7 +166,7 @@ def _there(trip: Trip, model: nn.Module, census: Census, inputs: Any) -> Trip:
     Raises:
         ValueError: an eligible convolution is neither expanded nor left with a reason.
     """
-    plan = reparam.plan(model, trip.block)
+    plan = reparam.plan(model, trip.block, where=ALL)
     _check_reasons(plan, census)
     eligible = set(census.eligible)
     left = Counter(_reason(row) for row in plan.rows if row.refusal is not None and row.layer in eligible)
@@ -179,7 +180,7 @@ def _and_back(trip: Trip, model: nn.Module, inputs: Any, seed: int) -> Trip:
     """Expand, compare, train, collapse, load into a fresh network, compare."""
     network = trip.network
     started = time.perf_counter()
-    expanded = reparam.expand(model, trip.block)
+    expanded = reparam.expand(model, trip.block, where=ALL)
     seconds = time.perf_counter() - started
     before = _run(network, model, inputs)
     trip = replace(trip, start=_largest_difference(before, _run(network, expanded, inputs)))

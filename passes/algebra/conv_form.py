@@ -49,7 +49,7 @@ from passes.algebra.kernels import (
 from passes.algebra.opaque import OpaqueForm
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["ConvForm", "Form", "Ints", "per_dim"]
+__all__ = ["ConvForm", "Form", "Ints", "per_dim", "transposed_padding"]
 
 Ints = tuple[int, ...]
 
@@ -68,7 +68,9 @@ class ConvForm:
         groups: number of channel groups.
         mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``: the input's continuation outside.
         widened: whether block structure may have been lost to zeros, so that :meth:`narrowed` is worth a try.
+        spread: whether a transposed convolution takes part, also one of stride 1; it is written as one where it fits.
         ties: of a widened form: how many inputs, and outputs, at least belong together; see :attr:`tied`.
+        channelwise: whether its layer is to be a scale and shift per channel; no law makes such a form, or takes one.
     """
 
     weight: Tensor
@@ -81,7 +83,9 @@ class ConvForm:
     groups: int = 1
     mode: str = "zeros"
     widened: bool = False
+    spread: bool = False
     ties: tuple[int, int] | None = None
+    channelwise: bool = False
 
     # ---------------------------------------------------------------- construction
 
@@ -138,6 +142,7 @@ class ConvForm:
             extent=tuple(2 * lead[i] + op[i] - d[i] * (kernel[i] - 1) - 1 for i in range(n)),
             up=tuple(per_dim(stride, n)),
             groups=groups,
+            spread=True,
         )
 
     @staticmethod
@@ -206,6 +211,19 @@ class ConvForm:
             and self.offset == zeros
             and all(e == -1 for e in self.extent)
         )
+
+    @property
+    def fits_transposed(self) -> bool:
+        """Whether torch has a transposed convolution of this geometry."""
+        padding, extra = transposed_padding(self.kernel, self.dilation, self.lead, self.trail)
+        most = (max(pair) for pair in zip(self.up, self.dilation, strict=True))
+        ends = all(p >= 0 for p in padding) and all(0 <= e < m for e, m in zip(extra, most, strict=True))
+        return ends and all(s == 1 for s in self.stride) and (self.mode == "zeros" or not self.reads_outside)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it is written as a transposed convolution."""
+        return any(u != 1 for u in self.up) or (self.spread and self.fits_transposed)
 
     @property
     def is_depthwise(self) -> bool:
@@ -289,12 +307,13 @@ class ConvForm:
             )
         grid = common_grid([self, other])
         inner, outer = (self, other) if other.kernel == grid.kernel else (other, self)
-        widened = self.widened or other.widened
+        widened, spread = self.widened or other.widened, self.spread or other.spread
         ties = _ties(self, other) if widened else None
         if self.weight.is_meta:  # planning: torch would only find out the shapes, at a multiple of the cost
             shape = self.out_channels, self.in_channels // grid.groups, *grid.kernel
             bias = other.bias if self.bias is None else self.bias
-            return replace(grid.written(self, self.weight.new_empty(shape)), bias=bias, widened=widened, ties=ties)
+            whole = grid.written(self, self.weight.new_empty(shape))
+            return replace(whole, bias=bias, widened=widened, spread=spread, ties=ties)
         bias = other.bias if self.bias is None else self.bias if other.bias is None else self.bias + other.bias
         whole, small = grid.embed(outer), inner.widen(grid.groups)
         if small.kernel == grid.kernel:
@@ -304,7 +323,7 @@ class ConvForm:
         else:  # a branch that already fills the grid is copied once, and the other added in place
             weight = whole.weight.clone() if whole.weight is outer.weight else whole.weight
             weight[grid.place(small)].add_(small.weight)
-        return replace(whole, weight=weight, bias=bias, widened=widened, ties=ties)
+        return replace(whole, weight=weight, bias=bias, widened=widened, spread=spread, ties=ties)
 
     def then(self, outer: Form) -> ConvForm:
         """``outer`` applied to the result of this form."""
@@ -500,6 +519,7 @@ def _compose(inner: ConvForm, outer: ConvForm) -> ConvForm:
         groups=groups,
         mode=inner.mode,
         widened=widened,
+        spread=inner.spread or outer.spread,
         # A widened map may leave some of its inputs unread, and with them what ties the inputs of the one before it.
         ties=(1 if outer.widened else inner.tied[0], outer.tied[1]) if widened else None,
     )
@@ -513,6 +533,13 @@ def _ties(*forms: ConvForm) -> tuple[int, int]:
 def _placed(like: Tensor | None) -> dict[str, Any]:
     """Dtype and device of a tensor; float64 on the CPU without one."""
     return {"dtype": torch.float64} if like is None else {"dtype": like.dtype, "device": like.device}
+
+
+def transposed_padding(kernel: Ints, dilation: Ints, lead: Ints, trail: Ints) -> tuple[Ints, Ints]:
+    """``padding`` and ``output_padding`` of torch's layer, per dimension; it takes none below zero."""
+    reach = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+    padding = tuple(r - p for r, p in zip(reach, lead, strict=True))
+    return padding, tuple(b - a for a, b in zip(lead, trail, strict=True))
 
 
 def per_dim(value: Sequence[Any] | int, n: int) -> list[Any]:

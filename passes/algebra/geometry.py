@@ -1,4 +1,9 @@
-"""The geometry of a convolution: everything about it but its numbers."""
+"""The geometry of a convolution: everything about it but its numbers.
+
+A transposed convolution is described as the algebra has it (:mod:`passes.algebra.conv_form`): its padding is that of
+the input with zeros between the pixels, ``dilation * (kernel - 1) - padding`` in front and ``output_padding`` more
+behind.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +13,21 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from passes.algebra.conv_form import ConvForm, Ints, per_dim
+from passes.algebra.conv_form import ConvForm, Ints, per_dim, transposed_padding
+from passes.algebra.kernels import swap_in_out
 
-__all__ = ["CONVS", "PADS", "Geometry", "flat_pads", "paddings"]
+__all__ = ["CONVS", "PADS", "TRANSPOSED", "Geometry", "Layer", "flat_pads", "paddings"]
+
+Layer = _ConvNd | nn.Linear
+"""What has a geometry."""
 
 CONVS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Convolutions by number of spatial dimensions, from one."""
+
+TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Transposed convolutions by number of spatial dimensions, from one."""
 
 PADS: dict[str, tuple[type[nn.Module], ...]] = {
     "zeros": (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
@@ -30,7 +42,8 @@ PADS: dict[str, tuple[type[nn.Module], ...]] = {
 class Geometry:
     """Everything about a convolution but its numbers: one integer per spatial dimension.
 
-    What has no effect is at its default: the dilation of a single tap, the mode of a padding of nothing.
+    What has no effect is at its default: the dilation of a single tap, the mode of a padding of nothing. ``stride`` of
+    a transposed convolution is how far apart its input's pixels are in the output.
     """
 
     in_channels: int
@@ -42,11 +55,15 @@ class Geometry:
     dilation: Ints
     groups: int
     mode: str
+    transposed: bool = False
 
     @staticmethod
-    def of(conv: _ConvNd) -> Geometry:
-        """The geometry of a convolution, ``padding="same"`` included."""
-        kernel, pads = tuple(conv.kernel_size), paddings(conv)
+    def of(conv: Layer) -> Geometry:
+        """The geometry of a convolution, ``padding="same"`` included; a linear layer has no dimensions."""
+        if isinstance(conv, nn.Linear):
+            return Geometry(conv.in_features, conv.out_features, (), (), (), (), (), 1, "zeros")
+        transposed = isinstance(conv, _ConvTransposeNd)
+        kernel, pads = tuple(conv.kernel_size), _stuffed_paddings(conv) if transposed else paddings(conv)
         steps = zip(per_dim(conv.dilation, len(kernel)), kernel, strict=True)
         return Geometry(
             conv.in_channels,
@@ -55,9 +72,10 @@ class Geometry:
             tuple(per_dim(conv.stride, len(kernel))),
             tuple(lead for lead, _ in pads),
             tuple(trail for _, trail in pads),
-            tuple(d if k > 1 else 1 for d, k in steps),
+            tuple(d if k > 1 or transposed else 1 for d, k in steps),  # output_padding is less than the dilation
             conv.groups,
             conv.padding_mode if any(map(any, pads)) else "zeros",
+            transposed,
         )
 
     @property
@@ -71,12 +89,24 @@ class Geometry:
         return "constant" if self.mode == "zeros" else self.mode
 
     @property
+    def depthwise(self) -> bool:
+        """One input channel per group, and as many outputs as inputs."""
+        return self.groups == self.in_channels == self.out_channels
+
+    @property
     def center(self) -> Ints:
         """The tap on which branches are centred."""
         return tuple((k - 1) // 2 for k in self.kernel)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Run a convolution of this geometry with another kernel and bias."""
+        """Run a layer of this geometry with another kernel ``(out, in / groups, *kernel)`` and bias."""
+        if not self.kernel:
+            return F.linear(x, weight, bias)
+        if self.transposed:
+            run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.n - 1]
+            own, extra = transposed_padding(self.kernel, self.dilation, self.lead, self.trail)
+            stuffed: Tensor = run(x, self.laid_out(weight), bias, self.stride, own, extra, self.groups, self.dilation)
+            return stuffed
         padding: Sequence[int] = self.lead
         if self.lead != self.trail or self.mode != "zeros":
             x, padding = F.pad(x, flat_pads(self.lead, self.trail), mode=self.pad_mode), (0,) * self.n
@@ -84,16 +114,29 @@ class Geometry:
         y: Tensor = conv(x, weight, bias, self.stride, padding, self.dilation, self.groups)
         return y
 
+    def laid_out(self, kernel: Tensor) -> Tensor:
+        """A kernel ``(out, in / groups, *kernel)`` in the layout of torch's layer, and back."""
+        if not self.transposed:
+            return kernel
+        flipped = kernel.flip(tuple(range(2, 2 + self.n)))
+        return swap_in_out(flipped, self.groups)
+
     def matches(self, form: ConvForm) -> bool:
         """Whether ``form`` is a convolution of just this geometry."""
-        own = (self.in_channels, self.out_channels, self.kernel, self.stride, self.lead, self.trail, self.groups)
-        theirs = (form.in_channels, form.out_channels, form.kernel, form.stride, form.lead, form.trail, form.groups)
+        ones = (1,) * self.n
+        stride, up = (ones, self.stride) if self.transposed else (self.stride, ones)
+        own = (self.in_channels, self.out_channels, self.kernel, stride, up, self.lead, self.trail, self.groups)
+        theirs = (
+            form.in_channels, form.out_channels, form.kernel, form.stride, form.up, form.lead, form.trail, form.groups,
+        )  # fmt: skip
         steps = all(a == b or k == 1 for a, b, k in zip(self.dilation, form.dilation, self.kernel, strict=True))
         mode = self.mode == form.mode or not any((*self.lead, *self.trail))
-        return own == theirs and steps and mode and all(u == 1 for u in form.up)
+        return own == theirs and steps and mode
 
     def __str__(self) -> str:
-        parts = [f"{self.in_channels}->{self.out_channels}", "x".join(map(str, self.kernel))]
+        parts = [f"{self.in_channels}->{self.out_channels}", "x".join(map(str, self.kernel)) or "linear"]
+        if self.transposed:
+            parts.append("transposed")
         if any(s > 1 for s in self.stride):
             parts.append("stride " + _short(self.stride))
         if any(d > 1 for d in self.dilation):
@@ -119,6 +162,13 @@ def paddings(conv: _ConvNd) -> list[tuple[int, int]]:
         totals = (d * (k - 1) for d, k in zip(per_dim(conv.dilation, n), conv.kernel_size, strict=True))
         return [(total // 2, total - total // 2) for total in totals]
     return [(p, p) for p in per_dim(conv.padding, n)]
+
+
+def _stuffed_paddings(conv: Any) -> list[tuple[int, int]]:
+    """What a transposed convolution pads around the input with zeros between its pixels."""
+    n, kernel = len(conv.kernel_size), conv.kernel_size
+    options = (per_dim(value, n) for value in (conv.dilation, conv.padding, conv.output_padding))
+    return [(d * (k - 1) - p, d * (k - 1) - p + extra) for k, d, p, extra in zip(kernel, *options, strict=True)]
 
 
 def flat_pads(lead: Ints, trail: Ints) -> list[int]:

@@ -73,7 +73,7 @@ def common_grid(forms: Sequence[ConvForm]) -> Grid:
     dilation, kernel = [], []
     for i in range(first.n):
         gaps = [f.offset[i] - offset[i] for f in forms] + [f.dilation[i] for f in forms if f.kernel[i] > 1]
-        step = math.gcd(*gaps) or 1
+        step = math.gcd(*gaps) or first.dilation[i]
         far = max(f.offset[i] - offset[i] + f.dilation[i] * (f.kernel[i] - 1) for f in forms)
         dilation.append(step)
         kernel.append(far // step + 1)

@@ -10,20 +10,18 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from passes.algebra.conv_form import ConvForm, Form
-from passes.algebra.geometry import CONVS, PADS
+from passes.algebra.conv_form import ConvForm, Form, transposed_padding
+from passes.algebra.geometry import CONVS, PADS, TRANSPOSED
 from passes.algebra.kernels import swap_in_out
 from passes.algebra.opaque import OpaqueForm
+from passes.algebra.scale_shift import ScaleShift
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Target", "all_finite", "emit", "target_of"]
-
-_TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,13 @@ def emit(form: Form, target: Target) -> nn.Module:
     if isinstance(form, OpaqueForm):
         layer = copy.copy(form.layer)
         layer.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
+    elif form.channelwise:
+        assert bias is not None
+        layer = ScaleShift(form.out_channels, form.n, device="meta")
+        weight, bias = (number.reshape(layer.weight.shape) for number in (weight, bias))
     elif form.n == 0:
         layer = nn.Linear(form.in_channels, form.out_channels, device="meta")
-    elif any(u != 1 for u in form.up):
+    elif form.is_transposed:
         layer = _transposed(form)
         weight = swap_in_out(weight.flip(tuple(range(2, 2 + form.n))), form.groups).contiguous()
     else:
@@ -97,19 +99,16 @@ def _conv(form: ConvForm, weight: Tensor, bias: Tensor | None, target: Target) -
 
 def _transposed(form: ConvForm) -> nn.Module:
     n = form.n
-    full = [form.dilation[i] * (form.kernel[i] - 1) for i in range(n)]
-    padding = [full[i] - form.lead[i] for i in range(n)]
-    extra = [form.trail[i] - form.lead[i] for i in range(n)]
-    for i in range(n):
-        if padding[i] < 0 or not 0 <= extra[i] < max(form.up[i], form.dilation[i]) or form.stride[i] != 1:
-            raise RefusalError(Reason.TRANSPOSED, "no transposed convolution of torch has this geometry")
-    layer: nn.Module = _TRANSPOSED[n - 1](
+    if not form.fits_transposed:
+        raise RefusalError(Reason.TRANSPOSED, "no transposed convolution of torch has this geometry")
+    padding, extra = transposed_padding(form.kernel, form.dilation, form.lead, form.trail)
+    layer: nn.Module = TRANSPOSED[n - 1](
         form.in_channels,
         form.out_channels,
         form.kernel,
         stride=form.up,
-        padding=tuple(padding),
-        output_padding=tuple(extra),
+        padding=padding,
+        output_padding=extra,
         groups=form.groups,
         bias=form.bias is not None,
         dilation=form.dilation,

@@ -13,7 +13,7 @@ from passes.refusal import ReparamError
 __all__ = ["acb"]
 
 
-@block("acb")
+@block("acb", meant={"kernel": range(2, 7)})
 def acb(
     conv: Site, *, gamma: float = 1.0, bn: str = "branch", line: int | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -25,7 +25,9 @@ def acb(
     if bn not in ("branch", "after"):
         raise ReparamError(f"block 'acb': bn is 'branch' or 'after', got {bn!r}")
     lines = [tuple((line or k) if i == axis else 1 for i, k in enumerate(conv.kernel)) for axis in range(conv.n)]
-    if conv.n == 1 or conv.kernel in lines:
+    if conv.taps > 1:
+        conv.needs_window("the lines of acb would be the same again")
+    if conv.n == 1 or conv.kernel in map(conv.span, lines):
         conv.refuse("its kernel is a line itself: acb has nothing to add")
     if line is not None and line > min(conv.kernel):
         conv.refuse(f"lines of {line} are longer than its kernel")

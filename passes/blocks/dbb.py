@@ -12,7 +12,7 @@ from passes.blocks.kit.registry import block
 __all__ = ["dbb"]
 
 
-@block("dbb")
+@block("dbb", meant={"kernel": range(2, 7)})
 def dbb(
     conv: Site, *, pointwise: bool = True, average: bool = True, sequence: bool = True, single: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -21,8 +21,7 @@ def dbb(
     Each added branch can be switched off. On depthwise convolutions the 1x1 branch is absent and the average stands
     alone. ``single`` starts all added branches at zero with ``init="paper"`` too.
     """
-    if conv.taps == 1:
-        conv.refuse("a kernel of one tap: the branches of dbb would all be the same")
+    conv.needs_window("the branches of dbb would all be the same")
     last = 0.0 if single else 1.0
     out = conv.out_channels
     yield "square", conv.main()

@@ -43,12 +43,12 @@ class DOConv(KernelConv):
 
     def __init__(self, site: Site, depth: int) -> None:
         super().__init__(site.geometry, site.conv.bias)
-        kernel = site.conv.weight
+        kernel, trained = site.weight.detach(), site.conv.weight.requires_grad
         self.taps, self.depth, self.inputs = site.taps, depth, site.in_channels // site.groups
         self.at_once = math.gcd(self.inputs, INPUTS_AT_ONCE)
         self.sizes = list(site.kernel)
-        self.weight = nn.Parameter(kernel.new_empty((*kernel.shape[:2], depth)), requires_grad=kernel.requires_grad)
-        self.D = nn.Parameter(kernel.new_zeros((site.in_channels, site.taps, depth)), kernel.requires_grad)
+        self.weight = nn.Parameter(kernel.new_empty((*kernel.shape[:2], depth)), requires_grad=trained)
+        self.D = nn.Parameter(kernel.new_zeros((site.in_channels, site.taps, depth)), trained)
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         if site.preserve:
             with torch.no_grad():

@@ -21,7 +21,7 @@ _FILTERS = {
 }
 
 
-@block("ecb")
+@block("ecb", meant={"kernel": 3, "stride": 1})
 def ecb(conv: Site, *, multiplier: float = 2.0, identity: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Edge-oriented block for super-resolution: 3x3 + (1x1 -> 3x3) + (1x1 -> scaled Sobel x, Sobel y, Laplacian).
 
@@ -48,7 +48,7 @@ class ScaledFilter(KernelConv):
             torch.tensor(taps, dtype=like.dtype, device="cpu").expand(site.out_channels, 3, 3), bias=True
         )
         super().__init__(Geometry.of(conv), conv.bias)
-        self.register_buffer("filter", conv.weight.detach())
+        self.register_buffer("filter", self.geometry.laid_out(conv.weight.detach()))
         self.scale = nn.Parameter(like.new_empty((site.out_channels, 1, 1, 1)).normal_(std=1e-3))
         if self.bias is not None:
             nn.init.normal_(self.bias, std=1e-3)

@@ -14,15 +14,18 @@ from passes.blocks.kit.registry import block
 __all__ = ["qarepvgg"]
 
 
-@block("qarepvgg", exact_in_training=False)  # a norm behind a norm: up to eps, and other statistics
-def qarepvgg(conv: Site) -> Iterator[tuple[str, nn.Module]]:
+@block(
+    "qarepvgg", exact_in_training=False, meant={"kernel": 3}
+)  # a norm behind a norm: up to eps, and other statistics
+def qarepvgg(conv: Site, *, average: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """QARepVGG, made for int8: BN(kxk-BN + 1x1 with bias + identity); the network's own batch norm is the outer one.
 
-    The identity has a factor per channel, so that it can start at zero. With ``init="preserve"`` the inner batch norm
-    starts as the inverse of the outer one's statistics: the function is kept up to rounding in eval mode and up to eps
-    in train mode.
+    ``average`` adds the mean over the kernel's window where there is an identity, as in YOLOv6's second version. The
+    identity and the mean have a factor per channel, so that they can start at zero. With ``init="preserve"`` the inner
+    batch norm starts as the inverse of the outer one's statistics: the function is kept up to rounding in eval mode and
+    up to eps in train mode.
     """
-    if conv.taps == 1 or conv.norm is None or conv.norm.running_var is None:
+    if conv.reads_one or conv.norm is None or conv.norm.running_var is None:
         conv.refuse("qarepvgg is for a kernel of more than one tap with a batch norm behind it")
     norm, inner = conv.norm, conv.new_norm(conv.out_channels)
     if conv.preserve and not conv.online and inner is not None:
@@ -31,6 +34,9 @@ def qarepvgg(conv: Site) -> Iterator[tuple[str, nn.Module]]:
     yield "point", conv.parallel(1, bias=True, norm=False)
     if conv.keeps_shape:
         yield "identity", conv.row(x=conv.identity(norm=False), scale=conv.scale(1.0))
+        if average:
+            mean = conv.average(conv.in_channels, padded=True)
+            yield "average", conv.row(pool=mean, scale=conv.scale(1.0))
 
 
 def _invert(inner: _BatchNorm, outer: _BatchNorm) -> None:

@@ -12,12 +12,15 @@ from passes.blocks.kit.registry import block
 __all__ = ["repvgg"]
 
 
-@block("repvgg")
-def repvgg(conv: Site) -> Iterator[tuple[str, nn.Module]]:
-    """RepVGG: kxk + 1x1 + identity (where shapes allow), each with its batch norm."""
-    if conv.taps == 1:
-        conv.refuse("a kernel of one tap: repvgg's 1x1 branch would be the same again")
+@block("repvgg", meant={"kernel": 3})
+def repvgg(conv: Site, *, identity: bool = True, alpha: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """RepVGG: kxk + 1x1 + identity (where shapes allow), each with its batch norm.
+
+    Without ``identity`` it is the block of YOLOv7, YOLOv9 and D-FINE; ``alpha`` multiplies the 1x1 branch by one
+    trained number, as in PP-YOLOE.
+    """
+    conv.needs_window("repvgg's 1x1 branch would be the same again")
     yield "square", conv.main()
-    yield "point", conv.parallel(1)
-    if conv.keeps_shape:
+    yield "point", conv.row(conv=conv.parallel(1), alpha=conv.factor(1.0) if alpha else None)
+    if identity and conv.keeps_shape:
         yield "identity", conv.identity()

@@ -1,4 +1,4 @@
-"""Stock layers as plain data: what a constructor of torch is given, without numbers."""
+"""Stock layers, and a scale and shift, as plain data: what their constructors are given, without numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import CONVS, PADS
+from passes.algebra.scale_shift import ScaleShift
 from passes.edits.errors import EditError
+from passes.graph.opset import operation_of_layer
 
 __all__ = ["GEOMETRY", "Layer", "describe", "described"]
 
@@ -29,12 +31,13 @@ _OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
         (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
         ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     ),
+    ScaleShift: ("channels", "dims"),
 }
 _CONSTANT: tuple[type[nn.Module], ...] = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _OPTIONS.update(dict.fromkeys(_CONSTANT, ("padding", "value")))
 _KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _OPTIONS}
 _WEIGHTED = tuple(kind for kind in _OPTIONS if issubclass(kind, (nn.Linear, _ConvNd)))
-_WITH_TENSORS = (*_WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_WITH_TENSORS = (*_WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, ScaleShift)
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _LARGEST = 2**31
 GEOMETRY = frozenset({*_CONV, "_reversed_padding_repeated_twice"})
@@ -100,8 +103,8 @@ class Layer:
             return f"a copy of {given['path']} with the folded numbers"
         if self.kind == "given":
             return f"the {given['name']} of like="
-        if "num_features" in given:
-            return f"{self.kind}({given['num_features']})"
+        if "num_features" in given or "channels" in given:
+            return f"{self.kind}({self.options[0][1]})"
         if self.kind == "Sequential":
             return f"Sequential({', '.join(str(layer) for _, layer in self.layers)})"
         if self.kind == "Linear":
@@ -147,14 +150,17 @@ def _stock(layer: nn.Module) -> Layer:
 
 def _relative(original: nn.Module, bias: bool) -> nn.Module:
     """A copy of a convolution of a class of its own, its weight and bias without numbers."""
-    if not isinstance(original, _ConvNd):
+    operation = operation_of_layer(original)
+    deformable = operation is not None and operation.id == "deform_conv2d"
+    if not isinstance(original, _ConvNd) and not deformable:
         raise EditError(f"a {type(original).__name__} is no convolution whose numbers can be folded")
-    layer = copy.copy(original)
+    layer: Any = copy.copy(original)
     layer.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
-    layer.weight = nn.Parameter(torch.empty_like(original.weight, device="meta"))
-    empty = nn.Parameter(torch.empty(original.out_channels, device="meta")) if bias else None
+    layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"))
+    empty = nn.Parameter(torch.empty(layer.out_channels, device="meta")) if bias else None
     layer.register_parameter("bias", empty)
-    return layer.eval()
+    made: nn.Module = layer.eval()
+    return made
 
 
 def _is_option(name: str, value: Any) -> bool:
@@ -170,6 +176,8 @@ def _is_option(name: str, value: Any) -> bool:
         return value in _PADDING_MODES
     if name == "padding" and value == "same":
         return True
+    if name == "dims":
+        return type(value) is int and 0 <= value <= 3
     least = -_LARGEST if name == "padding" else 0
     numbers = value if isinstance(value, tuple) and len(value) <= 6 else (value,)
     return all(type(n) is int and least <= n < _LARGEST for n in numbers)

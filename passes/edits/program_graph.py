@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import PADS
+from passes.algebra.scale_shift import ScaleShift
 from passes.edits.edit import Substitute
 
 __all__ = ["ModuleGraph", "ProgramGraph", "substitute"]
@@ -235,6 +236,8 @@ class _Writer:
             return self.pad(x, list(layer.padding), _MODES[type(layer)], float(getattr(layer, "value", 0.0)))  # type: ignore[arg-type]
         if isinstance(layer, nn.Linear):
             return self.linear(x, weight, bias)
+        if isinstance(layer, ScaleShift):
+            return self.call(aten.addcmul.default, bias, x, weight)
         assert isinstance(layer, _ConvNd)
         return self.conv(layer, x, weight, bias)
 

@@ -10,8 +10,9 @@ from collections import defaultdict
 
 from torch import fx
 
-from passes.fold.candidates import Candidate
+from passes.fold.candidates import Candidate, between_of
 from passes.graph.dataflow import Flow
+from passes.laws.regions import Contraction
 from passes.refusal import Reason, Refusal
 
 __all__ = ["Memory"]
@@ -33,10 +34,19 @@ class Memory:
         memory, order = self.flow.memory, self.flow.order
         if not memory.written:
             return None
+        # Of code that nobody has read, that which acts as a layer was seen not to change its input.
+        beside = {head for spread in region.spreads for head in spread.heads}
+        probed = memory.hidden.intersection({*region.between, *region.dying, *beside})
+        if region.is_alias and region.spread is not None:
+            # What stays between the layers and the map is given other numbers: it must be what it is taken for.
+            heads = region.spread.heads
+            for value in [*heads, *between_of(Contraction(self.flow), heads, region.entry)]:
+                for change in memory.changes(value):
+                    if change not in probed and min(order[h] for h in heads) < order[change] < order[region.result]:
+                        return self._say(change, "changes a tensor before the map")
         entry, result = region.entry, region.result
         inside = {*region.between, *region.dying}
         dying = set(region.dying)
-        probed = inside & memory.hidden  # those were seen not to change their input
         begins = min(order[node] for node in inside)
         # Rule 1: what the fold reads is what the algebra takes it for, not changed since it was computed. The entry is
         # as it is when the first of the region's operations runs; the fold may read it as late as the last one.
@@ -64,7 +74,7 @@ class Memory:
         # Rule 3: the fold's result is a new tensor, so a later change no longer reaches the old one.
         older = [v for v in memory.sharing(result) if v not in dying and order[v] < order[result]]
         for change in memory.changes(result) if older else ():
-            if order[change] > order[result]:
+            if order[change] > order[result] and change not in probed:
                 return self._say(change, "changes two values at once")
         return None
 

@@ -10,8 +10,8 @@ The search is linear in the size of the graph: the walk is bounded, and values a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,7 +19,8 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.conv_form import Form
-from passes.fold.cost import numbers_of
+from passes.fold.cost import calls_of, numbers_of, staying_numbers
+from passes.fold.rules import DEFAULT, Rules
 from passes.graph.capture import Call, call_of
 from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind
@@ -29,12 +30,27 @@ from passes.laws.regions import Contraction, Region
 from passes.laws.values import Signal
 from passes.refusal import Reason, Refusal, RefusalError
 
-__all__ = ["Candidate", "Key", "cost_message", "find_candidates", "layers_of"]
+__all__ = [
+    "Candidate", "Key", "between_of", "cost_message", "dying_constants", "find_candidates", "in_order", "layers_of",
+]  # fmt: skip
 
 Key = tuple[fx.Node, fx.Node, frozenset[fx.Node]]
 
 MAX_CLIMB = 32
 """Most dominators walked up from one node; regions that matter are far smaller."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tie:
+    """Calls of one weight that fold together.
+
+    Args:
+        nodes: all that vanish.
+        one: whether one layer holds the numbers of all of them.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    one: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +65,9 @@ class Candidate(Region):
         computed: how many of these numbers are only there because a weight is computed.
         convs: the dying convolutions and linear layers.
         gain: what orders candidates.
+        factor: how many times ``numbers`` and ``work`` the one layer may cost.
+        parts: of a map that several layers take over: what each of them becomes.
+        tie: of calls of one weight, what they have in common.
     """
 
     between: tuple[fx.Node, ...]
@@ -59,6 +78,9 @@ class Candidate(Region):
     computed: int
     convs: frozenset[fx.Node]
     gain: tuple[bool, float, bool, float, int]
+    factor: float = field(default=1.0, kw_only=True)
+    parts: tuple[Candidate, ...] = field(default=(), kw_only=True)
+    tie: Tie | None = field(default=None, kw_only=True)
 
     @property
     def swallowed(self) -> tuple[Candidate, ...]:
@@ -79,16 +101,31 @@ class Candidate(Region):
     @property
     def key(self) -> Key:
         """What finds this candidate again in another selection."""
-        return self.entry, self.result, frozenset(self.dying)
+        return self.entry, self.result, frozenset(self.touched)
+
+    @property
+    def together(self) -> Key:
+        """What finds again what it falls with: itself, the map that it takes part of, the calls that it is tied to."""
+        spread, tie = self.spread, self.tie
+        if tie is not None:
+            return tie.nodes[0], tie.nodes[-1], frozenset(tie.nodes)
+        return self.key if spread is None else (spread.source, spread.result, frozenset(spread.mapped))
+
+    @property
+    def touched(self) -> tuple[fx.Node, ...]:
+        """What dies, and the maps that it takes part of."""
+        return (*self.dying, *(node for spread in self.spreads for node in spread.mapped))
 
     def costs(self, form: Form) -> Refusal | None:
         """A refusal if ``form`` costs more than what would die."""
-        if form.numbers > self.numbers or form.multiply_adds > self.work:
-            return Refusal(Reason.LARGER, cost_message(form, self.numbers, self.work))
+        if form.numbers > self.factor * self.numbers or form.multiply_adds > self.factor * self.work:
+            return Refusal(Reason.LARGER, cost_message(form, self.numbers, self.work, self.factor))
         return None
 
 
-def find_candidates(graph: Contraction, changed: set[fx.Node] | None) -> tuple[list[Candidate], list[Refusal]]:
+def find_candidates(
+    graph: Contraction, changed: set[fx.Node] | None, rules: Rules = DEFAULT
+) -> tuple[list[Candidate], list[Refusal]]:
     """All regions worth folding, best first, and why others are not; with ``changed``, those around these nodes."""
     flow, dominator = graph.flow, graph.dominators()
     interpreters: dict[fx.Node, list[Interpreter]] = {}
@@ -105,7 +142,7 @@ def find_candidates(graph: Contraction, changed: set[fx.Node] | None) -> tuple[l
             values = [(interpreter, interpreter.value(result)) for interpreter in interpreters[entry]]
             for interpreter, value in values:
                 if isinstance(value, Signal):
-                    outcome = _weigh(interpreter, result, value)
+                    outcome = _weigh(interpreter, result, value, rules)
                     if isinstance(outcome, Candidate):
                         found.append(outcome)
                     elif outcome is not None:
@@ -161,10 +198,12 @@ def _reach(graph: Contraction, changed: set[fx.Node], dominator: dict[fx.Node, f
 # ------------------------------------------------------------------ one region
 
 
-def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal) -> Candidate | Refusal | None:
+def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal, rules: Rules) -> Candidate | Refusal | None:
     """The region from the entry to ``result``, a refusal if it costs more, None if nothing would be gained."""
     graph, flow, entry, form = interpreter.graph, interpreter.flow, interpreter.entry, value.form
-    between = _between(graph, entry, result)
+    between = between_of(graph, (entry,), result)
+    if _parts_a_spread(graph, between, result):
+        return None
     head, moved = None, list[fx.Node]()
     if not value.is_moved:
         dying = _dying(interpreter, between, result, form)
@@ -176,27 +215,48 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal) -> Candidat
         if parts is None:
             return None
         head, moved, mapped = parts
-        dying = [*_dying(interpreter, _between(graph, entry, head), head, form), *mapped]
+        dying = [*_dying(interpreter, between_of(graph, (entry,), head), head, form), *mapped]
     signals = {n: s for n in dying if isinstance(s := interpreter.value(n), Signal)}
     convs = {n for n, s in signals.items() if s.conv}
     if not convs or _is_planned(graph, dying, entry):
         return None
-    constants = _dying_constants(graph, dying)
+    if any(isinstance(r := graph.regions.get(n), Candidate) and r.tie is not None for n in between):
+        return None
+    if rules.whole and any(n not in signals and (n in graph.regions or flow.tensors.get(n)) for n in between):
+        return None
+    constants = dying_constants(graph, dying)
     held, computed = numbers_of(interpreter, dying, signals, constants)
     numbers = held + computed
     work = sum(s.work * s.form.rate for s in signals.values())
+    inner = [region for n in between if isinstance(region := graph.regions.get(n), Candidate)]
+    swallowed = [region for region in inner if region.result in dying]
+    fewer, factor = 0, 1.0
+    if rules.factor is not None:
+        fewer = sum(bool(s.work) for s in signals.values()) - calls_of(form)
+        factor = rules.factor if fewer > 0 else 1.0
+        for region in swallowed:  # what was replaced is measured, not what took its place
+            numbers += region.numbers - region.form.numbers
+            into = interpreter.value(region.entry)
+            assert isinstance(into, Signal)
+            work += (region.work - region.form.multiply_adds) * into.form.rate
     best = form.numbers, form.multiply_adds
     if form.widened:  # zeros may turn out to be block structure; decided with numbers
         groups = form.most_groups // form.groups
         best = form.weight.numel() // groups + (form.numbers - form.weight.numel()), form.multiply_adds / groups
-    if best[0] > numbers or best[1] > work:
+    if best[0] > factor * numbers or best[1] > factor * work:
         if not computed and sum(bool(s.work) for s in signals.values()) == 1:
             return None  # a layer alone: there is nothing to fold
-        return Refusal(Reason.LARGER, cost_message(form, numbers, work), flow.unit.name(result))
+        staying = staying_numbers(graph, dying, constants)
+        if staying and not numbers:
+            return None  # nothing would be saved
+        if best[0] <= numbers + staying and best[1] <= factor * work:
+            names = ", ".join(dict.fromkeys(flow.unit.name(n) for n in dying if n in convs))
+            return Refusal(
+                Reason.SHARED, f"the weights of {names} are used in several places", _last(graph, dying, signals)
+            )
+        return Refusal(Reason.LARGER, cost_message(form, numbers, work, factor), _last(graph, dying, signals))
     if best == (numbers, work) and len(convs) == 1 and not computed:
         return None
-    inner = [region for n in between if isinstance(region := graph.regions.get(n), Candidate)]
-    swallowed = [region for region in inner if region.result in dying]
     conv_first = _begins_with_conv(interpreter, between)
     pads = sum(_stays_in_code(flow, n) for n in dying)
     # A norm between two convolutions belongs to the one before it; then count the numbers saved, biases aside, then
@@ -211,17 +271,27 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal) -> Candidat
     )
     return Candidate(
         entry, result, interpreter.view, interpreter.channels, form, tuple(inner),
-        between=_in_order(flow, between, *(region.between for region in inner)),
-        dying=_in_order(flow, dying, *(region.dying for region in swallowed)),
-        constants=_in_order(flow, constants, *(region.constants for region in swallowed)),
+        between=in_order(flow, between, *(region.between for region in inner)),
+        dying=in_order(flow, dying, *(region.dying for region in swallowed)),
+        constants=in_order(flow, constants, *(region.constants for region in swallowed)),
         numbers=numbers,
         work=work,
         computed=computed,
         convs=frozenset(convs - graph.regions.keys()).union(*(region.convs for region in swallowed)),
         gain=gain,
+        factor=factor,
         moved=tuple(moved),
         head=head,
     )  # fmt: skip
+
+
+def _last(graph: Contraction, dying: list[fx.Node], signals: Mapping[fx.Node, Signal]) -> str:
+    """The name of the last layer that would vanish: what only hands its input on is none."""
+    last = [n for n in dying if n in signals and signals[n].work][-1]
+    region = graph.regions.get(last)
+    if isinstance(region, Candidate) and region.convs:
+        last = max(region.convs, key=graph.flow.order.__getitem__)
+    return graph.flow.unit.name(last)
 
 
 def _moved(
@@ -263,7 +333,8 @@ def _stays_in_code(flow: Flow, node: fx.Node) -> bool:
     return node.op == "call_function" or isinstance(call_of(node).module, _ConvNd)
 
 
-def _in_order(flow: Flow, *groups: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+def in_order(flow: Flow, *groups: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+    """Each node of these once, in the order of the graph."""
     return tuple(sorted({n for group in groups for n in group}, key=flow.order.__getitem__))
 
 
@@ -277,17 +348,29 @@ def _is_conv(graph: Contraction, node: fx.Node) -> bool:
     return node in graph.regions or is_conv(graph.flow, node)
 
 
+def _parts_a_spread(graph: Contraction, between: list[fx.Node], result: fx.Node) -> bool:
+    """Whether the original of a region would have a map in it of which only some layers take their part inside."""
+    inside = set(between)
+    for spread in {s for n in between if n in graph.regions for s in graph.regions[n].spreads}:
+        heads = inside.intersection(spread.heads)
+        if (len(heads) < len(spread.heads)) if spread.result in inside else (heads != {result}):
+            return True
+    return False
+
+
 def _begins_with_conv(interpreter: Interpreter, between: list[fx.Node]) -> bool:
     signals = (s for n in between if isinstance(s := interpreter.value(n), Signal))
     return next((s.conv for s in signals if s.work), False)
 
 
-def _between(graph: Contraction, entry: fx.Node, result: fx.Node) -> list[fx.Node]:
-    """Nodes from ``entry`` (not included) to ``result``, in order."""
+def between_of(graph: Contraction, entries: Sequence[fx.Node], result: fx.Node) -> list[fx.Node]:
+    """Nodes from the entries (not included) to ``result``, in order."""
+    if result in entries:
+        return []
     seen, todo = {result}, [result]
     while todo:
         for source in graph.sources(todo.pop()):
-            if source is not entry and source not in seen and source not in graph.flow.constant:
+            if source not in entries and source not in seen and source not in graph.flow.constant:
                 seen.add(source)
                 todo.append(source)
     return sorted(seen, key=graph.flow.order.__getitem__)
@@ -312,7 +395,7 @@ def _harmless(interpreter: Interpreter, user: fx.Node, node: fx.Node, form: Form
     return not value.is_moved and value.form.same_size(form)
 
 
-def _dying_constants(graph: Contraction, dying: list[fx.Node]) -> list[fx.Node]:
+def dying_constants(graph: Contraction, dying: list[fx.Node]) -> list[fx.Node]:
     """Weight expressions that only dying nodes read."""
     gone = set(dying)
     found: list[fx.Node] = []
@@ -333,7 +416,7 @@ def _dying_constants(graph: Contraction, dying: list[fx.Node]) -> list[fx.Node]:
 def layers_of(flow: Flow, candidate: Candidate) -> tuple[str, ...]:
     """Paths of the layers that vanish, in order of execution."""
     owners = {call_of(n) for n in candidate.constants}  # modules that hold weights: their names say enough
-    order = _in_order(flow, candidate.constants, candidate.dying)
+    order = in_order(flow, candidate.constants, candidate.touched)
     named = [
         n
         for n in order
@@ -344,9 +427,9 @@ def layers_of(flow: Flow, candidate: Candidate) -> tuple[str, ...]:
     return tuple(dict.fromkeys(flow.unit.name(n) for n in named or order))
 
 
-def cost_message(form: Form, numbers: int, work: float) -> str:
+def cost_message(form: Form, numbers: int, work: float, factor: float = 1.0) -> str:
     """What a fold would cost, and what the layers cost that it would replace."""
     return (
         f"{Reason.LARGER.value}: {form.numbers} numbers and {form.multiply_adds:.0f} multiply-adds per position "
-        f"instead of {numbers} and {work:.0f}"
+        f"instead of {numbers} and {work:.0f}" + (f", over {factor:g} times as much" if factor > 1 else "")
     )

@@ -9,15 +9,22 @@ counts as what it repeats.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, fx
 
+from passes.algebra.conv_form import ConvForm, Form
 from passes.laws.interpreter import Interpreter
 from passes.laws.regions import Contraction
 from passes.laws.values import Signal
 
-__all__ = ["numbers_of"]
+__all__ = ["calls_of", "numbers_of", "staying_numbers"]
+
+
+def calls_of(form: Form) -> int:
+    """How many operations of torch the layer of a form is: one, and a pad where torch has none that is uneven."""
+    uneven = isinstance(form, ConvForm) and not any(u != 1 for u in form.up) and form.lead != form.trail
+    return 1 + (uneven or (isinstance(form, ConvForm) and any(p < 0 for p in form.lead)))
 
 
 def numbers_of(
@@ -49,7 +56,15 @@ def numbers_of(
             kernels += min(value.numel(), value.untyped_storage().nbytes() // value.element_size())
             parameters |= _beneath(graph, node)
     more += max(kernels - _total(parameters.values()), 0)
-    return _total(own.values()) + sum(graph.regions[n].form.numbers for n in dying if n in graph.regions), more
+    regions = [graph.regions[n] for n in dying if n in graph.regions]
+    return _total(own.values()) + sum(region.form.numbers for region in regions if not region.is_alias), more
+
+
+def staying_numbers(graph: Contraction, dying: Collection[fx.Node], constants: Collection[fx.Node]) -> int:
+    """Numbers of layers that would vanish, but are held by others as well."""
+    flow, gone = graph.flow, graph.gone.union(dying, constants)
+    held = {id(t): t for n in [*dying, *constants] if n not in graph.regions for t in flow.tensors.get(n, ())}
+    return _total(t for key, t in held.items() if not flow.holders[key] <= gone or flow.owners.get(key, 1) > 1)
 
 
 def _beneath(graph: Contraction, node: fx.Node) -> dict[int, Tensor]:

@@ -19,7 +19,7 @@ from passes.algebra.geometry import CONVS
 from passes.edits.edit import Add, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite
 from passes.edits.layer import Layer, describe
 from passes.edits.program import Program, Value
-from passes.fold.candidates import Candidate
+from passes.fold.candidates import Candidate, Key, Tie
 from passes.fold.folds import Fold
 from passes.fold.forward import new_forward
 from passes.fold.layout import Layout
@@ -63,7 +63,7 @@ class _Writer:
     def __init__(self, layout: Layout, folds: Sequence[Fold]) -> None:
         self.layout, self.unit = layout, layout.flow.unit
         self.folds = folds
-        self.layers = {fold.candidate: fold.layer for fold in folds}
+        self.layers = {fold.candidate: fold.layer for fold in folds if fold.layer is not None}
         self.done = Edited()
         self.paths = dict(self.unit.root.named_modules())
         self.described = {id(m._modules): join(self.unit.path, path) for path, m in self.paths.items()}
@@ -74,12 +74,20 @@ class _Writer:
         for fold in self.folds:
             for path, is_layer in fold.placement.slots.items():
                 self._fill(path, fold.candidate if is_layer else None)
-            self._note_methods(fold.placement.slots)
             for rewrite in fold.placement.rewrites:
                 changes.setdefault(rewrite.call, []).append((rewrite, fold.candidate))
+        for slots in self._slots_together():
+            self._note_methods(slots)
         for call, mine in _merged(changes).items():
             self._rewrite(call, mine)
         return self.done
+
+    def _slots_together(self) -> list[dict[str, bool]]:
+        """The slots of each fold, those of a map and of the layers that took it over as one."""
+        found: dict[Key, dict[str, bool]] = {}
+        for fold in self.folds:
+            found.setdefault(fold.candidate.together, {}).update(fold.placement.slots)
+        return list(found.values())
 
     def _note_methods(self, slots: Mapping[str, bool]) -> None:
         """Other methods that use the layer without what was folded into it find the fold there."""
@@ -123,9 +131,14 @@ class _Writer:
         uses = list(_uses(self.layout, call, dead))
         kept, notes = self._kept(call, dead, "forward" if method is None else method.name)
         names: dict[Candidate, str] = {}
+        holders: dict[Tie, Candidate] = {}
+        tied: dict[Candidate, nn.Module] = {}  # these convolve with what another layer holds
         filled: Any = None  # the layer whose numbers the module itself takes
         for change, region in changes:
-            if change.layer:
+            tie = region.tie if region.tie is not None and region.tie.one else None
+            if change.layer and tie is not None and holders.setdefault(tie, region) is not region:
+                names[region], tied[region] = names[holders[tie]], self.layers[region]
+            elif change.layer:
                 # A child that is written out stays as a holder only while something in it is still in use.
                 alive = any(_below(used, change.call.path) and n not in dead for used, n in uses)
                 holder = change.call if alive else call
@@ -134,9 +147,12 @@ class _Writer:
                     continue
                 local = _layer_name(self.layout, holder, region, dead, {*names.values(), *kept}, uses)
                 names[region] = join(holder.path, local)
-        program = new_forward(self.layout, call, changes, names, dead, method, filled)
+        program = new_forward(self.layout, call, changes, names, dead, method, filled, tied)
         for region, name in names.items():
             full = join(self.unit.path, name)
+            if region in tied:
+                self.done.paths[region] = full
+                continue
             own = filled is self.layers[region]
             kind = Fill if own else Replace if name in self.paths else Add
             self._place(full, region, kind(full, self._description(region)))

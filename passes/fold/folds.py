@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from passes.algebra.conv_form import Form
+from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.lowering import emit, target_of
 from passes.fold.candidates import Candidate
 from passes.fold.placement import Placement
 from passes.graph.dataflow import Flow
-from passes.laws.interpreter import form_of
+from passes.laws.interpreter import form_of, shares_of
 from passes.refusal import RefusalError
 
 __all__ = ["Fold", "folded"]
@@ -25,14 +25,14 @@ class Fold:
     Args:
         candidate: the region.
         placement: where the layer goes.
-        layer: the convolution or linear layer, in the dtype that it is shipped in.
+        layer: the convolution or linear layer, in the dtype that it is shipped in; None for a map that others take.
         form: what the layer computes, exactly.
         error: largest difference found by the proof, relative to the largest output; None if not proven.
     """
 
     candidate: Candidate
     placement: Placement
-    layer: nn.Module
+    layer: nn.Module | None
     form: Form
     error: float | None = None
 
@@ -40,7 +40,12 @@ class Fold:
 def folded(flow: Flow, candidate: Candidate, placement: Placement) -> Fold:
     """The fold of a candidate, its form in float64; refuses what only numbers tell."""
     with torch.no_grad():
+        if candidate.is_alias and candidate.spread is not None:
+            shares_of(flow, candidate.spread)
+            return Fold(candidate, placement, None, candidate.form)
         form = form_of(flow, candidate)
+        if isinstance(form, ConvForm) and isinstance(candidate.form, ConvForm):
+            form = replace(form, channelwise=candidate.form.channelwise)
         refusal = candidate.costs(form)
         if refusal is not None:
             raise RefusalError(refusal.reason, refusal.message)

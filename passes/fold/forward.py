@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
@@ -18,7 +18,7 @@ from passes.edits.rewritten import function_of
 from passes.fold.candidates import Candidate
 from passes.fold.layout import Layout
 from passes.fold.placement import Rewrite, nodes_in
-from passes.graph.capture import Call, call_of
+from passes.graph.capture import Call, call_of, join
 from passes.graph.methods import MethodCall
 from passes.graph.structures import Made, parts_of
 from passes.refusal import Reason, RefusalError
@@ -34,16 +34,18 @@ def new_forward(
     dead: set[fx.Node],
     method: MethodCall | None = None,
     filled: _ConvNd | None = None,
+    tied: Mapping[Candidate, nn.Module] | None = None,
 ) -> Program:
     """The forward of ``call``'s module after ``changes``, its paths relative to that module, or another of its methods.
 
     ``names`` are the paths of the folded layers, ``dead`` the traced nodes that vanish, ``filled`` is the folded layer
-    whose numbers the module itself takes: that fold has the module's own path. Refuses with ``CODE`` if the forward
-    uses a module or weight that stands elsewhere.
+    whose numbers the module itself takes: that fold has the module's own path. What is ``tied`` to another layer
+    convolves with its numbers, as the layer would that is given. Refuses with ``CODE`` if the forward uses a module or
+    weight that stands elsewhere.
     """
     where = call.path or type(call.module).__name__
     try:
-        program = _Local(layout, call, changes, names, dead, method, filled).build()
+        program = _Local(layout, call, changes, names, dead, method, filled, tied or {}).build()
         if any(type(constant) not in _WRITTEN for constant in program.constants_of_code()):
             function_of(program, "forward")  # a thing of a class of its own may have no text
         return program
@@ -69,8 +71,9 @@ class _Local:
         dead: set[fx.Node],
         method: MethodCall | None,
         filled: _ConvNd | None,
+        tied: Mapping[Candidate, nn.Module],
     ) -> None:
-        self.filled = filled
+        self.filled, self.tied = filled, tied
         self.layout, self.call, self.names, self.dead = layout, call, names, dead
         self.body: Call | MethodCall = call if method is None else method
         self.function = getattr(call.module, "forward" if method is None else method.name)
@@ -142,17 +145,21 @@ class _Local:
         self.env[node] = new
 
     def _fold(self, source: fx.Node, region: Candidate) -> None:
-        if self.filled is not None and self.names[region] == self.call.path:
-            new = self._convolve(self.filled, self._value(source))
+        own = self.filled is not None and self.names[region] == self.call.path
+        if own or region in self.tied:
+            holder = "" if own else self._relative(self.names[region])
+            new = self._convolve(self.tied.get(region, self.filled), self._value(source), holder)
         else:
             new = self.graph.call_module(self._relative(self.names[region]), (self._value(source),))
         for node in region.dying:  # whoever still asks for their shape asks the result
             self.env[node] = new
 
-    def _convolve(self, layer: _ConvNd, x: fx.Node) -> fx.Node:
-        """The module's own weight and bias, used as the folded layer would use them."""
-        weight = self.graph.get_attr("weight")
-        bias = None if layer.bias is None else self.graph.get_attr("bias")
+    def _convolve(self, layer: Any, x: fx.Node, holder: str) -> fx.Node:
+        """The weight and bias that the module itself or a child holds, used as the folded layer would use them."""
+        weight = self.graph.get_attr(join(holder, "weight"))
+        bias = None if layer.bias is None else self.graph.get_attr(join(holder, "bias"))
+        if isinstance(layer, nn.Linear):
+            return self.graph.call_function(F.linear, (x, weight, bias))
         function = (F.conv1d, F.conv2d, F.conv3d)[len(layer.kernel_size) - 1]
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         return self.graph.call_function(function, (x, weight, bias, *geometry))

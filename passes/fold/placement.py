@@ -18,9 +18,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from passes.algebra.conv_form import Form
 from passes.algebra.geometry import CONVS
-from passes.fold.candidates import Candidate
+from passes.fold.candidates import Candidate, Tie
 from passes.fold.layout import Layout
 from passes.graph.capture import Call, call_of, join
+from passes.laws.interpreter import deformed
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Placement", "Rewrite", "nodes_in", "place"]
@@ -62,6 +63,12 @@ class Step:
 def place(layout: Layout, region: Candidate) -> Placement:
     """Decide where the folded layer goes; raises :class:`RefusalError` with ``CODE`` if nowhere."""
     _check_reach(layout, region)
+    if region.tie is not None:
+        return _tied(layout, region, region.tie)
+    if region.is_alias:
+        placement = Placement()
+        _put(layout, region, Step(region.result, region.entry, False), placement)
+        return placement
     if region.head is not None:
         return _apart(layout, region, region.head, region.moved[-1])
     placement = Placement()
@@ -73,6 +80,15 @@ def place(layout: Layout, region: Candidate) -> Placement:
             if not any(rewrite.layer for rewrite in apart.rewrites):
                 return apart
     return placement
+
+
+def _tied(layout: Layout, region: Candidate, tie: Tie) -> Placement:
+    """Calls of one weight are rewritten in the one forward that makes all of them: there it is at hand."""
+    call = _common_call([call_of(node) for node in tie.nodes])
+    if not _sees(call, region.entry) or _hides(call, region.entry, region) is not None:
+        raise RefusalError(Reason.CODE, f"{call.path} does not see the value that the fold would read")
+    _check_rewritable(layout, call)
+    return Placement(rewrites=[Rewrite(call, region.result, region.entry, True)])
 
 
 def _apart(layout: Layout, region: Candidate, head: fx.Node, source: fx.Node) -> Placement:
@@ -254,7 +270,8 @@ def _leaf_slot(
     layout: Layout, node: fx.Node, source: fx.Node, call: Call, form: Form, is_layer: bool, trial: Placement
 ) -> bool:
     """Put the layer or Identity into a leaf module's slot; a layer that does nothing in eval may stay."""
-    if len(node.args) != 1 or node.kwargs or nodes_in(node.args) != [source]:
+    alone = len(node.args) == 1 and not node.kwargs and nodes_in(node.args) == [source]
+    if not alone and not (is_layer and node.args[:1] == (source,) and deformed(layout.flow, node, None) is not None):
         return False
     module, path = layout.flow.modules[node], str(node.target)
     if not is_layer and isinstance(module, (nn.Identity, _DropoutNd)):

@@ -13,7 +13,11 @@ import torch
 from torch import fx
 
 from passes.fold.candidates import Candidate, Key, find_candidates
+from passes.fold.norms import left_over
 from passes.fold.placement import Placement
+from passes.fold.rules import DEFAULT, Rules
+from passes.fold.spreads import find_spreads
+from passes.fold.ties import find_ties
 from passes.graph.dataflow import Flow
 from passes.laws.interpreter import form_of
 from passes.laws.regions import Contraction
@@ -27,13 +31,20 @@ Guard = Callable[[Candidate], Placement | Refusal]
 
 @dataclass(frozen=True)
 class Selection:
-    """Candidates to fold, each with its place, and why others are not."""
+    """Candidates to fold, each with its place, why others are not, and why norms that are left over stay norms."""
 
     chosen: tuple[tuple[Candidate, Placement], ...]
     refusals: tuple[Refusal, ...]
+    norms: tuple[Refusal, ...] = ()
 
 
-def select(flow: Flow, guard: Guard, banned: Set[Key] = frozenset(), staying: Set[fx.Node] = frozenset()) -> Selection:
+def select(
+    flow: Flow,
+    guard: Guard,
+    banned: Set[Key] = frozenset(),
+    staying: Set[fx.Node] = frozenset(),
+    rules: Rules = DEFAULT,
+) -> Selection:
     """Choose what to fold.
 
     Args:
@@ -41,14 +52,23 @@ def select(flow: Flow, guard: Guard, banned: Set[Key] = frozenset(), staying: Se
         guard: asked of each candidate that would be chosen.
         banned: candidates that failed.
         staying: nodes that must not vanish.
+        rules: what may fold.
     """
     graph = Contraction(flow)
     placements: dict[Candidate, Placement] = {}
     refusals: list[Refusal] = []
     refused = set(banned)
     changed: set[fx.Node] | None = None
-    while changed is None or changed:  # every round but the last chooses a region that grows: they come to an end
-        candidates, said = find_candidates(graph, changed)
+    while True:  # every round but the last chooses a region that grows: they come to an end
+        if changed is not None and not changed:
+            several, said = ({}, []) if rules.whole else _several(graph, guard, refused, staying)
+            refusals = [*said, *refusals]  # of one of them alone, less was said
+            if not several:
+                break
+            placements |= several
+            graph, changed = _contracted(graph, [*several]), _around(graph, [*several])
+            continue
+        candidates, said = find_candidates(graph, changed, rules)
         refusals += said
         chosen: list[Candidate] = []
         gone: set[fx.Node] = set()
@@ -69,8 +89,54 @@ def select(flow: Flow, guard: Guard, banned: Set[Key] = frozenset(), staying: Se
                 refusals.append(outcome.at(flow.unit.name(candidate.result)))
         graph = _contracted(graph, chosen)
         changed = _around(graph, chosen)
-    kept = (region for region in graph.regions.values() if isinstance(region, Candidate))
-    return Selection(tuple((c, placements[c]) for c in kept), tuple(refusals))
+    kept = [region for region in graph.regions.values() if isinstance(region, Candidate)]
+    norms, left = _scaled(flow, graph.gone | staying, guard, refused) if rules.affine else ({}, [])
+    placed = [*((region, placements[region]) for region in kept), *norms.items()]
+    return Selection(tuple(placed), tuple(refusals), tuple(left))
+
+
+def _scaled(
+    flow: Flow, gone: Set[fx.Node], guard: Guard, refused: Set[Key]
+) -> tuple[dict[Candidate, Placement], list[Refusal]]:
+    """The norms that become a scale and shift, each with its place, and why others do not."""
+    placed, left = dict[Candidate, Placement](), list[Refusal]()
+    for norm in left_over(flow, gone):
+        if isinstance(norm, Refusal):
+            left.append(norm)
+        elif norm.key not in refused:
+            outcome = guard(norm)
+            if isinstance(outcome, Placement):
+                placed[norm] = outcome
+            else:
+                left.append(outcome.at(flow.unit.name(norm.result)))
+    return placed, left
+
+
+def _several(
+    graph: Contraction, guard: Guard, refused: set[Key], staying: Set[fx.Node]
+) -> tuple[dict[Candidate, Placement], list[Refusal]]:
+    """Candidates that are one decision, with their places; asked for only where no region of a single layer is left."""
+    spreads, refusals = find_spreads(graph)
+    tied, said = find_ties(graph)
+    refusals += said
+    chosen: dict[Candidate, Placement] = {}
+    used: set[fx.Node] = set()
+    for group in [*tied, *((*spread.parts, spread) for spread in spreads)]:
+        key, nodes = group[-1].together, {node for candidate in group for node in candidate.touched}
+        if key in refused or not staying.isdisjoint(nodes) or not used.isdisjoint(nodes):
+            continue
+        placed: dict[Candidate, Placement] = {}
+        for candidate in group:
+            outcome = guard(candidate)
+            if isinstance(outcome, Refusal):
+                refused.add(key)
+                refusals.append(replace(outcome, layer=graph.flow.unit.name(group[-1].dying[-1])))
+                break
+            placed[candidate] = outcome
+        else:
+            chosen |= placed
+            used |= nodes
+    return chosen, refusals
 
 
 def _is_stale(candidate: Candidate, entries: Set[fx.Node], gone: Set[fx.Node]) -> bool:
@@ -102,7 +168,8 @@ def _decide(flow: Flow, candidate: Candidate, guard: Guard) -> tuple[Candidate, 
 def _gains(candidate: Candidate) -> bool:
     """Whether anything is saved: numbers, multiply-adds, a layer, computing a weight, or what stands around a fold."""
     fewer = candidate.form.numbers < candidate.numbers or candidate.form.multiply_adds < candidate.work
-    return fewer or candidate.computed > 0 or bool(candidate.swallowed) or len(candidate.convs) > 1
+    calls = candidate.factor > 1 or bool(candidate.swallowed) or len(candidate.convs) > 1
+    return fewer or candidate.computed > 0 or calls
 
 
 def _contracted(graph: Contraction, chosen: list[Candidate]) -> Contraction:

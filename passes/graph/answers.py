@@ -19,7 +19,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.func import functional_call
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves, tree_map
@@ -138,16 +143,22 @@ class Answers:
         )
 
     def _agreed(self, needed: Sequence[fx.Node], question: Callable[[Any], Answer]) -> Answer:
-        why = "no input can be made up"
+        why, reached = "no input can be made up", False
         sizes = _asks_for_sizes(needed[-1])
         for runs in self._made_up():
             answers: list[Any] = []
             for run in runs if sizes else [*runs[:2], *([runs[0].under_autocast()] if _asks_for_dtype(needed) else ())]:
+                at = False
                 try:
-                    answers.append(question(run.value(needed)))
+                    value = run.value(needed)
+                    at = True
+                    answers.append(question(value))
+                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                    raise UnknownError("the answer depends on the numbers of the input") from error
                 # Whatever the network raises on this size means that it does not take it.
                 except Exception as error:
-                    why = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+                    if at or not reached:  # where the network takes the size, the answer itself is what fails
+                        why, reached = f"{type(error).__name__}: {error}".splitlines()[0][:100], at
                     if not answers:
                         break  # not the size that the network is made for
             if len(answers) > 1:

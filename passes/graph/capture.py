@@ -67,7 +67,7 @@ class Unit:
     """ids of modules whose class the code looks at."""
     others: tuple[Unit, ...] = ()
     """The unit as it is for sizes that answer a question the other way."""
-    replay: Callable[[fx.Node, fx.Node, list[Any]], list[tuple[Any, float]]] | None = None
+    replay: Callable[[list[dict[fx.Node, Any]], fx.Node], list[tuple[Any, float]]] | None = None
     """What computes the value of the second node from those of the first, in float64, and the largest magnitude on the
     way; None where the nodes themselves can be run."""
 

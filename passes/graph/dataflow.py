@@ -11,7 +11,7 @@ from torch import fx
 from passes.graph.capture import Unit
 from passes.graph.constants import Constants, find_constants, holder_tensors
 from passes.graph.memory import memory_of
-from passes.graph.opset import Kind, Operation, argument, is_shape_query, operation_of
+from passes.graph.opset import SLOPED, Kind, Operation, argument, is_shape_query, operation_of
 from passes.graph.shapes import cast_to, shapes_of
 from passes.refusal import PROBED, Reason, Refusal
 
@@ -64,7 +64,21 @@ class Flow:
 
     def _has_law(self, node: fx.Node) -> bool:
         operation = self.operations.get(node)  # graphs of aten calls are not read yet
+        if operation is not None and operation.id in SLOPED and not self._is_straight(node):
+            return False
         return operation is not None and operation.affine and not isinstance(node.target, torch._ops.OpOverload)
+
+    def _is_straight(self, node: fx.Node) -> bool:
+        """Whether an activation's slope below zero is that above."""
+        module, slope = self.modules.get(node), argument(node, 1, "negative_slope", 0.01)
+        if module is not None:
+            slope = getattr(module, "negative_slope", None) if "weight" not in module._parameters else module.weight
+        elif isinstance(slope, fx.Node) or "weight" in node.kwargs:
+            weight = node.kwargs.get("weight", slope)
+            slope = self.held.get(weight) if isinstance(weight, fx.Node) else None
+        if isinstance(slope, torch.Tensor):
+            return not slope.is_meta and bool((slope == 1).all())
+        return isinstance(slope, (int, float)) and slope == 1
 
     def _may_be_probed(self, node: fx.Node) -> bool:
         refusal = self.unit.opaque.get(str(node.target)) if node.op == "call_module" else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dis
+import os
 import traceback
+from pathlib import Path
 
 import torch
 
@@ -31,7 +33,7 @@ def refusal_of(error: Exception) -> Refusal:
     at = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if _is_theirs(f.filename)), None)
     where = f" ({at.filename.rpartition('/')[2]}:{at.lineno})" if at is not None else ""
     if isinstance(error, NotCapturedError):
-        return Refusal(reason, f"{text[0] if text else reason.value}{where}"[:240])
+        return Refusal(reason, f"{text[0] if text else reason.value}"[:200] + where)
     return Refusal(reason, f"{reason.value}: {type(error).__name__}: {text[0] if text else ''}"[:200] + where)
 
 
@@ -48,5 +50,9 @@ def is_raised(error: Exception) -> bool:
     return _is_theirs(frame.f_code.co_filename) and dis.opname[frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
 
 
+_OURS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
+"""Folders of torch, and of what traces."""
+
+
 def _is_theirs(filename: str) -> bool:
-    return "/torch/" not in filename and "/passes/graph/" not in filename and not filename.startswith("<frozen")
+    return not filename.startswith((*_OURS, "<frozen"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -15,7 +16,7 @@ from passes.refusal import Reason, Refusal
 
 __all__ = [
     "SCRIPT", "has_hooks", "inherits_forward", "is_based_on_layer", "is_pruned", "leaf_refusal", "library_leaves",
-    "makes_weight",
+    "makes_weight", "without_hooks",
 ]  # fmt: skip
 
 _INHERITED = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR, Kind.NORM)
@@ -43,6 +44,17 @@ def has_hooks(module: nn.Module) -> bool:
 def makes_weight(hook: Any) -> bool:
     """Whether this is a hook by which torch.nn.utils computes a weight: weight_norm, spectral_norm, prune."""
     return hasattr(hook, "compute_weight") or isinstance(hook, BasePruningMethod)
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """The layer itself if it has no hooks, else one without that holds the very same tensors."""
+    if not has_hooks(module):
+        return module
+    bare = copy.copy(module)
+    tables = {name: value for name, value in vars(module).items() if isinstance(value, (dict, set))}
+    own = {name: type(table)() if "_hooks" in name else copy.copy(table) for name, table in tables.items()}
+    bare.__dict__ = {**vars(module), **own}
+    return bare
 
 
 def is_pruned(module: nn.Module) -> bool:

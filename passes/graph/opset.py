@@ -101,8 +101,19 @@ def _with_method(*ids: str) -> Iterator[tuple[str, tuple[Name, ...], tuple[Name,
 
 def _pointwise(id: str, *names: Name, in_place: tuple[Name, ...] = (), keeps_channels: bool = True) -> Operation:
     return Operation(
-        id, Kind.POINTWISE, names, in_place, rank=Rank.SAME, keeps_channels=keeps_channels, random=id == "rrelu"
+        id,
+        Kind.POINTWISE,
+        names,
+        in_place,
+        rank=Rank.SAME,
+        keeps_channels=keeps_channels,
+        random=id == "rrelu",
+        affine=id in SLOPED,
     )
+
+
+SLOPED = frozenset(("leaky_relu", "prelu"))
+"""Of the activations, those that are nothing where their slope is one."""
 
 
 def _arithmetic(id: str, *names: Name, in_place: tuple[Name, ...] = (), affine: bool = True) -> Operation:
@@ -198,6 +209,7 @@ OPERATIONS: tuple[Operation, ...] = (
     *_conv(2, nn.Conv2d, nn.ConvTranspose2d),
     *_conv(3, nn.Conv3d, nn.ConvTranspose3d),
     Operation("convolution", Kind.CONV, (torch.convolution, "aten.convolution.default")),
+    Operation("deform_conv2d", Kind.CONV, ("torchvision.ops.deform_conv.DeformConv2d",), n=2, rank=Rank.SPATIAL),
     Operation("linear", Kind.LINEAR, (nn.Linear, F.linear, "aten.linear.default"), rank=Rank.SAME, affine=True),
     Operation(
         "matmul",
@@ -207,7 +219,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation("addmm", Kind.LINEAR, (torch.addmm, "aten.addmm.default"), affine=True),
     Operation("bmm", Kind.LINEAR, (torch.bmm, "bmm", "aten.bmm.default"), rank=Rank.SAME),
-    Operation("einsum", Kind.LINEAR, (torch.einsum, "aten.einsum.default"), view=True),
+    Operation("einsum", Kind.LINEAR, (torch.einsum, "aten.einsum.default"), view=True, affine=True),
     # Normalisation.
     _norm("batch_norm", nn.BatchNorm1d, nn.SyncBatchNorm, F.batch_norm, affine=True),
     _norm("batch_norm2d", nn.BatchNorm2d, n=2, affine=True),
@@ -593,18 +605,21 @@ def operation_of_layer(module: nn.Module) -> Operation | None:
     if "forward" in module.__dict__:  # replaced on the instance
         return None
     kind = type(module)
-    if kind in _BY_NAME:
-        return _BY_NAME[kind]
-    for base in kind.__mro__[1:]:
-        if base in _BY_NAME:
+    for base in kind.__mro__:
+        if (found := _operation_of_class(base)) is not None:
             whole = all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
-            return _BY_NAME[base] if whole else None
+            return found if whole else None
     return None
+
+
+def _operation_of_class(kind: type) -> Operation | None:
+    """By the class itself, or by its name where its library need not be there."""
+    return _BY_NAME.get(kind) or _BY_NAME.get(_full_name(kind))
 
 
 def base_operation(module: nn.Module) -> Operation | None:
     """The operation of the nearest base class in the table, whatever the module's own forward does with it."""
-    return next((_BY_NAME[base] for base in type(module).__mro__ if base in _BY_NAME), None)
+    return next((found for base in type(module).__mro__ if (found := _operation_of_class(base)) is not None), None)
 
 
 def operation_of_function(target: Any) -> Operation | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from passes.graph.contents import CONTAINERS, FOREIGN, copied, has_data, inside, is_changeable, refill, same_items
 
-__all__ = ["Outside", "kept_outside", "kept_statistics"]
+__all__ = ["Outside", "kept_outside", "kept_statistics", "speaks_of_weights"]
 
 SMALL = 200
 DEPTH = 6
@@ -108,6 +108,25 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
             for buffer, content in kept:
                 if not torch.equal(buffer, content):
                     buffer.copy_(content)
+
+
+def speaks_of_weights(code: Any) -> bool:
+    """Whether a function, or the forward of a module, names tensors of layers, itself or in what it calls by name."""
+    walk = _Walk()
+    if isinstance(code, nn.Module):
+        walk.method(type(code), "forward")
+        walk.value(vars(code).get("forward"))
+        for name in walk.names & vars(code).keys():
+            walk.held(vars(code)[name])
+    else:
+        walk.value(code)
+    return not walk.names.isdisjoint(_WEIGHTS)
+
+
+_WEIGHTS = frozenset(
+    {"weight", "bias", "weight_orig", "weight_mask", "weight_g", "weight_v", "parameters", "named_parameters"}
+    | {"_parameters", "state_dict", "load_state_dict", "register_parameter"}
+)
 
 
 class _Walk:

@@ -5,7 +5,7 @@ None stands for "not known", which is always allowed; what is told is true for e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Shapes:
 
 
 def shapes_of(
-    nodes: Iterable[fx.Node],
+    nodes: Sequence[fx.Node],
     operations: Mapping[fx.Node, Operation],
     modules: Mapping[fx.Node, nn.Module],
     held: Mapping[fx.Node, Any],
@@ -45,6 +45,12 @@ def shapes_of(
 ) -> Shapes:
     """Shapes of all values, ``ranks`` being those of the inputs."""
     found, given = Shapes({}, {}, {}), list(ranks)
+    for node in nodes:  # an input that a layer reads has that layer's dtype, or the layer would not take it
+        operation, value = operations.get(node), node.args[0] if node.args else None
+        weighs = operation is not None and operation.affine and operation.kind in _WEIGHS
+        dtype = _weight_dtype(node, modules.get(node), held) if weighs else None
+        if isinstance(value, fx.Node) and value.op == "placeholder" and dtype is not None:
+            found.dtype.setdefault(value, dtype)
     for node in nodes:
         operation, module = operations.get(node), modules.get(node)
         if node.op == "placeholder":
@@ -97,10 +103,16 @@ def _rank(
         return operation.n + 2
     if operation.rank is Rank.SAME:
         return first
+    if operation.id == "matmul":
+        every = [rank.get(n) for n in node.all_input_nodes]
+        known = [r for r in every if r is not None and r >= 2]  # a vector takes one away
+        return max(known) if len(known) == len(every) else None
     if operation.rank is Rank.LARGEST:
         every = [rank.get(n) for n in node.all_input_nodes]
         known = [r for r in every if r is not None]
         return max(known) if None not in inputs and known else None
+    if operation.id == "cat":  # all have as many; an empty one of a single dimension is passed over
+        return max((r for r in inputs if r is not None and r > 1), default=None)
     if operation.kind is Kind.REDUCTION:
         return _reduced(node, first)
     if operation.id in ("view", "reshape") and node.op == "call_method":
@@ -168,19 +180,27 @@ def cast_to(node: fx.Node, operation: Operation, dtypes: Mapping[fx.Node, torch.
     return wanted if isinstance(wanted, torch.dtype) and operation.id == "to" else None
 
 
+def _weight_dtype(node: fx.Node, module: nn.Module | None, held: Mapping[fx.Node, Any]) -> torch.dtype | None:
+    weight: Any = getattr(module, "weight", None) if module is not None else held.get(argument(node, 1, "weight"))
+    return weight.dtype if isinstance(weight, Tensor) else None
+
+
+_WEIGHS = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR)
 _AS_INPUT = {Kind.POINTWISE, Kind.SOFTMAX, Kind.POOL, Kind.PAD, Kind.MOVEMENT, Kind.DROPOUT, Kind.NORM}
 
 
 def _dtype(node: fx.Node, operation: Operation, module: nn.Module | None, found: Shapes) -> torch.dtype | None:
     if operation.kind is Kind.CAST:
         return cast_to(node, operation, found.dtype)
-    if operation.kind in (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR):
+    if operation.kind in _WEIGHS:
         weight: Any = getattr(module, "weight", None) if module is not None else argument(node, 1, "weight")
         return weight.dtype if isinstance(weight, Tensor) else found.dtype.get(weight)
     inputs = node.all_input_nodes
     if operation.kind is Kind.ARITHMETIC:
         return promoted([*node.args, *node.kwargs.values()], found)
-    if operation.kind not in _AS_INPUT or not inputs or operation.id == "getattr":
+    if operation.id == "getattr":  # what is asked for the dtype of a value is cast to that
+        return found.dtype.get(inputs[0]) if inputs and node.args[1:] == ("dtype",) else None
+    if operation.kind not in _AS_INPUT or not inputs:
         return None
     kinds = {found.dtype.get(n) for n in inputs[: 1 if operation.kind is Kind.NORM else None]}
     return kinds.pop() if len(kinds) == 1 else None

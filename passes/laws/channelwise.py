@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from passes.algebra.sparse_form import SparseForm
 from passes.laws.arguments import constant, number, signal
-from passes.laws.values import Signal, channel_axis_is, per_channel, settle
+from passes.laws.values import Signal, alike, channel_axis_is, per_channel, settle
 from passes.refusal import Reason, RefusalError
 
 __all__ = [
@@ -136,6 +137,8 @@ def addcmul(x: Any, y: Any, z: Any, *, value: float = 1) -> Signal:
 
 def _sum(x: Signal, y: Signal) -> Signal:
     if x.mixed or y.mixed:
+        if isinstance(x.form, SparseForm) and alike(x, y):
+            return (x if x.mixed else y).with_form(x.form + y.form)
         raise RefusalError(Reason.LAYOUT, "a sum of averages, which may be different ones")
     same_layout = (not x.is_moved and not y.is_moved) or (x.is_moved and y.is_moved and torch.equal(x.ids, y.ids))
     if not same_layout:

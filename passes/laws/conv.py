@@ -22,7 +22,10 @@ from passes.laws.arguments import constant, integers, read, signal, then
 from passes.laws.values import Signal, settle
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["addmm", "conv", "conv_arguments", "conv_transpose", "conv_transpose_arguments", "linear", "matmul"]
+__all__ = [
+    "addmm", "contraction", "conv", "conv_arguments", "conv_transpose", "conv_transpose_arguments", "einsum", "linear",
+    "matmul",
+]  # fmt: skip
 
 Law = Callable[..., Any]
 Weights = Callable[[Any, str], "Tensor | None"]
@@ -109,6 +112,46 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Signal:
 def matmul(x: Any, y: Any) -> Signal:
     """``x @ y``."""
     return linear(x, constant(y, signal(x)).transpose(-1, -2))
+
+
+def contraction(equation: str) -> tuple[str, str, str, int, int] | None:
+    """The letters of two operands and of the result, which operand is the weight, and where its value has channels.
+
+    None for an equation that does more than weigh the channels at each position.
+    """
+    given, arrow, result = equation.replace(" ", "").replace("...", "~").partition("->")
+    parts = given.split(",")
+    if not arrow or len(parts) != 2:
+        return None
+    for weight in (0, 1):
+        value, w = parts[1 - weight], parts[weight]
+        summed = [letter for letter in w if letter not in result]
+        if len(w) != 2 or "~" in w or len({*w}) != 2 or len(summed) != 1 or value.count(summed[0]) != 1:
+            continue
+        (made,) = {*w} - {*summed}
+        distinct = len({*value}) == len(value) and made not in value
+        if distinct and result == value.replace(summed[0], made):
+            return value, w, result, weight, value.index(summed[0])
+    return None
+
+
+def einsum(equation: Any, *operands: Any) -> Signal:
+    """``torch.einsum`` of a value and a matrix that weighs its channels: a 1x1, or a linear layer."""
+    read_as = contraction(equation) if isinstance(equation, str) and len(operands) == 2 else None
+    if read_as is None:
+        raise RefusalError(Reason.NOT_AFFINE, "an einsum that is no 1x1")
+    letters, w, result, weight, at = read_as
+    value = settle(signal(operands[1 - weight]))
+    matrix = constant(operands[weight], value)
+    rank = value.view.rank if value.view.last else value.view.n + 2
+    open_at = letters.find("~")  # any number of dimensions
+    named = open_at >= 0 or len(letters) == rank
+    fits = at == len(letters) - 1 if value.view.last else at == 1 and open_at not in (0, at - 1)
+    if not named or not fits or matrix.dim() != 2:
+        raise RefusalError(Reason.LAYOUT, "an einsum over another dimension than the channels")
+    if w[0] not in result:
+        matrix = matrix.t()
+    return then(value, ConvForm.conv(matrix.reshape(*matrix.shape, *(1,) * value.view.n)), conv=True)
 
 
 def addmm(bias: Any, x: Any, y: Any) -> Signal:

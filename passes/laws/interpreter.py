@@ -6,32 +6,144 @@ holds wherever the entry's value comes from.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from passes.algebra.conv_form import ConvForm, Form
+from passes.algebra.opaque import OpaqueForm
+from passes.algebra.sparse_form import SparseForm
 from passes.graph.dataflow import Constants, Flow
+from passes.graph.opset import Kind
 from passes.laws.laws import law_of
 from passes.laws.probe import ProbedForms
-from passes.laws.regions import Contraction, Region
+from passes.laws.regions import Contraction, Region, Spread
 from passes.laws.values import Dim, Signal, View
 from passes.refusal import PROBED, Reason, Refusal, RefusalError
 
-__all__ = ["Interpreter", "form_of"]
+__all__ = ["Interpreter", "Share", "deformed", "form_of", "shares_of", "sources_of"]
 
 
 def form_of(flow: Flow, region: Region, dtype: torch.dtype = torch.float64) -> Form:
     """The region's form in numbers, its block structure found again; refuses where only numbers tell."""
     graph = Contraction(flow, region.inner)
-    value = Interpreter(graph, region.entry, region.view, region.channels, dtype).value(region.result)
+    form: Form
+    if (own := deformed(flow, region.result, dtype)) is not None and not region.inner:
+        form = own
+    else:
+        form = _signal(Interpreter(graph, region.entry, region.view, region.channels, dtype), region.result).form
+    form = form.narrowed()
+    return form if region.spread is None else form.affine(*shares_of(flow, region.spread, dtype)[region.result])
+
+
+def deformed(flow: Flow, node: fx.Node, dtype: torch.dtype | None) -> OpaqueForm | None:
+    """The form of a deformable convolution: linear in its weight, whatever its offsets and its mask are."""
+    operation, module = flow.operations.get(node), flow.modules.get(node)
+    if module is None or operation is None or operation.id != "deform_conv2d":
+        return None
+    constants, device = Constants(flow, dtype), _device(flow, dtype)
+    weight, bias = (constants.read(module, name) for name in ("weight", "bias"))
+    assert weight is not None
+    layer: Any = module
+    return OpaqueForm(layer, weight.to(device), None if bias is None else bias.to(device))
+
+
+Share = tuple[Tensor, "Tensor | None"]
+
+
+def shares_of(flow: Flow, spread: Spread, dtype: torch.dtype | None = torch.float64) -> dict[fx.Node, Share]:
+    """The factor and the shift of each channel that each layer takes over; a layer without any shift has None.
+
+    With ``dtype`` None only their shapes. Where one channel meets two numbers of the map, it refuses.
+
+    With S what joins the layers' values x, and y = a (S x + b) + c: a factor s of x with s = a wherever S is not zero,
+    and a shift t of x with S t = c + (a - 1) b.
+    """
+    joined = _joined(flow, spread, dtype)
+    mapped = _mapped(flow, spread, joined, dtype)
+    a, c = mapped.form.factors[0], mapped.form.shift
+    total, at = sum(spread.channels), joined.form.sources
+    there, device = at >= 0, a.device
+    first = torch.where(there, at, total).argmin(0)  # those that rather take a shift have the lower numbers
+    bearer = at.gather(0, first[None])[0]
+    scale, shift = a.new_ones(total), a.new_zeros(total)
+    if not a.is_meta:
+        term, out = (index.to(device) for index in there.nonzero(as_tuple=True))
+        number = at[there].to(device)
+        scale[number] = a[out]
+        b = c + (a - 1) * joined.form.shift
+        shift[bearer.to(device)] = b / joined.form.factors[first.to(device), torch.arange(len(a), device=device)]
+        given = torch.zeros_like(b).index_add(0, out, joined.form.factors[term, out] * shift[number])
+        if not torch.equal(scale[number], a[out]) or not torch.allclose(given, b, rtol=1e-12, atol=1e-300):
+            raise RefusalError(Reason.NOT_PER_CHANNEL, "a channel of one layer meets several numbers of the map")
+    borne = {spread.heads[i] for i in _owner(spread)[bearer].unique().tolist()}
+    parts = zip(spread.heads, scale.split(spread.channels), shift.split(spread.channels), strict=True)
+    return {head: (s, t if head in borne else None) for head, s, t in parts}
+
+
+def sources_of(graph: Contraction, spread: Spread) -> tuple[Tensor, Interpreter]:
+    """Which channels of the layers' values the map acts on, ``(terms, channels)``; and all values on the way."""
+    interpreter = _over(graph, spread, None)
+    joined = _signal(interpreter, spread.source)
+    _mapped(graph.flow, spread, joined, None)
+    sources: Tensor = joined.form.sources
+    return sources, interpreter
+
+
+def _owner(spread: Spread) -> Tensor:
+    """Which of the layers each channel belongs to."""
+    owners = torch.arange(len(spread.heads), device="cpu")
+    return owners.repeat_interleave(torch.tensor(spread.channels, device="cpu"))
+
+
+def _over(graph: Contraction, spread: Spread, dtype: torch.dtype | None) -> Interpreter:
+    like = torch.empty(0, dtype=dtype or torch.float64, device=_device(graph.flow, dtype))
+    starts = itertools.accumulate(spread.channels, initial=0)
+    given = {
+        head: Signal(SparseForm.identity(start, channels, view.n, like=like), view)
+        for head, view, channels, start in zip(spread.heads, spread.views, spread.channels, starts, strict=False)
+    }
+    return Interpreter.behind(graph, given, dtype)
+
+
+def _joined(flow: Flow, spread: Spread, dtype: torch.dtype | None) -> Signal:
+    joined = _signal(_over(Contraction(flow, spread.before), spread, dtype), spread.source)
+    if bool((joined.form.sources < 0).all(0).any()):
+        raise RefusalError(Reason.LAYOUT)
+    return joined
+
+
+def _mapped(flow: Flow, spread: Spread, joined: Signal, dtype: torch.dtype | None) -> Signal:
+    """The map alone, on what the layers give together."""
+    identity = SparseForm.identity(0, joined.form.out_channels, joined.view.n, like=joined.form.factors)
+    given = {spread.source: replace(joined, form=identity)}
+    mapped = _signal(Interpreter.behind(Contraction(flow), given, dtype), spread.result)
+    same = mapped.is_moved is joined.is_moved and (not joined.is_moved or torch.equal(mapped.ids, joined.ids))
+    if not same or not torch.equal(mapped.form.sources, identity.sources):
+        raise RefusalError(Reason.NOT_PER_CHANNEL)
+    return mapped
+
+
+def _signal(interpreter: Interpreter, node: fx.Node) -> Signal:
+    value = interpreter.value(node)
     if isinstance(value, Refusal):
         raise RefusalError(value.reason, value.message, value.layer)
-    form: Form = value.form
-    return form.narrowed()
+    if not isinstance(value, Signal):
+        raise RefusalError(Reason.NOT_AFFINE)
+    return value
+
+
+def _device(flow: Flow, dtype: torch.dtype | None) -> torch.device:
+    """Where the numbers of a form are."""
+    if dtype is None:
+        return torch.device("meta")
+    device = next((t.device for t in flow.unit.root.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "mps" else device  # no float64 there
 
 
 class Interpreter:
@@ -49,11 +161,19 @@ class Interpreter:
         self.channels = channels
         self.dtype = dtype
         self.constants = Constants(self.flow, dtype)
-        device = next((t.device for t in self.flow.unit.root.parameters()), torch.device("cpu"))
-        on = torch.device("cpu") if device.type == "mps" else device  # no float64 there
-        like = torch.empty(0, dtype=dtype or torch.float64, device="meta" if dtype is None else on)
+        like = torch.empty(0, dtype=dtype or torch.float64, device=_device(self.flow, dtype))
         identity = ConvForm.identity(channels, view.n, like=like)
-        self._values: dict[fx.Node, Any] = {entry: Signal(identity, view, untouched=True)}
+        self._given: dict[fx.Node, Signal] = {entry: Signal(identity, view, untouched=True)}
+        self._values: dict[fx.Node, Any] = {**self._given}
+
+    @classmethod
+    def behind(cls, graph: Contraction, given: dict[fx.Node, Signal], dtype: torch.dtype | None) -> Interpreter:
+        """Of the values behind several nodes, whose own are given."""
+        first = min(given, key=graph.flow.order.__getitem__)
+        interpreter = cls(graph, first, given[first].view, 1, dtype)
+        interpreter._given = given
+        interpreter._values = {**given}
+        return interpreter
 
     def value(self, node: fx.Node) -> Any:
         """A signal, a size, a constant or a tuple of them; or the refusal that says why not."""
@@ -69,7 +189,7 @@ class Interpreter:
                     continue
                 for read in self.graph.sources(reached):
                     # As numbers each value is a kernel: none outlives its last reader.
-                    if last[read] is reached and read is not self.entry:
+                    if last[read] is reached and read not in self._given:
                         self._values.pop(read, None)
         return self._values[node]
 
@@ -97,8 +217,10 @@ class Interpreter:
         region = self.graph.regions.get(node)
         if region is not None:
             return self._apply(region, self._input(region.entry))
-        law = self._law(node)
-        args, kwargs = fx.map_arg(node.args, self._input), fx.map_arg(node.kwargs, self._input)
+        law, operation = self._law(node), self.flow.operations.get(node)
+        only = operation is not None and operation.kind is Kind.CAST  # to which dtype, has been looked at
+        args = fx.map_arg(node.args[:1] if only else node.args, self._input)
+        kwargs = fx.map_arg({} if only else node.kwargs, self._input)
         if not _any_signal((args, kwargs)):
             return _plain_call(node, args, kwargs)
         if law is None:
@@ -115,6 +237,8 @@ class Interpreter:
         """The value of a contracted region."""
         if not isinstance(x, Signal):
             raise RefusalError(Reason.OTHER_INPUT)
+        if region.is_alias:
+            return replace(x, work=0, conv=False, bias=0)
         if region.moved:
             raise RefusalError(Reason.LAYOUT)
         if (x.view.last, x.view.n) != (region.view.last, region.view.n) or x.is_moved:

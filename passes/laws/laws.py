@@ -27,7 +27,16 @@ from passes.laws.channelwise import (
     rsub,
     sub,
 )
-from passes.laws.conv import addmm, conv, conv_arguments, conv_transpose, conv_transpose_arguments, linear, matmul
+from passes.laws.conv import (
+    addmm,
+    conv,
+    conv_arguments,
+    conv_transpose,
+    conv_transpose_arguments,
+    einsum,
+    linear,
+    matmul,
+)
 from passes.laws.movement import (
     along,
     as_other,
@@ -55,6 +64,7 @@ LAWS: dict[str, Law] = {
     **{f"conv{n}d": conv(n) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": conv_transpose(n) for n in (1, 2, 3)},
     "linear": linear,
+    "einsum": einsum,
     "matmul": matmul,
     "addmm": addmm,
     **dict.fromkeys(("batch_norm", "batch_norm2d", "batch_norm3d"), batch_norm),
@@ -68,6 +78,7 @@ LAWS: dict[str, Law] = {
     **{f"avg_pool{n}d": avg_pool(n) for n in (1, 2, 3)},
     "pad": pad,
     **{f"{mode}_pad{n}d": pad for mode in ("reflection", "replication", "circular") for n in (1, 2, 3)},
+    **dict.fromkeys(("leaky_relu", "prelu"), identity),  # with a slope of one; others are not affine
     **dict.fromkeys(("identity", "clone", "to", "float", "double", "half", "bfloat16", "type_as"), identity),
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), dropout),
     **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout"), dropout),
@@ -107,7 +118,7 @@ ARGUMENTS: dict[str, Callable[[Any, Weights], tuple[Any, ...]]] = {
     **{f"avg_pool{n}d": avg_pool_arguments for n in (1, 2, 3)},
     "pad": pad_arguments,
     **{f"{mode}_pad{n}d": pad_arguments for mode in ("reflection", "replication", "circular") for n in (1, 2, 3)},
-    "identity": lambda m, weights: (),
+    **dict.fromkeys(("identity", "leaky_relu", "prelu"), lambda m, weights: ()),
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), lambda m, weights: (m.p, m.training)),
     **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout"), lambda m, weights: (m.p, m.training)),
     "flatten": lambda m, weights: (m.start_dim, m.end_dim),

@@ -8,6 +8,7 @@ from torch import fx
 
 from passes.graph.dataflow import Constants, Flow
 from passes.graph.opset import Kind, Operation, argument, base_operation
+from passes.laws.conv import contraction
 from passes.laws.probe import ProbedForms
 from passes.laws.regions import Contraction
 from passes.laws.values import View
@@ -72,7 +73,7 @@ def _drops_channels(node: fx.Node, view: View) -> bool:
 def _demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[View, int] | None:
     flow, region = graph.flow, graph.regions.get(node)
     if region is not None:
-        return region.view, region.channels
+        return None if region.is_alias else (region.view, region.channels)
     module, operation = flow.modules.get(node), flow.operations.get(node)
     if module is not None and operation is None:
         refusal = flow.unit.opaque.get(str(node.target))
@@ -81,6 +82,8 @@ def _demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[View, in
         operation = base_operation(module)  # what it computes is tried, how it reads its input is told by its base
         if operation is None or operation.kind not in (Kind.CONV, Kind.CONV_TRANSPOSE):
             return ProbedForms.of(flow.unit).demand(module)
+    if operation is not None and operation.id == "einsum":
+        return _einsum_demand(graph, node, entry)
     if operation is None or operation.kind not in _DEMANDING or operation.id in ("matmul", "addmm", "bmm", "einsum"):
         return None
     if module is not None:
@@ -97,6 +100,26 @@ def _demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[View, in
         groups = argument(node, 6, "groups", 1)
         return _view(graph, operation, entry), int(shape[1]) * (groups if isinstance(groups, int) else 1)
     return _view(graph, operation, entry), int(shape[0 if operation.kind is Kind.CONV_TRANSPOSE else 1])
+
+
+def _einsum_demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[View, int] | None:
+    equation, operands = node.args[0], node.args[1:]
+    read = contraction(equation) if isinstance(equation, str) and len(operands) == 2 else None
+    weight = operands[read[3]] if read is not None else None
+    if read is None or weight not in graph.flow.constant:
+        return None
+    letters, w, result, _, at = read
+    try:
+        shape = Constants(graph.flow, None).value(weight).shape  # type: ignore[arg-type]
+    except RefusalError:
+        return None
+    rank = graph.rank(entry) if "~" in letters else len(letters)
+    if len(shape) != 2:
+        return None
+    channels = int(shape[0 if w[0] not in result else 1])
+    if at == len(letters) - 1:
+        return View(0, last=True, rank=rank), channels
+    return None if rank is None or at != 1 else (View(rank - 2), channels)
 
 
 _DEMANDING = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR)

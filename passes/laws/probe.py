@@ -175,14 +175,14 @@ def _respond(runner: _Runner, n: int, channels: int) -> ConvForm:
 
 def _impulse_response(runner: _Runner, n: int, channels: int, size: int) -> ConvForm | None:
     """Read stride, kernel and offset from impulses in the middle; None if the kernel reaches the edge."""
-    blank = torch.zeros(1, channels, *(size,) * n, dtype=torch.float64)
-    zero = runner(blank)
+    blank = torch.zeros(channels, channels, *(size,) * n, dtype=torch.float64)
+    zero = runner(blank)  # of the same batch: what no impulse reaches is then the same to the last bit
     stride, extent = _geometry(runner, n, channels, size)
     centre = size // 2
     taps: dict[Ints, Tensor] = {}
     for shift in product(*(range(s) for s in stride)):
         at = tuple(centre + d for d in shift)
-        x = blank.repeat(channels, *(1,) * (n + 1))
+        x = blank.clone()
         hit: Any = (torch.arange(channels), torch.arange(channels), *at)
         x[hit] = 1.0
         response = runner(x) - zero  # input channel, output channel, *position

@@ -17,7 +17,32 @@ from passes.algebra.conv_form import Form
 from passes.graph.dataflow import Flow
 from passes.laws.values import View
 
-__all__ = ["Contraction", "Region"]
+__all__ = ["Contraction", "Region", "Spread"]
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """A map per channel behind what several layers give together: each of them takes its part of it.
+
+    Args:
+        heads: the values of the layers; those that rather take the shift first.
+        views, channels: how each of them lies.
+        source: what is made of them, by operations that stay.
+        mapped: the map, operations that vanish; the last of them gave what the source gives from then on.
+        before: maps on the way to the source that layers have taken over already.
+    """
+
+    heads: tuple[fx.Node, ...]
+    views: tuple[View, ...]
+    channels: tuple[int, ...]
+    source: fx.Node
+    mapped: tuple[fx.Node, ...]
+    before: tuple[Region, ...] = ()
+
+    @property
+    def result(self) -> fx.Node:
+        """The node that is the same as the source once the layers have their parts."""
+        return self.mapped[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +54,7 @@ class Region:
         view, channels: how the entry's tensor is read.
         form: the convolution; shapes only.
         inner: regions inside that count as one operation each.
+        spread: of a layer, the map that it takes its part of; of the map's own region, itself.
         moved: what stays of it: operations that move the convolution's value to where the result lies, in order. The
             first of them reads :attr:`head`; without any, the convolution gives the result itself.
     """
@@ -41,6 +67,18 @@ class Region:
     inner: tuple[Region, ...]
     moved: tuple[fx.Node, ...] = field(default=(), kw_only=True)
     head: fx.Node | None = field(default=None, kw_only=True)
+    spread: Spread | None = field(default=None, kw_only=True)
+
+    @property
+    def is_alias(self) -> bool:
+        """Whether the result is the entry: the layers before it have taken the map over that was between."""
+        return self.spread is not None and self.result is self.spread.result
+
+    @property
+    def spreads(self) -> tuple[Spread, ...]:
+        """The maps that it, or what acts inside of it, has taken over or takes part of."""
+        own = () if self.spread is None else (self.spread,)
+        return (*own, *(spread for region in self.inner for spread in region.spreads))
 
     @property
     def last(self) -> fx.Node:
@@ -81,13 +119,13 @@ class Contraction:
     def rank(self, node: fx.Node) -> int | None:
         """Number of dimensions of a node's value, where it is known."""
         region = self.regions.get(node)
-        plain = region is None or region.view.last or region.head is not None
+        plain = region is None or region.view.last or region.head is not None or region.is_alias
         return self.flow.rank.get(node) if region is None or plain else region.view.n + 2
 
     def channels(self, node: fx.Node) -> int | None:
         """Number of channels of a feature map, where it is known."""
         region = self.regions.get(node)
-        plain = region is None or region.view.last or region.head is not None
+        plain = region is None or region.view.last or region.head is not None or region.is_alias
         return self.flow.channels.get(node) if region is None or plain else region.form.out_channels
 
     def dominators(self) -> dict[fx.Node, fx.Node | None]:

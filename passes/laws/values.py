@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from passes.algebra.conv_form import ConvForm, Form, Ints
+from passes.algebra.sparse_form import SparseForm
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["Dim", "Signal", "View", "average", "crop", "merge", "move", "per_channel", "pick", "settle"]
+__all__ = ["Dim", "Signal", "View", "alike", "average", "crop", "merge", "move", "per_channel", "pick", "settle"]
 
 _SIZES = (13, 11, 7)
 _BATCH = (11, 3, 5, 7)
@@ -59,7 +60,7 @@ class Signal:
     """An affine function of the entry.
 
     Args:
-        form: the function.
+        form: the function, a :data:`Form`; behind several layers, a :class:`SparseForm` of all that they give.
         view: the layout of the entry, shared by all values of a region.
         elements: number of each element in the canonical layout, for a small example; None if canonical.
         work: multiply-adds of the operation that made this value, per output position.
@@ -69,7 +70,7 @@ class Signal:
         mixed: whether elements are averages over one channel each: their numbers tell the channel and nothing else.
     """
 
-    form: Form
+    form: Any  # of one kind or the other for all values of a region; the laws are the same
     view: View
     elements: Tensor | Late | None = None
     work: int = 0
@@ -89,7 +90,7 @@ class Signal:
         assert self.elements is not None
         return self.elements() if isinstance(self.elements, Late) else self.elements
 
-    def with_form(self, form: Form, work: int | None = None, conv: bool = False, bias: int = 0) -> Signal:
+    def with_form(self, form: Form | SparseForm, work: int | None = None, conv: bool = False, bias: int = 0) -> Signal:
         """Same layout, another function."""
         work = form.out_channels if work is None else work
         return replace(self, form=form, work=work, conv=conv, bias=bias, untouched=False)
@@ -229,7 +230,8 @@ def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor], 
     """Concatenate (``along`` a dimension) or stack: channels of several signals become channels of one."""
     if len({part.view for part in parts}) != 1 or any(part.mixed for part in parts):
         raise RefusalError(Reason.LAYOUT)
-    form = ConvForm.concat([part.form for part in parts])
+    kind = SparseForm if isinstance(parts[0].form, SparseForm) else ConvForm
+    form = kind.concat([part.form for part in parts])
     joined = replace(parts[0], form=form, elements=None, work=0, conv=False, bias=0, untouched=False)
     if along in (1, -1 - joined.view.n) and not joined.view.last and all(not part.is_moved for part in parts):
         return joined
@@ -286,6 +288,20 @@ def channel_axis_is(signal: Signal, wanted: int) -> bool:
     return signal.view.rank - 1 == wanted
 
 
+def alike(x: Signal, y: Signal) -> bool:
+    """Whether the channels of two values stand in the same places, whichever positions they hold of them."""
+    if x.view != y.view or x.form.out_channels != y.form.out_channels or x.view.last:
+        return False
+    order = torch.arange(x.form.out_channels, device="cpu")
+
+    def lies_so(value: Signal) -> bool:
+        ids = value.ids
+        in_place = ids.dim() == value.view.n + 2 and _channel_axis(value) == 1
+        return in_place and torch.equal(_channel_of(value, _line(ids, 1)), order)
+
+    return all(not value.is_moved or lies_so(value) for value in (x, y))
+
+
 def _channel_axis(signal: Signal) -> int:
     """Axis of the channels, each of which stands there once."""
     if not signal.is_moved:
@@ -304,7 +320,8 @@ def _channel_axis(signal: Signal) -> int:
 
 def _channel_of(signal: Signal, ids: Tensor) -> Tensor:
     """The form's channel that each element number belongs to."""
-    return (ids // _positions(signal)) % signal.form.out_channels
+    channels: Tensor = (ids // _positions(signal)) % signal.form.out_channels
+    return channels
 
 
 def _positions(signal: Signal) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from passes.compiler import clock
 from passes.edits.edit import Substitute
 from passes.fold.candidates import Candidate
+from passes.fold.rules import DEFAULT, Rules
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example, likely, tensors_in
 from passes.onnx.constants import Constants, constant_of, opset_of
@@ -39,13 +40,18 @@ BATCHES, SIZES = (2, 1), (64, 224, 32, 640)
 Inputs = Mapping[str, Any]
 
 
-def explain_model(model: ir.Model) -> Explanation:
+def explain_model(model: ir.Model, rules: Rules = DEFAULT) -> Explanation:
     """Decide as :func:`collapse_model` does, and stop before the edits."""
-    return _Compilation(model, Ledger(prove=False)).explanation
+    return _Compilation(model, Ledger(prove=False, rules=rules)).explanation
 
 
 def collapse_model(
-    model: ir.Model, *, inputs: Inputs | None = None, verify: bool | str = True, strict: bool = False
+    model: ir.Model,
+    *,
+    inputs: Inputs | None = None,
+    verify: bool | str = True,
+    strict: bool = False,
+    rules: Rules = DEFAULT,
 ) -> tuple[ir.Model, Explanation]:
     """Fold every region of a model that is one convolution.
 
@@ -54,8 +60,9 @@ def collapse_model(
         inputs: arrays by name to compare the whole on; made up from the declared shapes otherwise.
         verify: as for a module.
         strict: as for a module.
+        rules: what may fold.
     """
-    ledger = Ledger(prove=bool(verify), strict=strict)
+    ledger = Ledger(prove=bool(verify), strict=strict, rules=rules)
     return collapse_graph(_Compilation(model, ledger), example=inputs, verify=verify, strict=strict)
 
 
@@ -96,7 +103,7 @@ class _Compilation(Compilation[ir.Model]):
             uses = [use.node for use in self.values[name].uses()]
             if any(all(str(value.name) not in gone for value in node.outputs) for node in uses):
                 return Refusal(Reason.SHARED, f"the kind or the shape of {name} is asked for")
-        linear = candidate.form.n == 0 and not self._is_matrix(candidate)
+        linear = candidate.form.n == 0 and not self._is_matrix(candidate) and candidate.spread is None
         if linear and len(candidate.convs) == 1 and len(candidate.dying) <= 1 + (candidate.form.bias is not None):
             return Refusal(Reason.LAYOUT, "it is written in as few operators already")
         return None
@@ -124,9 +131,9 @@ class _Compilation(Compilation[ir.Model]):
                     todo.append(node)
         return tuple(str(node.outputs[0].name) for node in self.model.graph if node in gone)
 
-    def replay(self, entry: str, result: str, inputs: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
-        region = Region(self.model, self.constants, self.values[entry], self.values[result])
-        return [region.run(x) for x in inputs]
+    def replay(self, given: Sequence[Mapping[str, Tensor]], result: str) -> list[tuple[Tensor, float]]:
+        region = Region(self.model, self.constants, [self.values[name] for name in given[0]], self.values[result])
+        return [region.run(each) for each in given]
 
 
 def _read(model: ir.Model) -> tuple[Constants, Read]:

@@ -39,18 +39,18 @@ _Norm.__name__ = "BatchNormalization"  # by which the evaluator finds it
 
 
 class Region:
-    """The operators between two values, as a model of its own in float64, with the constants of the graph."""
+    """The operators between values and one, as a model of its own in float64, with the constants of the graph."""
 
-    def __init__(self, model: ir.Model, constants: Constants, entry: ir.Value, result: ir.Value) -> None:
-        self.entry, self.result = str(entry.name), str(result.name)
-        needed = needed_for(result, entry, lambda value: [] if constants.of(value) is not None else _sources(value))
+    def __init__(self, model: ir.Model, constants: Constants, given: Sequence[ir.Value], result: ir.Value) -> None:
+        self.result = str(result.name)
+        needed = needed_for(result, given, lambda value: [] if constants.of(value) is not None else _sources(value))
         nodes = [node for node in model.graph if any(value in needed for value in node.outputs)]
         numbers: dict[str, Any] = {}
         protos = []
         for node in nodes:
             for value in node.inputs:
                 number = constants.of(value)
-                if value is not None and number is not None and value is not entry:
+                if value is not None and number is not None and value not in given:
                     numbers[str(value.name)] = _number(number)
             if all(constants.of(value) is None for value in node.outputs):
                 protos.append(_in_double(with_pads(node, constants)))
@@ -58,7 +58,7 @@ class Region:
         graph = onnx.helper.make_graph(
             protos,
             "region",
-            [onnx.helper.make_tensor_value_info(self.entry, onnx.TensorProto.DOUBLE, None)],
+            [onnx.helper.make_tensor_value_info(str(v.name), onnx.TensorProto.DOUBLE, None) for v in given],
             [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None) for name in self.outputs],
             [onnx.numpy_helper.from_array(array, name) for name, array in numbers.items()],
         )
@@ -66,11 +66,12 @@ class Region:
         opsets = [onnx.helper.make_opsetid(name, version) for name, version in versions.items()]
         self._evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets), new_ops=[_Norm])
 
-    def run(self, x: Tensor) -> tuple[Tensor, float]:
+    def run(self, given: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         """The result's value, and the largest magnitude on the way."""
-        found = dict(zip(self.outputs, self._evaluator.run(None, {self.entry: x.numpy()}), strict=True))
+        inputs = {name: x.numpy() for name, x in given.items()}
+        found = dict(zip(self.outputs, self._evaluator.run(None, inputs), strict=True))
         floats = [value for value in found.values() if isinstance(value, np.ndarray) and value.dtype == np.float64]
-        peak = max(float(np.abs(value).max()) for value in [x.numpy(), *floats] if value.size)
+        peak = max(float(np.abs(value).max()) for value in [*inputs.values(), *floats] if value.size)
         return torch.from_numpy(np.array(found[self.result], dtype=np.float64)), peak
 
 

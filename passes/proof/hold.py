@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from passes.algebra.conv_form import Form
 from passes.algebra.lowering import Target, emit
+from passes.fold.folds import Fold
+from passes.fold.rules import Rules
 from passes.graph.copies import deep_copy
+from passes.graph.dataflow import Flow
 from passes.proof.check import Checked, NoInputError, Observed, check, observe
 from passes.proof.compare import Difference, Verdict
 from passes.proof.locate import NOWHERE, Record, first_difference
@@ -83,6 +86,8 @@ class Ledger:
         layers: the names of the layers that each fold replaced.
         taken_back: the folds that did not hold, with why.
         patience: how many more results may fail; the fewer, the more is given up with each.
+        rules: what may fold.
+        made: filled with the folds of each unit that was edited, in order, for who wants to undo them by numbers.
     """
 
     prove: bool = True
@@ -92,6 +97,8 @@ class Ledger:
     layers: dict[FoldKey, str] = field(default_factory=dict)
     taken_back: dict[FoldKey, Refusal] = field(default_factory=dict)
     patience: int = 6
+    rules: Rules = field(default_factory=Rules)
+    made: list[tuple[Flow, list[Fold]]] | None = None
 
     def refuses(self, key: FoldKey, layers: Iterable[str]) -> bool:
         """Whether a fold is not to be made again.

@@ -8,8 +8,9 @@ float64 what the original layers compute, on random tensors of several sizes.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from passes.algebra.opaque import OpaqueForm
 from passes.graph.copies import deep_copy
 from passes.graph.dataflow import Constants, Flow
 from passes.graph.opset import operation_of_layer
-from passes.laws.regions import Region
+from passes.laws.interpreter import Share, deformed, shares_of
+from passes.laws.regions import Region, Spread
+from passes.laws.values import View
 from passes.proof.compare import FLOAT64_TOLERANCE, EquivalenceError
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["prove"]
+__all__ = ["prove", "prove_spread"]
 
 
 ROWS = 64
@@ -46,23 +49,93 @@ def prove(flow: Flow, region: Region, form: Form, layer: nn.Module, name: str) -
     ]
     worst = 0.0
     with torch.no_grad():
-        wanted = _original(flow, region, inputs) if flow.unit.replay is None else _replayed(flow, region, inputs)
+        beside = [_beside(flow, region, form, x, generator) for x in inputs]
+        wanted = _wanted(
+            flow, [{region.entry: x, **more} for x, more in zip(inputs, beside, strict=True)], region.result
+        )
+        for share in _shares(flow, region):
+            wanted = [(_mapped(y, region.view, *share), peak) for y, peak in wanted]
         double = _exact(name, form, layer)
-        for got, (want, peak) in zip(_folded(flow, region, double, inputs), wanted, strict=True):
+        for got, (want, peak) in zip(_folded(flow, region, double, inputs, beside), wanted, strict=True):
             _check_output(name, got, want, FLOAT64_TOLERANCE * peak)
         for key, rounded in layer.named_parameters():
             double.get_parameter(key).data.copy_(rounded)
-        for got, (want, _) in zip(_folded(flow, region, double, inputs), wanted, strict=True):
+        for got, (want, _) in zip(_folded(flow, region, double, inputs, beside), wanted, strict=True):
             gap, scale = float((got - want).abs().max()), float(want.abs().max())
             worst = max(worst, gap / scale if scale else gap)
     return worst
 
 
-def _replayed(flow: Flow, region: Region, inputs: list[Tensor]) -> list[tuple[Tensor, float]]:
-    """What the operators of a graph give that is no traced module; what runs them does not know all of them."""
-    assert flow.unit.replay is not None
+def prove_spread(flow: Flow, region: Region, name: str) -> None:
+    """What the map makes of all that its layers give is what is made of their values with their parts of it.
+
+    Raises :class:`EquivalenceError`. That each layer gives its value with its part of the map, its own proof says.
+    """
+    spread = region.spread
+    assert spread is not None
+    taken = {region.result: region.entry for region in spread.before}
+    if taken and flow.unit.replay is not None:
+        raise RefusalError(Reason.CODE, "the map before it stands in the graph that would be replayed")
+    generator, why = torch.Generator().manual_seed(0), ""
+    with torch.no_grad():
+        shares = shares_of(flow, spread)
+        for shapes in _fitting(spread):
+            numbers = [torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu") for shape in shapes]
+            given = {head: x.to(shares[head][0].device) for head, x in zip(spread.heads, numbers, strict=True)}
+            try:
+                ((want, peak),) = _wanted(flow, [given], spread.result, taken)
+            except (RuntimeError, RefusalError) as error:  # maps of these sizes do not go together
+                why = str(error).splitlines()[0]
+                continue
+            mapped = {h: _mapped(given[h], v, *shares[h]) for h, v in zip(spread.heads, spread.views, strict=True)}
+            ((got, _),) = _run(flow, [mapped], spread.source, taken)
+            _check_output(name, got, want, FLOAT64_TOLERANCE * peak)
+            return
+    raise RefusalError(Reason.LAYOUT, f"no maps were found that go together behind its layers: {why}")
+
+
+_PLACES = (13, 11, 7)
+"""Those of the example that the laws follow."""
+
+_LARGER = (1, 2, 4, 8)
+"""How many times as large the maps of some layers are tried, where others are enlarged before they meet."""
+
+
+def _fitting(spread: Spread) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes of what the layers give, that may go together."""
+    factors = _LARGER if len(spread.heads) <= 3 else (1,)
+    for larger in itertools.product(factors, repeat=len(spread.heads)):
+        if 1 in larger:
+            yield [
+                (*(2, 3, 5, 7)[: (view.rank or 2) - 1], channels)
+                if view.last
+                else (2, channels, *(size * factor for size in _PLACES[: view.n]))
+                for view, channels, factor in zip(spread.views, spread.channels, larger, strict=True)
+            ]
+
+
+def _mapped(value: Tensor, view: View, scale: Tensor, shift: Tensor | None) -> Tensor:
+    shape = (-1,) if view.last else (-1, *(1,) * view.n)
+    return value * scale.reshape(shape) + (0 if shift is None else shift.reshape(shape))
+
+
+def _shares(flow: Flow, region: Region) -> list[Share]:
+    """What a layer takes over of maps behind it, the first first."""
+    before = [share for r in region.inner if r.result is region.result for share in _shares(flow, r)]
+    return before if region.spread is None else [*before, shares_of(flow, region.spread)[region.result]]
+
+
+Given = list[dict[fx.Node, Tensor]]
+
+
+def _wanted(
+    flow: Flow, given: Given, result: fx.Node, taken: Mapping[fx.Node, fx.Node] | None = None
+) -> list[tuple[Tensor, float]]:
+    """What the original makes of values; what runs the operators of a graph does not know all of them."""
+    if flow.unit.replay is None:
+        return _run(flow, given, result, taken)
     try:
-        return flow.unit.replay(region.entry, region.result, inputs)
+        return flow.unit.replay(given, result)
     except (MemoryError, torch.OutOfMemoryError, RefusalError):
         raise
     except Exception as error:
@@ -70,12 +143,41 @@ def _replayed(flow: Flow, region: Region, inputs: list[Tensor]) -> list[tuple[Te
         raise RefusalError(Reason.ATTRIBUTE, f"cannot be replayed: {said or type(error).__name__}") from error
 
 
-def _folded(flow: Flow, region: Region, layer: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+def _beside(flow: Flow, region: Region, form: Form, x: Tensor, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+    """Offsets, and a mask, for a deformable convolution: any that are of the right size."""
+    if deformed(flow, region.result, None) is None:
+        return {}
+    assert isinstance(form, OpaqueForm)
+    layer: Any = flow.modules[region.result]
+    names = "offset", "mask"
+    given = dict(zip(names, region.result.args[1:], strict=False)) | region.result.kwargs
+    taps = math.prod(form.kernel)
+    size = [
+        (x.shape[2 + i] + 2 * layer.padding[i] - form.dilation[i] * (form.kernel[i] - 1) - 1) // form.stride[i] + 1
+        for i in range(2)
+    ]
+    return {
+        node: torch.randn(len(x), number * taps, *size, dtype=x.dtype, generator=generator, device="cpu").to(x.device)
+        for name, number in zip(names, (2, 1), strict=True)
+        if isinstance(node := given.get(name), fx.Node)
+    }
+
+
+def _folded(
+    flow: Flow, region: Region, layer: nn.Module, inputs: list[Tensor], beside: list[dict[fx.Node, Tensor]]
+) -> list[Tensor]:
     """What the region gives with the layer in its place, and what moves the layer's value behind it."""
     if region.head is None:
-        return [layer(x) for x in inputs]
-    made = [{region.head: layer(x)} for x in inputs]
-    return [value for value, _ in _original(flow, region, inputs, upto=region.moved[-1], made=made)]
+        return [_called(layer, region, x, more) for x, more in zip(inputs, beside, strict=True)]
+    made = [{region.entry: x, region.head: layer(x)} for x in inputs]
+    return [value for value, _ in _run(flow, made, region.moved[-1])]
+
+
+def _called(layer: nn.Module, region: Region, x: Tensor, beside: Mapping[fx.Node, Tensor]) -> Tensor:
+    given = {region.entry: x, **beside}
+    args, kwargs = fx.map_arg((region.result.args, region.result.kwargs), given.__getitem__) if beside else ((x,), {})
+    result: Tensor = layer(*args, **kwargs)
+    return result
 
 
 def _exact(name: str, form: Form, layer: nn.Module) -> nn.Module:
@@ -156,34 +258,28 @@ def _least_size(form: Form, i: int) -> int:
 def _least_rank(flow: Flow, region: Region) -> int:
     """Where the rank is not known: a constant (1, 1, C) is for maps of three dimensions."""
     constants = Constants(flow, None)
-    inside = _needed(region, region.result)
+    inside = _needed({region.entry}, region.result)
     read = {c for n in inside - flow.constant for c in n.all_input_nodes if c in flow.constant}
     return max(2, *(value.dim() for c in read if isinstance(value := constants.value(c), Tensor)), 0)
 
 
-def _original(
-    flow: Flow,
-    region: Region,
-    inputs: list[Tensor],
-    upto: fx.Node | None = None,
-    made: list[dict[fx.Node, Tensor]] | None = None,
+def _run(
+    flow: Flow, given: Given, result: fx.Node, taken: Mapping[fx.Node, fx.Node] | None = None
 ) -> list[tuple[Tensor, float]]:
-    """Run the region's own layers on each input in float64; also the largest magnitude on the way.
+    """Run the original layers in float64, from values that are given; also the largest magnitude on the way.
 
-    All inputs pass a layer together: it is copied once, and its copy is gone before the next. The run ends with
-    ``upto``, the result by default; what is ``made`` already is taken for what would be computed.
+    Each of several runs is given values of the same nodes. All pass a layer together: it is copied once, and its copy
+    is gone before the next. A node that is ``taken`` for another gives that one's value.
     """
-    result = upto or region.result
-    constants = [Constants(flow, torch.float64) for _ in inputs]
-    values: list[dict[fx.Node, Any]] = [{region.entry: x.clone()} for x in inputs]  # it may be changed in place
-    given = made or [{} for _ in inputs]
-    for node in sorted(
-        _needed(region, result), key=lambda n: flow.order[n]
-    ):  # in the original order: some work in place
-        function = None if node in flow.constant else _function(flow, node, inputs[0].device)
-        for known, numbers, there in zip(values, constants, given, strict=True):
-            if node in there:
-                known[node] = there[node]
+    taken = taken or {}
+    constants = [Constants(flow, torch.float64) for _ in given]
+    values: list[dict[fx.Node, Any]] = [{n: x.clone() for n, x in each.items()} for each in given]  # changed in place
+    device = next(iter(given[0].values())).device
+    for node in sorted(_needed(given[0], result), key=lambda n: flow.order[n]):  # in the original order, for the same
+        function = None if node in flow.constant or node in taken else _function(flow, node, device)
+        for known, numbers in zip(values, constants, strict=True):
+            if node in taken:
+                known[node] = known[taken[node]]
             elif function is None:
                 known[node] = numbers.value(node)
             else:
@@ -223,12 +319,14 @@ def _peak(values: Iterable[Any]) -> float:
     return max(float(t.abs().max()) for t in computed)
 
 
-def _needed(region: Region, result: fx.Node) -> set[fx.Node]:
-    """The traced nodes that the result depends on, back to the entry."""
+def _needed(given: Collection[fx.Node], result: fx.Node) -> set[fx.Node]:
+    """The traced nodes that the result depends on, back to those that are given."""
+    if result in given:
+        return set()
     seen, todo = {result}, [result]
     while todo:
         for node in todo.pop().all_input_nodes:
-            if node is not region.entry and node not in seen:
+            if node not in given and node not in seen:
                 seen.add(node)
                 todo.append(node)
     return seen

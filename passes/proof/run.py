@@ -12,6 +12,7 @@ import random
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -53,7 +54,7 @@ class Run:
         had: all paths and names that there were before it.
         generators: digest of the random generators' states after the call; empty if none was drawn from.
         ran: paths of the modules that took part.
-        called: paths of those that were called themselves.
+        counts: how often each of those was called that were called themselves, by path.
         cast: whether a number had to be cast for the call to be in float64 throughout.
         given: the tensors that it was called with, as they were after the call.
     """
@@ -63,9 +64,14 @@ class Run:
     had: frozenset[tuple[str, str]] = frozenset()
     generators: str = ""
     ran: frozenset[str] = frozenset()
-    called: frozenset[str] = frozenset()
+    counts: Mapping[str, int] = field(default_factory=dict)
     cast: bool = False
     given: tuple[Tensor, ...] = ()
+
+    @property
+    def called(self) -> frozenset[str]:
+        """Paths of the modules that were called themselves."""
+        return frozenset(self.counts)
 
 
 def runner_of(
@@ -152,9 +158,9 @@ def run(runner: nn.Module, example: Example, *, double: bool = True, within: Any
     before = Marks(runner)
     with surroundings(runner) as generators, kept_outside(runner), seen, mode, within or nullcontext():
         value = runner(*args, **kwargs)
-    ran = seen.paths() | _owners(runner, mode.used)
+    ran = frozenset(seen.counts) | _owners(runner, mode.used)
     left, had, given = changes(runner, before), frozenset(before.of), tuple(tensors_in((args, kwargs)))
-    return Run(value, left, had, generators[0], ran, seen.paths(), mode.cast, given)
+    return Run(value, left, had, generators[0], ran, seen.counts, mode.cast, given)
 
 
 def outputs(model: nn.Module, example: Example, dtype: torch.dtype | None = torch.float64) -> Any:
@@ -313,26 +319,23 @@ def _double(value: Any) -> Any:
 
 
 class _Seen:
-    """Which modules are called while it is entered."""
+    """How often each module is called while it is entered."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._found, self._handles = model, set[str](), list[Any]()
+        self._model, self.counts, self._handles = model, Counter[str](), list[Any]()
 
     def __enter__(self) -> None:
         for path, module in self._model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
 
                 def note(module: nn.Module, args: Any, path: str = path) -> None:
-                    self._found.add(path)
+                    self.counts[path] += 1
 
                 self._handles.append(module.register_forward_pre_hook(note))
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
-
-    def paths(self) -> frozenset[str]:
-        return frozenset(self._found)
 
 
 def _owners(model: nn.Module, used: set[int]) -> frozenset[str]:

@@ -7,6 +7,7 @@ convolution that it replaces.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from passes.algebra.lowering import target_of
 from passes.blocks.kit.builder import Site
 from passes.blocks.kit.layers import BranchSum, silence, stand_in
 from passes.blocks.kit.registry import Block
+from passes.blocks.kit.transposed import site_at
 from passes.edits.edit import Block as BlockEdit
+from passes.graph.leaf import without_hooks
 from passes.graph.modes import kept_modes
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.training.discovery import Found, Norm, plain_norm
@@ -43,14 +46,14 @@ class Cost:
 
 def site_of(model: nn.Module, found: Found, preserve: bool, form: Form) -> Site:
     """A convolution that was found, and its norm, as they stand in ``model``."""
-    conv = model.get_submodule(found.path)
-    assert isinstance(conv, _ConvNd)
+    conv = without_hooks(model.get_submodule(found.path))  # they go on as those of the block
+    assert isinstance(conv, (_ConvNd, nn.Linear))
     norm = None
     if found.norm is not None:
         held = model.get_submodule(found.norm.path)
         assert isinstance(held, _BatchNorm)
-        norm = plain_norm(held, len(conv.kernel_size))
-    return Site(conv, norm, preserve=preserve, online=form.online)
+        norm = plain_norm(held, conv.weight.dim() - 2)
+    return site_at(conv, norm, preserve=preserve, online=form.online)
 
 
 def build(layer: str, site: Site, block: Block, form: Form, *, recorded: bool = True) -> nn.Module:
@@ -82,7 +85,7 @@ def build(layer: str, site: Site, block: Block, form: Form, *, recorded: bool = 
         for parameter in branch.parameters():
             if id(parameter) in own:
                 continue
-            if not conv.weight.requires_grad:
+            if not conv.weight.requires_grad and not block.info.adapter:
                 parameter.requires_grad_(False)
             if layout.channels_last and parameter.dim() == conv.weight.dim() and parameter.dim() in (4, 5):
                 last = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
@@ -101,8 +104,8 @@ def build(layer: str, site: Site, block: Block, form: Form, *, recorded: bool = 
 def rebuilt(model: nn.Module, edit: BlockEdit) -> nn.Module:
     """The block that an edit puts in the place of a convolution of ``model``."""
     conv = model.get_submodule(edit.path)
-    if not isinstance(conv, _ConvNd):
-        raise ReparamError(f"{edit.path} is no convolution, so it cannot get a block")
+    if not isinstance(conv, (_ConvNd, nn.Linear)):
+        raise ReparamError(f"{edit.path} is no convolution and no linear layer, so it cannot get a block")
     found = Found(edit.path, conv, Norm(edit.norm, edit.rest) if edit.norm else None)
     form = Form.of(edit.form)
     site = site_of(model, found, edit.preserve, form)
@@ -113,7 +116,7 @@ def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, fo
     """Build the block without numbers and fold it: what it costs, or why it cannot be used here."""
     real = site_of(model, found, preserve, form)
     norm_on_meta = None if real.norm is None else _on_meta(real.norm)
-    site = Site(_on_meta(real.conv), norm_on_meta, preserve=preserve, online=form.online)
+    site = site_at(_on_meta(real.conv), norm_on_meta, preserve=preserve, online=form.online)
     try:
         built = build(found.path, site, block, Form(), recorded=False)
         reading = Reading(built)
@@ -129,10 +132,10 @@ def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, fo
     norm = 0 if site.norm is None else sum(p.numel() for p in site.norm.parameters())
     before = conv + (0 if site.conv.bias is None else site.out_channels) + norm
     training = sum(p.numel() for p in built.parameters()) + (0 if site.norm_taken else norm)
-    normed = float(conv + (0 if site.norm is None or not (site.norm_taken or form.online) else site.out_channels))
+    each = conv / (math.prod(site.stride) if site.geometry.transposed else 1)
+    normed = each + (0 if site.norm is None or not (site.norm_taken or form.online) else site.out_channels)
     share = {"branches": 1.0, "sampled": form.fraction}.get(form.name, 0.0)
-    whole = 0.0 if share == 1 else normed
-    positions = (normed, whole + share * reading.multiply_adds(), float(conv))
+    positions = (normed, (0.0 if share == 1 else normed) + share * reading.multiply_adds(), each)
     return Cost((before, training, conv + bias), positions)
 
 
@@ -167,6 +170,8 @@ def check_preserved(layer: str, site: Site, module: nn.Module) -> None:
     reach = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
     pads = [sorted(pair) for pair in zip(g.lead, g.trail, strict=True)]
     sizes = [max(r - p[0], p[1] + 1) + s for r, p, s in zip(reach, pads, g.stride, strict=True)]
+    if g.transposed:  # as many of the pixels that are so far apart
+        sizes = [size // s + 2 for size, s in zip(sizes, g.stride, strict=True)]
     random = torch.Generator().manual_seed(0)
     x = torch.randn((1, g.in_channels, *sizes), generator=random, device="cpu").to(weight)
     with kept_modes(site.conv, module), torch.no_grad():

@@ -16,15 +16,18 @@ from typing import Any
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
+from passes.algebra.geometry import Layer
 from passes.edits.holders import apart
 from passes.graph.capture import Call, Unit, call_of, has_hooks, in_one_context, inherits_forward, join, trace_units
 from passes.graph.leaf import is_pruned
 from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
+from passes.graph.outside import speaks_of_weights
 from passes.graph.variants import own_calls, variants
 from passes.refusal import UNREAD, Reason, Refusal
+from passes.training.hooks import hook_refusal, sees_result
 
 __all__ = ["Found", "Norm", "find_convs", "plain_norm"]
 
@@ -39,45 +42,59 @@ class Norm:
 
 @dataclass(frozen=True)
 class Found:
-    """A convolution of a model: its path, the norm that alone reads it, or the reason why it must be left alone.
+    """A layer that may get a block: its path, the norm that alone reads it, or the reason why it must be left alone.
 
     ``norm_stays`` says why a norm that reads it does not belong to it; ``always``, whether each call with defaults runs
-    it, in evaluation or in training.
+    it, in evaluation or in training; ``unread``, why the graphs do not show how it is used: then a run has to.
     """
 
     path: str
-    conv: _ConvNd
+    conv: Layer
     norm: Norm | None = None
     refusal: Refusal | None = None
     norm_stays: Refusal | None = None
     always: bool = False
+    unread: Refusal | None = None
 
 
-def find_convs(model: nn.Module) -> list[Found]:
-    """Every convolution module of ``model``, in order of registration; the model is not changed."""
+def find_convs(model: nn.Module, *, linear: bool = False) -> list[Found]:
+    """Every convolution module of ``model``, in order of registration; the model is not changed.
+
+    With ``linear``, linear layers too; norms behind them stay where they are.
+    """
     own: dict[str, Any] = dict(model.named_modules())
-    return [replace(each, conv=own[each.path]) for each in _found(apart(model))]
+    kinds: _Kinds = (_ConvNd, nn.Linear) if linear else (_ConvNd,)
+    return [replace(each, conv=own[each.path]) for each in _found(apart(model), kinds)]
 
 
-def _found(model: nn.Module) -> list[Found]:
+_Kinds = tuple[type[nn.Module], ...]
+
+
+def _found(model: nn.Module, kinds: _Kinds) -> list[Found]:
     seen: list[_Uses] = []
     other: list[_Uses] = []
     for training in (False, True):
         with kept_modes(model, training=training):
             units, untraced = trace_units(model, numbers=not training)
-            seen.append(_Uses(units, untraced, "in training" if training else "in evaluation"))
-            other += [uses for unit in units for uses in _other_calls(unit)]
+            seen.append(_Uses(kinds, units, untraced, "in training" if training else "in evaluation"))
+            other += [uses for unit in units for uses in _other_calls(kinds, unit)]
     places = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found = []
     for path, module in model.named_modules():
-        if isinstance(module, _ConvNd):
+        if isinstance(module, (_ConvNd, nn.Linear)) and isinstance(module, kinds):
             refusal = _intrinsic(module, places, owners) or _usage(path, module, seen, other)
             if refusal is not None:
                 found.append(Found(path, module, refusal=refusal.at(path)))
                 continue
+            if (unread := _unread(path, module, seen)) is not None:
+                speaking = _speaks(path, model, seen)
+                found.append(Found(path, module, refusal=speaking, unread=None if speaking else unread.at(path)))
+                continue
             always = any(u.calls[id(module)] and not u.unit_of[id(module)].path for u in seen)
-            norm = _norm_of(module, [*seen, *other])
+            norm = None if isinstance(module, nn.Linear) else _norm_of(module, [*seen, *other])
+            if isinstance(norm, Norm) and sees_result(module):
+                norm = Refusal(Reason.HOOK, "it has a hook, which sees its result before the norm")
             if isinstance(norm, Norm):
                 norm = _stays(model.get_submodule(norm.path), places, owners) or norm
             if isinstance(norm, Refusal):
@@ -87,38 +104,36 @@ def _found(model: nn.Module) -> list[Found]:
     return found
 
 
-def _other_calls(unit: Unit) -> list[_Uses]:
+def _other_calls(kinds: _Kinds, unit: Unit) -> list[_Uses]:
     """What calls with other values for optional arguments show; nothing where there is no convolution to ask about."""
-    if not any(n.op == "call_module" and isinstance(unit.module(n), _ConvNd) for n in unit.graph.nodes):
+    if not any(n.op == "call_module" and isinstance(unit.module(n), kinds) for n in unit.graph.nodes):
         return []
     found = []
     for variant in variants(unit):
         if variant.unit is None:
             why, at = f"{Reason.UNTRACEABLE.value}: {variant.why}", join(unit.path, variant.at)
             untraced = [Refusal(Reason.UNTRACEABLE, why, at)]
-            found.append(_Uses([], untraced, f"with {variant.given}", unit))
+            found.append(_Uses(kinds, [], untraced, f"with {variant.given}", unit))
             continue
         hidden = [
             refusal.at(join(unit.path, variant.at, at))
             for at, refusal in variant.unit.opaque.items()
             if join(variant.at, at) not in unit.opaque
         ]
-        found.append(_Uses([variant.unit], hidden, f"with {variant.given}", unit))
+        found.append(_Uses(kinds, [variant.unit], hidden, f"with {variant.given}", unit))
     return found
 
 
-def _intrinsic(conv: _ConvNd, places: Counter[int], owners: Counter[int]) -> Refusal | None:
+def _intrinsic(conv: Any, places: Counter[int], owners: Counter[int]) -> Refusal | None:
     """What speaks against a convolution whatever surrounds it."""
-    if isinstance(conv, _ConvTransposeNd):
-        return Refusal(Reason.BLOCK, "a transposed convolution: no block is defined for it")
     if hasattr(conv, "parametrizations"):
         return Refusal(Reason.COMPUTED, f"{Reason.COMPUTED.value}: remove it first (torch.nn.utils.parametrize)")
     if is_pruned(conv):
         return Refusal(Reason.COMPUTED, "it is pruned: make that permanent first (torch.nn.utils.prune.remove)")
     if "weight" not in conv._parameters:
         return Refusal(Reason.COMPUTED, "its weight is computed by weight_norm or spectral_norm: remove it first")
-    if has_hooks(conv):
-        return Refusal(Reason.HOOK, "it has a hook, which would no longer see this convolution alone")
+    if (hooked := hook_refusal(conv)) is not None:
+        return hooked
     if places[id(conv)] > 1 or any(owners[id(p)] > 1 for p in conv._parameters.values() if p is not None):
         return Refusal(Reason.SHARED, "it, or its weight, is registered in more than one place")
     if not inherits_forward(conv):
@@ -126,7 +141,7 @@ def _intrinsic(conv: _ConvNd, places: Counter[int], owners: Counter[int]) -> Ref
     return None
 
 
-def _usage(path: str, conv: _ConvNd, seen: list[_Uses], other: list[_Uses]) -> Refusal | None:
+def _usage(path: str, conv: nn.Module, seen: list[_Uses], other: list[_Uses]) -> Refusal | None:
     """What speaks against it in the graphs of evaluation and training, and in those of other calls."""
     for uses in [*seen, *other]:
         when = "" if uses in seen else f" {uses.how}"
@@ -134,16 +149,15 @@ def _usage(path: str, conv: _ConvNd, seen: list[_Uses], other: list[_Uses]) -> R
             return Refusal(Reason.SHARED, f"a module around it is called more than once{when}")
         if uses.calls[id(conv)] > 1:
             return Refusal(Reason.SHARED, f"it is called more than once{when}")
-    for uses in seen:
-        # What one mode shows says nothing about the other, if code that cannot be read runs there.
-        if not uses.calls[id(conv)] and (hidden := uses.untraced_around(path)) is not None:
-            return hidden
     if any(u.reads(path) for u in [*seen, *other]):
         return Refusal(Reason.CODE, "the code around it reads its weight or bias itself")
     if any(id(conv) in unit.asked for u in [*seen, *other] for unit in u.units):
         return Refusal(Reason.CODE, "other code looks at its class")
     running = [u for u in [*seen, *other] if u.calls[id(conv)]]
-    if not running:
+    if not running and _unread(path, conv, seen) is None:
+        around = next((at for u in seen for at in u.entered_whole if path.startswith(f"{at}.")), None)
+        if around is not None:
+            return Refusal(Reason.CODE, f"{around} is read as one call, so it is not seen how that uses it")
         return Refusal(Reason.NEVER_CALLED, Reason.NEVER_CALLED.value)
     modes = [u for u in seen if u.calls[id(conv)]]
     if len({u.norm(conv) for u in modes}) > 1 and len({u.readers[id(conv)] for u in modes}) > 1:
@@ -151,11 +165,30 @@ def _usage(path: str, conv: _ConvNd, seen: list[_Uses], other: list[_Uses]) -> R
     if any(id(conv) in u.unit_of[id(conv)].pinned for u in running):
         return Refusal(Reason.UNTRACEABLE, "code that cannot be traced calls it")
     if any(id(conv) in u.named for u in running):
-        return Refusal(Reason.CODE, "it is called with its input as a keyword argument")
+        return Refusal(Reason.CODE, "it is called with a keyword argument, or more than its input")
     return None
 
 
-def _norm_of(conv: _ConvNd, ways: list[_Uses]) -> Norm | Refusal | None:
+def _unread(path: str, conv: nn.Module, seen: list[_Uses]) -> Refusal | None:
+    """The code around it that cannot be traced, in a mode in which no graph shows it.
+
+    What one mode shows says nothing about the other.
+    """
+    hidden = (uses.untraced_around(path) for uses in seen if not uses.calls[id(conv)])
+    return next((refusal for refusal in hidden if refusal is not None), None)
+
+
+def _speaks(path: str, model: nn.Module, seen: list[_Uses]) -> Refusal | None:
+    """Code around a convolution that cannot be traced and names tensors: no run shows all that it does with them."""
+    around = {r.layer for uses in seen for r in uses.untraced if r.reason in UNREAD and _within(path, r.layer)}
+    for at in sorted(around):
+        if speaks_of_weights(model.get_submodule(at)):
+            told = f"the code of {at or 'the model'}, which cannot be traced, speaks of weights: they may be its own"
+            return Refusal(Reason.CODE, told, path)
+    return None
+
+
+def _norm_of(conv: nn.Module, ways: list[_Uses]) -> Norm | Refusal | None:
     """The norm that alone reads a convolution whenever that runs, and reads nothing else; or why it does not."""
     running = [w for w in ways if w.calls[id(conv)]]
     norm = next((n for w in running if (n := w.norm(conv)) is not None), None)
@@ -178,13 +211,16 @@ def _norm_of(conv: _ConvNd, ways: list[_Uses]) -> Norm | Refusal | None:
     return norm
 
 
+_NORM_HOOKED = Refusal(Reason.HOOK, "its norm has a hook")
+
+
 def _stays(norm: nn.Module, places: Counter[int], owners: Counter[int]) -> Refusal | None:
     """Why a norm may not be moved."""
     own = [*norm._parameters.values(), *norm._buffers.values()]
     if not isinstance(norm, _BatchNorm) or norm.running_var is None:
         return Refusal(Reason.BATCH_STATISTICS, "its norm has no running statistics")
-    if has_hooks(norm):
-        return Refusal(Reason.HOOK, "its norm has a hook")
+    if has_hooks(norm) or hook_refusal(norm) is not None:
+        return _NORM_HOOKED
     if hasattr(norm, "parametrizations"):
         return Refusal(Reason.COMPUTED, "its norm's weight is computed by a parametrization")
     if places[id(norm)] != 1 or any(owners[id(p)] != 1 for p in own if isinstance(p, nn.Parameter)):
@@ -196,13 +232,16 @@ class _Uses:
     """How often each convolution is called in one mode of the model, or one way to call a part, and what reads it.
 
     Args:
+        kinds: classes of the layers that are asked about.
         units: their graphs.
         untraced: what could not be read.
         how: when that is, in words.
         around: the unit that is called in another way than with defaults; None for the whole model.
     """
 
-    def __init__(self, units: list[Unit], untraced: list[Refusal], how: str, around: Unit | None = None) -> None:
+    def __init__(
+        self, kinds: _Kinds, units: list[Unit], untraced: list[Refusal], how: str, around: Unit | None = None
+    ) -> None:
         self.units, self.untraced, self.how, self.around = units, untraced, how, around
         self.calls: Counter[int] = Counter()
         self.norms: dict[int, Norm | Refusal | None] = {}
@@ -212,6 +251,7 @@ class _Uses:
         self.own_code: set[int] = set()
         self.shared: set[int] = set()
         self.named: set[int] = set()
+        self.entered_whole: set[str] = set()
         self.tensors_read = {join(unit.path, name) for unit in self.units for name in unit.read}
         for unit in self.units:
             leaves = Counter(str(n.target) for n in unit.graph.nodes if n.op == "call_module")
@@ -224,19 +264,21 @@ class _Uses:
                     self.shared |= {id(m) for m in unit.root.get_submodule(at).modules()}
             for node in unit.graph.nodes:
                 conv = unit.module(node) if node.op == "call_module" else None
+                if conv is not None:
+                    self.entered_whole.add(join(unit.path, str(node.target)))
                 if isinstance(conv, _BatchNorm):
                     self.norm_calls[join(unit.path, str(node.target))] += 1
-                if isinstance(conv, _ConvNd):
+                if isinstance(conv, kinds):
                     self.calls[id(conv)] += 1
                     self.unit_of[id(conv)] = unit
                     self.norms[id(conv)] = self._norm_behind(unit, node, leaves, entered)
                     self.readers[id(conv)] = frozenset(_where_read(unit, reader) for reader in _readers(node))
-                    if node.kwargs:
+                    if node.kwargs or len(node.args) > 1:  # the output_size of a transposed convolution
                         self.named.add(id(conv))
                     if any(_meeting(node, reader) in own for reader in _readers(node)):
                         self.own_code.add(id(conv))
 
-    def norm(self, conv: _ConvNd) -> Norm | None:
+    def norm(self, conv: nn.Module) -> Norm | None:
         """The norm that alone reads a convolution that runs."""
         found = self.norms[id(conv)]
         return found if isinstance(found, Norm) else None
@@ -266,8 +308,8 @@ class _Uses:
             path, norm = join(unit.path, str(reader.target)), unit.module(reader)
             if not isinstance(norm, _BatchNorm):
                 return None
-            if str(reader.target) in unit.opaque:
-                return unit.opaque[str(reader.target)].at(path)
+            if (opaque := unit.opaque.get(str(reader.target))) is not None:
+                return _NORM_HOOKED if opaque.reason is Reason.HOOK else opaque.at(path)
             if leaves[str(reader.target)] != 1:
                 return Refusal(Reason.SHARED, f"the norm {path} is called more than once")
             if not in_one_context([conv, reader]):

@@ -5,6 +5,7 @@ All three come from the same laws that :mod:`passes.collapse` folds with. Nothin
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.geometry import Geometry
 from passes.algebra.opaque import OpaqueForm
 from passes.fold.candidates import Candidate
@@ -21,6 +22,7 @@ from passes.graph.capture import trace_units
 from passes.graph.dataflow import Flow
 from passes.graph.generated import forget_with
 from passes.graph.modes import kept_modes
+from passes.graph.opset import Kind
 from passes.laws.interpreter import Interpreter
 from passes.laws.layouts import views
 from passes.laws.regions import Contraction
@@ -57,7 +59,7 @@ class Reading:
 
     def form(self, dtype: torch.dtype | None = torch.float64) -> ConvForm:
         """The map with its numbers in ``dtype``; shapes only with None. Differentiable where gradients are on."""
-        form = self._signal(dtype)[0].form
+        form: Form = self._signal(dtype)[0].form
         return form.refuse() if isinstance(form, OpaqueForm) else form
 
     def multiply_adds(self) -> float:
@@ -65,8 +67,11 @@ class Reading:
         signal, interpreter = self._signal(None)
         inside = [n for n in self.flow.nodes if n not in self.flow.constant and n is not self.entry]
         with kept_modes(self.module):
-            signals = [s for n in inside if isinstance(s := interpreter.value(n), Signal)]
-        return sum(s.work * s.form.rate for s in signals) / signal.form.rate
+            found = [(n, s) for n in inside if isinstance(s := interpreter.value(n), Signal)]
+        # A transposed convolution multiplies each pixel of its input with each tap, and no zero between them.
+        spread = {n for n in inside if (known := self.flow.operations.get(n)) and known.kind is Kind.CONV_TRANSPOSE}
+        zeros = (math.prod(s.form.up) if n in spread and isinstance(s.form, ConvForm) else 1 for n, s in found)
+        return float(sum(s.work * s.form.rate / z for (_, s), z in zip(found, zeros, strict=True)) / signal.form.rate)
 
     def candidate(self) -> Candidate:
         """The whole module as a region."""

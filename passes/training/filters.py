@@ -1,4 +1,4 @@
-"""Which layers a rewrite is for: patterns on their paths, a predicate, or filters on kernel size and depth."""
+"""Which layers a rewrite is for: as its block is meant, all, patterns on paths, a predicate, filters on geometry."""
 
 from __future__ import annotations
 
@@ -8,33 +8,41 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import Geometry
+from passes.blocks.kit.filters import GEOMETRIC, check_filters, fits
 from passes.blocks.kit.registry import Block
 from passes.refusal import Reason, Refusal, ReparamError
 
-__all__ = ["Blocks", "Where", "block_chooser", "selector"]
+__all__ = ["ALL", "Blocks", "Where", "block_chooser", "named_blocks", "selector"]
 
 Where = None | str | Sequence[str] | Callable[[str, nn.Module], bool] | Mapping[str, Any]
 Blocks = str | Block | Mapping[str, str | Block]
 
-_FILTERS = ("name", "kernel", "depthwise", "groups", "stride")
+Choice = Callable[[str, nn.Module, Block], Refusal | None]
+
+ALL = "all"
+"""``where`` for every layer that can have the block at all."""
+
+_FILTERS = ("name", *GEOMETRIC)
 
 
-def selector(where: Where, paths: Sequence[str]) -> Callable[[str, _ConvNd], Refusal | None]:
-    """A function that says why a layer is not selected, or None if it is. ``paths`` are those of all layers.
+def selector(where: Where, paths: Sequence[str]) -> Choice:
+    """A function that says why a layer is not selected for a block, or None if it is.
 
+    ``paths`` are those of all layers. What says nothing on names or kernel sizes leaves these as the block is meant.
     Raises :class:`ReparamError` for a pattern that matches no layer and for a filter that does not exist.
     """
     if where is None:
-        return _more_than_one_tap
+        return _as_meant
+    if isinstance(where, str) and where == ALL:
+        return _possible
     if isinstance(where, Mapping):
         return _filters(where, paths)
     if callable(where):
         return _predicate(where)
     patterns = _patterns(where, paths)
-    return lambda path, conv: None if any(matches(path, p) for p in patterns) else _NOT_SELECTED
+    return lambda path, conv, block: None if any(matches(path, p) for p in patterns) else _NOT_SELECTED
 
 
 def block_chooser(block: Blocks, paths: Sequence[str]) -> Callable[[str], Block | None]:
@@ -52,6 +60,12 @@ def block_chooser(block: Blocks, paths: Sequence[str]) -> Callable[[str], Block 
     return lambda path: next((chosen for pattern, chosen in table if matches(path, pattern)), None)
 
 
+def named_blocks(block: Blocks) -> list[Block]:
+    """The blocks that are named at all, in whatever form."""
+    named = block.values() if isinstance(block, Mapping) else [block]
+    return [Block.of(each) for each in named if isinstance(each, (str, Block))]
+
+
 def matches(path: str, pattern: str) -> bool:
     """Whether a layer's path matches a shell-style pattern; a module's path stands for all layers inside."""
     return fnmatchcase(path, pattern) or fnmatchcase(path, pattern + ".*")
@@ -60,14 +74,26 @@ def matches(path: str, pattern: str) -> bool:
 _NOT_SELECTED = Refusal(Reason.NOT_SELECTED, Reason.NOT_SELECTED.value)
 
 
-def _more_than_one_tap(path: str, conv: _ConvNd) -> Refusal | None:
-    if all(k == 1 for k in conv.kernel_size):
+def _as_meant(path: str, conv: Any, block: Block) -> Refusal | None:
+    geometry = Geometry.of(conv)
+    why = _possible(path, conv, block)
+    if why is not None or block.info.suits(geometry):
+        return why
+    return Refusal(
+        Reason.NOT_MEANT,
+        f'{block.name} is meant for {block.info.meant_for}: name it, or pass where="{ALL}", to expand it',
+    )
+
+
+def _possible(path: str, conv: Any, block: Block) -> Refusal | None:
+    geometry = Geometry.of(conv)
+    if all(k == 1 for k in geometry.kernel) and not block.info.suits(geometry):
         return Refusal(Reason.KERNEL_OF_ONE, f"{Reason.KERNEL_OF_ONE.value}: name it to expand it all the same")
     return None
 
 
-def _predicate(wanted: Callable[[str, nn.Module], bool]) -> Callable[[str, _ConvNd], Refusal | None]:
-    def refuse(path: str, conv: _ConvNd) -> Refusal | None:
+def _predicate(wanted: Callable[[str, nn.Module], bool]) -> Choice:
+    def refuse(path: str, conv: nn.Module, block: Block) -> Refusal | None:
         try:
             return None if wanted(path, conv) else _NOT_SELECTED
         # The predicate is user code, which may fail in any way.
@@ -97,43 +123,14 @@ def _prefixes(paths: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(".".join(p[: i + 1]) for p in parts for i in range(len(p))))
 
 
-def _filters(where: Mapping[str, Any], paths: Sequence[str]) -> Callable[[str, _ConvNd], Refusal | None]:
-    for key, wanted in where.items():
-        if key not in _FILTERS:
-            raise ReparamError(f"there is no filter {key!r}; known: {', '.join(_FILTERS)}")
-        if key == "depthwise" and not isinstance(wanted, bool):
-            raise ReparamError(f"the filter 'depthwise' is True or False, got {wanted!r}")
-        if key in ("kernel", "stride", "groups") and not _is_sizes(wanted):
-            raise ReparamError(
-                f"the filter {key!r} is a number, a tuple for one shape, or a list of these, got {wanted!r}"
-            )
+def _filters(where: Mapping[str, Any], paths: Sequence[str]) -> Choice:
+    check_filters(where, _FILTERS)
     names = _patterns(where["name"], paths, "the filter 'name'") if "name" in where else []
+    geometric = {key: wanted for key, wanted in where.items() if key != "name"}
 
-    def refuse(path: str, conv: _ConvNd) -> Refusal | None:
-        if "name" in where and not any(matches(path, p) for p in names):
+    def refuse(path: str, conv: Any, block: Block) -> Refusal | None:
+        if ("name" in where and not any(matches(path, p) for p in names)) or not fits(geometric, Geometry.of(conv)):
             return _NOT_SELECTED
-        geometry = Geometry.of(conv)
-        depthwise = conv.groups == conv.in_channels == conv.out_channels
-        if "depthwise" in where and depthwise is not where["depthwise"]:
-            return _NOT_SELECTED
-        facts = {"kernel": geometry.kernel, "stride": geometry.stride, "groups": (conv.groups,)}
-        if all(_allowed(where[key], value) for key, value in facts.items() if key in where):
-            return None if names or "kernel" in where else _more_than_one_tap(path, conv)
-        return _NOT_SELECTED
+        return None if names or "kernel" in where else _as_meant(path, conv, block)
 
     return refuse
-
-
-def _is_sizes(value: Any) -> bool:
-    if isinstance(value, (list, set, frozenset)):
-        return all(_is_sizes(each) for each in value)
-    if isinstance(value, tuple):
-        return all(isinstance(each, int) for each in value)
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _allowed(wanted: Any, value: tuple[int, ...]) -> bool:
-    """A number stands for all dimensions, a tuple for one shape; a list or set holds several of either."""
-    if isinstance(wanted, (list, set, frozenset)):
-        return any(_allowed(each, value) for each in wanted)
-    return value == (wanted if isinstance(wanted, tuple) else (wanted,) * len(value))

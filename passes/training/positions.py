@@ -34,9 +34,9 @@ def positions_of(model: nn.Module, convs: list[Found], example: Example) -> dict
 
         def note(module: nn.Module, args: Any, output: Tensor, path: str = each.path) -> None:
             nonlocal single
-            conv: Any = module
-            single |= output.dim() == len(conv.kernel_size) + 1
-            found[path] = found.get(path, 0) + output.numel() / conv.out_channels
+            weight: Any = module.weight
+            single |= output.dim() == weight.dim() - 1
+            found[path] = found.get(path, 0) + output.numel() / weight.shape[0]
 
         hooks.append(model.get_submodule(each.path).register_forward_hook(note))
     try:

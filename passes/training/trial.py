@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -49,12 +49,14 @@ class Outcome(Generic[Row]):
         taken_back: why a row is not carried out, by its layer.
         changed: why a row is carried out in another way, by its layer.
         compared: what was compared and on what, or why nothing could be.
+        unseen: why a row that only a run can show was not tried, by its layer.
     """
 
     kept: tuple[Row, ...]
     taken_back: dict[str, Refusal]
     changed: dict[str, Refusal]
     compared: tuple[str, ...]
+    unseen: dict[str, Refusal] = field(default_factory=dict)
 
 
 def try_blocks(
@@ -64,6 +66,7 @@ def try_blocks(
     smaller: Callable[[Row], Row | None],
     example: Any = None,
     expected: Callable[[Row], bool] = lambda row: True,
+    unread: Callable[[Row], Refusal | None] = lambda row: None,
     *,
     exact_in_training: bool = True,
 ) -> Outcome[Row]:
@@ -77,6 +80,7 @@ def try_blocks(
         smaller: the row with less in its block; None if there is no less.
         example: example inputs in any form, or None to make some up.
         expected: whether a row's convolution runs on every input.
+        unread: why no graph shows how a row's convolution is used, if none does: it is tried if it is called once.
         exact_in_training: whether the blocks compute the same in training too; if not, they are tried in evaluation.
 
     Raises:
@@ -87,15 +91,32 @@ def try_blocks(
         return Outcome((), {}, {}, ())
     with _eager():
         seen, why = _observed(model, example)
+        unseen = {row.layer: told for row in rows if (told := _not_shown(row, unread(row), seen, why)) is not None}
+        rows = [row for row in rows if row.layer not in unseen]
         if seen and not exact_in_training:
             seen, why = seen[:1], [*why, "not compared in training, where a block is exact only up to eps"]
         if not seen:
             try:
                 shadow(model)
             except ReparamError:  # it is edited in place, and nothing can be seen before
-                return Outcome(tuple(rows), {}, {}, tuple(why))
+                return Outcome(tuple(rows), {}, {}, tuple(why), unseen)
         trial = _Trial(model, seen, put, expected)
-        return trial.settle(list(rows), smaller, why)
+        doubted = frozenset(row.layer for row in rows if unread(row) is not None)
+        return replace(trial.settle(list(rows), smaller, why, doubted), unseen=unseen)
+
+
+def _not_shown(row: Placed, unread: Refusal | None, seen: list[Observed], why: list[str]) -> Refusal | None:
+    """Why a run does not show either how a convolution is used that no graph shows."""
+    if unread is None:
+        return None
+    if not seen:
+        return replace(unread, message=f"{unread.message}; no run shows how it is used ({why[0]})")
+    most = max(run.counts.get(row.layer, 0) for one in seen for run in one.calls)
+    if most > 1:
+        return Refusal(Reason.SHARED, f"it is called more than once, {unread.message}", row.layer)
+    if not most:
+        return replace(unread, message=f"{unread.message}; no call of it is seen: pass example_inputs that lead there")
+    return None
 
 
 def _eager() -> Any:
@@ -163,7 +184,9 @@ class _Trial(Generic[Row]):
         self.ran: frozenset[str] = frozenset[str]().union(*(one.ran for one in seen))
         self.modes = _modes(model)
 
-    def settle(self, rows: list[Row], smaller: Callable[[Row], Row | None], why: list[str]) -> Outcome[Row]:
+    def settle(
+        self, rows: list[Row], smaller: Callable[[Row], Row | None], why: list[str], doubted: frozenset[str]
+    ) -> Outcome[Row]:
         taken_back: dict[str, Refusal] = {}
         changed: dict[str, Refusal] = {}
         while True:
@@ -189,7 +212,13 @@ class _Trial(Generic[Row]):
                 said = [f"inconclusive: a copy of the model itself differs from it ({wrong})", *why]
                 return Outcome(tuple(rows), taken_back, changed, tuple(said))
             if len(taken_back) + len(changed) >= MAX_CULPRITS:
-                wrong.raise_if_different()
+                if doubted.isdisjoint(row.layer for row in rows):
+                    wrong.raise_if_different()
+                doubt = f"{Reason.DIFFERS.value}, with too many others to tell them apart: {wrong.differences[0]}"
+                for layer in [row.layer for row in rows if row.layer in doubted]:
+                    taken_back[layer] = Refusal(Reason.DIFFERS, doubt, layer)
+                rows = [row for row in rows if row.layer not in doubted]
+                continue
             i, reason = self.culprit(rows)
             row, less = rows[i], smaller(rows[i])
             if less is not None and self.holds([*rows[:i], less]):

@@ -60,7 +60,7 @@ def recipe(config: Config) -> Recipe | None:
     """How the run's network is expanded; None for the plain one."""
     if config.block is None:
         return None
-    return Recipe(parse_blocks([config.block]), init=config.init, form=config.form)
+    return Recipe(parse_blocks([config.block]), where=config.where, init=config.init, form=config.form)
 
 
 def load(config: Config) -> Data:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, get_args, get_origin, get_type_hints
 
+from passes.training.filters import ALL
 from passes.training.forms import FORMS
 from reparam import Form, ReparamError
 from reparam.recipe import parse_blocks
@@ -36,6 +37,7 @@ SHARES = ("momentum", "smoothing", "ema")
 MARKS: dict[str, dict[str, Any]] = {
     "paper": {"init": "paper"},
     "preserve": {"init": "preserve"},
+    "all": {"where": ALL},
 }
 """What may follow a variant's block behind an ``@``, and the fields it sets."""
 
@@ -53,6 +55,7 @@ class Config:
         block: as for ``reparam expand --block``, such as ``acb:gamma=1/3``; None: the plain network.
         init: ``preserve`` or ``paper``, as for :func:`reparam.expand`.
         form: as for :func:`reparam.expand`, as text; None: as the block says.
+        where: None: the layers that the block is meant for; ``all``: every one that can have it; else a pattern.
         data: a name that :func:`zoo.train.data.load_data` knows, or a folder.
         root: folder of data sets that are downloaded; None: ``~/.cache/reparam``.
         size: pixels of a side; None: the data's own.
@@ -85,6 +88,7 @@ class Config:
     block: str | None = None
     init: str = "preserve"
     form: str | None = None
+    where: str | None = None
     data: str = "digits"
     root: str | None = None
     size: int | None = None
@@ -140,6 +144,8 @@ class Config:
             raise ConfigError(f"the configuration is a {type(content).__name__}, not a JSON object")
         if "online" in content:  # written before there were forms
             content["form"] = {True: "online", False: "branches"}.get(content.pop("online"))
+        if content.get("block") is not None:
+            content.setdefault("where", ALL)  # from before blocks were meant for some kernels only
         return _changed(Config(), content)
 
 
@@ -160,9 +166,9 @@ def override(config: Config, settings: Iterable[str]) -> Config:
 def variant(config: Config, text: str) -> Config:
     """The configuration with another block: ``plain``, ``acb``, ``acb:gamma=1/3@paper``, ``dbb@online``.
 
-    Behind an ``@`` stand ``paper``, ``preserve`` or a form (``sampled:fraction=1/4``); what is not said
-    stays as it is in ``config``. The
-    plain network has no initialisation of blocks, so plain variants of one configuration are equal.
+    Behind an ``@`` stand ``paper``, ``preserve``, ``all`` or a form (``sampled:fraction=1/4``); what is not said stays
+    as it is in ``config``. The plain network has no initialisation of blocks, so plain variants of one configuration
+    are equal.
 
     Raises :class:`reparam.ReparamError` for an unknown block, option or mark.
     """
@@ -173,7 +179,7 @@ def variant(config: Config, text: str) -> Config:
     if block == PLAIN:
         if marks:
             raise ConfigError(f"{text!r}: the plain network has no blocks that could be {marks[0]}")
-        return replace(config, block=None, init="preserve", form=None)
+        return replace(config, block=None, init="preserve", form=None, where=None)
     parse_blocks([block])  # raises now, not after the variants before it have been trained
     fields = {key: value for mark in marks for key, value in MARKS.get(mark, {"form": mark}).items()}
     return replace(config, block=block, **fields)

@@ -1,4 +1,4 @@
-"""A convolution as a block sees it: its geometry, and a workshop for layers that run beside it.
+"""A convolution or linear layer as a block sees it: its geometry, and a workshop for layers that run beside it.
 
 A branch with another kernel is centred on the main kernel's middle tap t0 = (k - 1) // 2 (F2): its leading padding is
 ``p - d t0 + d' t0'``, its trailing one ``p - d (k - 1 - t0) + d' (k' - 1 - t0')``. A negative one crops. That covers
@@ -7,9 +7,10 @@ every stride, dilation, padding, even and rectangular kernels.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.conv_form import Ints
-from passes.algebra.geometry import CONVS, PADS, Geometry, flat_pads
-from passes.blocks.kit.layers import ChannelScale, IdentityConv, WindowMean
+from passes.algebra.geometry import CONVS, PADS, Geometry, Layer, flat_pads
+from passes.blocks.kit.layers import ChannelScale, IdentityConv, SumBefore, WindowMean, silence
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Site"]
@@ -29,7 +30,7 @@ _POOL: tuple[Any, ...] = (nn.AvgPool1d, WindowMean, nn.AvgPool3d)
 
 
 class Site:
-    """One convolution that a block replaces, and the batch norm behind it.
+    """One convolution that a block replaces, and the batch norm behind it; or a linear layer, which has no dimensions.
 
     The methods make layers that read what the convolution reads, on its device and in its dtype.
 
@@ -47,7 +48,7 @@ class Site:
     """
 
     def __init__(
-        self, conv: _ConvNd, norm: _BatchNorm | None = None, *, preserve: bool = True, online: bool = False
+        self, conv: Layer, norm: _BatchNorm | None = None, *, preserve: bool = True, online: bool = False
     ) -> None:
         self.conv = conv
         self.norm = norm
@@ -90,9 +91,19 @@ class Site:
         return math.prod(self.kernel)
 
     @property
+    def weight(self) -> Tensor:
+        """The kernel ``(out, in / groups, *kernel)``, however torch's layer holds it."""
+        return self.geometry.laid_out(self.conv.weight)
+
+    @property
+    def reads_one(self) -> bool:
+        """Whether each output pixel reads a single pixel of the input, so that a smaller kernel would add nothing."""
+        return self.taps == 1
+
+    @property
     def depthwise(self) -> bool:
         """One input channel per group, and as many outputs as inputs."""
-        return self.groups == self.in_channels == self.out_channels
+        return self.geometry.depthwise
 
     @property
     def keeps_shape(self) -> bool:
@@ -103,46 +114,87 @@ class Site:
         """Leave this convolution alone; ``why`` is what the plan prints."""
         raise RefusalError(Reason.BLOCK, why)
 
+    def needs_window(self, why: str) -> None:
+        """Leave it alone if it :attr:`reads_one`; ``why`` says what the block would come to."""
+        if self.reads_one:
+            self.refuse(f"a kernel of one tap: {why}")
+
+    def span(self, kernel: Sequence[int] | int) -> Ints:
+        """Sizes of the kernel that :meth:`parallel` makes for ``kernel``, one per dimension."""
+        return _per_dim(kernel, self.n)
+
     # ---------------------------------------------------------------- branches
 
-    def main(self, *, norm: bool = True, gamma: float = 1.0) -> nn.Module:
+    def main(self, *, norm: bool = True, gamma: float = 1.0, frozen: bool = False) -> nn.Module:
         """The original convolution, with the batch norm behind it; with ``norm=False`` that stays where it is.
 
-        Published initialisation multiplies the norm's weight by ``gamma``.
+        If ``frozen``, its own numbers are not trained. Published initialisation multiplies the norm's weight by
+        ``gamma``.
         """
+        conv: nn.Module = _frozen(self.conv) if frozen else self.conv
         if not norm or self.norm is None or self.online:
-            return self.conv
+            return conv
         self.norm_taken = True
         if not self.preserve and self.norm.affine and gamma != 1.0:
             with torch.no_grad():
                 self.norm.weight.mul_(gamma)
-        return self.row(conv=self.conv, norm=self.norm)
+        return self.row(conv=conv, norm=self.norm)
 
     def parallel(
         self,
         kernel: Sequence[int] | int,
         *,
+        channels: int | None = None,
         dilation: Sequence[int] | int = 0,
         bias: bool = False,
         norm: bool = True,
         gamma: float = 1.0,
     ) -> nn.Module:
-        """A convolution beside the main one, centred on it, with the same channels, groups and stride.
+        """A convolution beside the main one, centred on it, with the same groups and stride.
 
-        ``dilation`` defaults to the main one's. A batch norm of weight ``gamma`` follows, if ``norm`` and if its shift
-        has a place.
+        ``channels`` go out, as many as of the main one by default. ``dilation`` defaults to the main one's. A batch
+        norm of weight ``gamma`` follows, if ``norm`` and if its shift has a place.
         """
-        k = _per_dim(kernel, self.n)
+        k = self.span(kernel)
         d = _per_dim(dilation, self.n) if dilation else self.geometry.dilation
-        lead, trail = self._pads(k, d)
         g = self.geometry
-        symmetric = lead == trail and all(p >= 0 for p in lead)
-        conv = self._conv(
-            g.in_channels, g.out_channels, k, g.groups, stride=g.stride, dilation=d, bias=bias,
-            padding=lead if symmetric else 0, padding_mode=g.mode if symmetric and any(lead) else "zeros",
+        layers = self._padded(
+            *self._pads(k, d), g.in_channels, channels or g.out_channels, k, g.groups, stride=g.stride, dilation=d,
+            bias=bias,
         )  # fmt: skip
-        pads = {} if symmetric else self._aligning(lead, trail)
-        return self.row(**pads, conv=conv, norm=self.new_norm(g.out_channels, gamma) if norm else None)
+        return self.row(**layers, norm=self.new_norm(channels or g.out_channels, gamma) if norm else None)
+
+    def spread(self, kernel: Sequence[int] | int, *, bias: bool = False) -> nn.Module:
+        """A convolution beside the main one that reads the same window with fewer taps, from its first to its last."""
+        g, k = self.geometry, _per_dim(kernel, self.n)
+        reach = [d * (size - 1) for d, size in zip(g.dilation, g.kernel, strict=True)]
+        if any(few < 2 or whole % (few - 1) for few, whole in zip(k, reach, strict=True)):
+            self.refuse(f"taps of {k} cannot be spread evenly over its window")
+        steps = tuple(whole // (few - 1) for few, whole in zip(k, reach, strict=True))
+        layers = self._padded(
+            g.lead, g.trail, g.in_channels, g.out_channels, k, g.groups, stride=g.stride, dilation=steps, bias=bias
+        )
+        return self.row(**layers)
+
+    def lines(self, length: int) -> nn.Module:
+        """A line of ``length`` taps along each axis, one after another, the last axis first; centred, without biases.
+
+        One convolution, borders included: each pads along its own axis only, where those behind it read nothing else.
+        Padding in another mode than zeros stands in front of all.
+        """
+        g, size = self.geometry, (length,) * self.n
+        lead, trail = self._pads(size, g.dilation)
+        layers: dict[str, nn.Module] = {}
+        if g.mode != "zeros":
+            layers, lead, trail = self._aligning(lead, trail), (0,) * self.n, (0,) * self.n
+        for axis in reversed(range(self.n)):
+            along = _along(axis)
+            line = self._padded(
+                along(lead, 0), along(trail, 0), g.in_channels, g.in_channels if axis else g.out_channels,
+                along(size, 1), g.groups, stride=along(g.stride, 1), dilation=along(g.dilation, 1),
+            )  # fmt: skip
+            layers[f"line{axis}"] = self.row(**line)
+        return self.row(**layers)
 
     def identity(self, *, norm: bool = True) -> nn.Module:
         """The input itself, aligned with the main branch's output, and a batch norm if ``norm``.
@@ -154,7 +206,7 @@ class Site:
         norm_layer = (self.new_norm(self.out_channels) or self.scale(1.0)) if norm else None
         return self.row(**self._aligning(*self._pads(ones, ones)), norm=norm_layer)
 
-    def pointwise(self, channels: int | None = None, *, bias: bool = False) -> _ConvNd:
+    def pointwise(self, channels: int | None = None, *, bias: bool = False) -> Layer:
         """The 1x1 convolution that begins a sequence; ``None`` channels means as many as go in.
 
         It has all of the main convolution's padding, so that what follows it needs none: then the sequence is one
@@ -191,27 +243,31 @@ class Site:
         trail = tuple(min(b - a, 0) for a, b in zip(g.lead, g.trail, strict=True))
         return self.row(**self._aligning(lead, trail), layer=layer)
 
-    def windowed(self, channels: int, *, bias: bool = False, groups: int | None = None) -> nn.Module:
-        """The convolution that ends such a sequence: the main one's kernel, stride and dilation, no padding."""
+    def windowed(
+        self, channels: int, *, out: int | None = None, bias: bool = False, groups: int | None = None
+    ) -> nn.Module:
+        """The convolution that ends such a sequence: the main one's kernel, stride and dilation, no padding.
+
+        ``out`` channels go out, as many as of the main one by default; for others :meth:`mixed` may follow.
+        """
         g = self.geometry
         conv = self._conv(
-            channels, g.out_channels, g.kernel, groups or g.groups, stride=g.stride, dilation=g.dilation, bias=bias
-        )
+            channels, out or g.out_channels, g.kernel, groups or g.groups, stride=g.stride, dilation=g.dilation,
+            bias=bias,
+        )  # fmt: skip
         return self.trimmed(conv)
 
     def expanded(self, channels: int) -> nn.Module:
         """A depthwise convolution of the main one's kernel, stride and padding that gives ``channels``."""
         g = self.geometry
-        symmetric = g.lead == g.trail
-        conv = self._conv(
-            g.in_channels, channels, g.kernel, g.in_channels, stride=g.stride, dilation=g.dilation,
-            padding=g.lead if symmetric else 0, padding_mode=g.mode if symmetric else "zeros",
-        )  # fmt: skip
-        return conv if symmetric else self.row(**self._aligning(g.lead, g.trail), conv=conv)
+        layers = self._padded(
+            g.lead, g.trail, g.in_channels, channels, g.kernel, g.in_channels, stride=g.stride, dilation=g.dilation
+        )
+        return self.row(**layers)
 
-    def mixed(self, channels: int) -> _ConvNd:
+    def mixed(self, channels: int, *, bias: bool = False) -> Layer:
         """The 1x1 convolution that brings ``channels`` to as many as the main one gives."""
-        return self._conv(channels, self.out_channels, (1,) * self.n, self.groups)
+        return self._conv(channels, self.out_channels, (1,) * self.n, self.groups, bias=bias)
 
     def average(self, channels: int, *, padded: bool = False) -> nn.Module:
         """Mean over the main kernel's window (F4); ``padded`` when nothing in front of it has done the padding."""
@@ -239,6 +295,8 @@ class Site:
         """
         if not self.shift:
             return None
+        if not self.n:
+            self.refuse("a batch norm beside a linear layer would have to know how many dimensions its input has")
         like = self.norm
         synced = isinstance(like, nn.SyncBatchNorm)
         made: Any = nn.SyncBatchNorm if synced else _NORM[self.n - 1]
@@ -251,7 +309,18 @@ class Site:
         """A trained factor per output channel that starts at ``value``."""
         return ChannelScale(self.out_channels, value, self.n, **self._placed())
 
-    def filters(self, weight: Tensor, *, bias: bool = False) -> _ConvNd:
+    def factor(self, value: float, *, shift: bool = False) -> ChannelScale:
+        """One trained number that multiplies all channels; with ``shift`` one that is added too, if it has a place."""
+        return ChannelScale(1, value, self.n, shift=shift and self.shift, **self._placed())
+
+    def sum_before(self, branches: dict[str, nn.Module], **layer: nn.Module) -> nn.Module:
+        """One named layer behind the sum of several, as one branch; all but the first start at zero to preserve."""
+        for branch in list(branches.values())[1:] if self.preserve else ():
+            silence(branch)
+        ((name, behind),) = layer.items()
+        return SumBefore(branches, name, behind)
+
+    def filters(self, weight: Tensor, *, bias: bool = False) -> Layer:
         """A fixed depthwise convolution without padding, for after :meth:`pointwise`; ``weight`` is ``(out, *kernel)``.
 
         Its kernel is not trained. Put it behind :meth:`trimmed`.
@@ -295,13 +364,41 @@ class Site:
             found["crop"] = PADS["zeros"][self.n - 1](crop)
         return found
 
-    def _conv(self, inputs: int, outputs: int, kernel: Ints, groups: int, **options: Any) -> _ConvNd:
+    def _padded(
+        self, lead: Ints, trail: Ints, inputs: int, outputs: int, kernel: Ints, groups: int, **options: Any
+    ) -> dict[str, nn.Module]:
+        """A convolution that pads by itself where it can, else behind modules that do, by name."""
+        symmetric = lead == trail and all(p >= 0 for p in lead)
+        mode = self.geometry.mode if symmetric and any(lead) else "zeros"
+        conv = self._conv(
+            inputs, outputs, kernel, groups, padding=lead if symmetric else 0, padding_mode=mode, **options
+        )
+        return {**({} if symmetric else self._aligning(lead, trail)), "conv": conv}
+
+    def _conv(self, inputs: int, outputs: int, kernel: Ints, groups: int, **options: Any) -> Layer:
         options["bias"] = options.get("bias", False) and self.shift
+        if not self.n:
+            return nn.Linear(inputs, outputs, options["bias"], **self._placed())
         conv: _ConvNd = CONVS[self.n - 1](inputs, outputs, kernel, groups=groups, **options, **self._placed())
         return conv
 
     def _placed(self) -> dict[str, Any]:
         return {"device": self.conv.weight.device, "dtype": self.conv.weight.dtype}
+
+
+def _frozen(layer: Layer) -> Layer:
+    """The layer with the same numbers, not trained; the layer itself, which others may hold, stays as it is."""
+    kept = copy.copy(layer)
+    kept._parameters = {
+        name: None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+        for name, tensor in layer._parameters.items()
+    }
+    return kept
+
+
+def _along(axis: int) -> Callable[[Ints, int], Ints]:
+    """A function that keeps a value along ``axis`` and has another along all others."""
+    return lambda values, other: tuple(v if i == axis else other for i, v in enumerate(values))
 
 
 def _per_dim(value: Sequence[int] | int, n: int) -> Ints:

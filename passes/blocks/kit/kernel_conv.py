@@ -21,7 +21,8 @@ class KernelConv(nn.Module):
         # TorchScript takes numbers and lists of them, and no Geometry.
         self.dims, self.groups, self.mode = geometry.n, geometry.groups, geometry.pad_mode
         self.stride, self.dilation = list(geometry.stride), list(geometry.dilation)
-        self.pads = flat_pads(geometry.lead, geometry.trail)
+        self.pads = flat_pads(geometry.lead, geometry.trail) or [0, 0]
+        self.transposed = geometry.transposed
         self.register_parameter("bias", bias)  # type: ignore[arg-type]  # a Parameter: torch annotates it as a Tensor
 
     def kernel(self) -> Tensor:
@@ -36,6 +37,9 @@ class KernelConv(nn.Module):
 
     def scripted(self, input: Tensor) -> Tensor:
         """The same in words that TorchScript takes."""
+        assert not self.transposed, "TorchScript has no kernel of a transposed convolution: collapse first"
+        if self.dims == 0:
+            return F.linear(input, self.kernel(), self.bias)
         x, none = F.pad(input, self.pads, mode=self.mode), [0] * self.dims
         if self.dims == 1:
             return torch.conv1d(x, self.kernel(), self.bias, self.stride, none, self.dilation, self.groups)

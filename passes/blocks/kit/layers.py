@@ -11,15 +11,18 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.geometry import Geometry
+from passes.algebra.geometry import Geometry, Layer
 from passes.blocks.kit.kernel_conv import KernelConv
 from passes.refusal import Reason, RefusalError, ReparamError
 
 __all__ = [
+    "GEOMETRY",
     "BranchSum",
     "ChannelScale",
     "IdentityConv",
     "SilenceError",
+    "SumBefore",
+    "Times",
     "WindowMean",
     "is_block",
     "silence",
@@ -28,32 +31,55 @@ __all__ = [
 
 
 class ChannelScale(nn.Module):
-    """A trained factor per channel: ``y = weight * x`` on dimension 1."""
+    """A trained factor per channel: ``y = weight * x + bias`` on dimension 1, the bias 0 at first and mostly not there.
 
-    def __init__(self, channels: int, value: float, n: int, **placed: Any) -> None:
+    With one channel it is the same factor for all.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, channels: int, value: float, n: int, *, shift: bool = False, **placed: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((channels, *(1,) * n), value, **placed))
+        self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if shift else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
+        y = x * self.weight
+        return y if self.bias is None else y + self.bias
 
     def silence(self) -> None:
         """Return zero, and take a gradient."""
-        nn.init.zeros_(self.weight)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+class Times(nn.Module):
+    """A fixed number as a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:g}"
 
 
 class IdentityConv(KernelConv):
     """A 1x1 convolution stored as identity + ``weight``, weight 0: decay pulls it to the identity (DBB, sec. 3.3)."""
 
-    def __init__(self, conv: _ConvNd) -> None:
-        super().__init__(Geometry.of(conv), conv.bias)
+    def __init__(self, conv: Layer) -> None:
+        geometry = Geometry.of(conv)
+        super().__init__(geometry, conv.bias)
         self.weight = conv.weight
         self.identity: Tensor
         self.register_buffer("identity", torch.empty_like(conv.weight, requires_grad=False))
         nn.init.zeros_(self.weight)
         with torch.no_grad():
             size = conv.weight.shape[1]
-            one = torch.eye(size, dtype=conv.weight.dtype, device=conv.weight.device).repeat(conv.groups, 1)
+            one = torch.eye(size, dtype=conv.weight.dtype, device=conv.weight.device).repeat(geometry.groups, 1)
             self.identity.copy_(one.reshape(conv.weight.shape))
 
     def kernel(self) -> Tensor:
@@ -83,6 +109,29 @@ class WindowMean(nn.AvgPool2d):
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 
+class SumBefore(nn.Module):
+    """A layer behind the sum of modules over the same input.
+
+    Args:
+        modules: by name.
+        name: of the layer.
+        layer: what stands behind.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], name: str, layer: nn.Module) -> None:
+        super().__init__()
+        for each, module in {**modules, name: layer}.items():
+            self.add_module(each, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others, layer = self.children()
+        y = first(x)
+        for other in others:
+            y = y + other(x)
+        behind: Tensor = layer(y)
+        return behind
+
+
 class BranchSum(nn.Module):
     """The sum of all branches over the same input: a block in training.
 
@@ -98,7 +147,7 @@ class BranchSum(nn.Module):
 
     form = "branches"
 
-    def __init__(self, block: str, branches: dict[str, nn.Module], conv: _ConvNd) -> None:
+    def __init__(self, block: str, branches: dict[str, nn.Module], conv: Layer) -> None:
         super().__init__()
         stand_in(self, block, conv)
         self.geometry = Geometry.of(conv)
@@ -135,9 +184,11 @@ class BranchSum(nn.Module):
         return self
 
 
-_GEOMETRY = (
+GEOMETRY = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    "output_padding", "in_features", "out_features",
 )  # fmt: skip
+"""Attributes that a block has from the convolution in whose place it stands."""
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -146,8 +197,9 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def stand_in(module: nn.Module, block: str, conv: Any) -> None:
     """Give a block the attributes of the convolution that it stands for, which surrounding code may read."""
-    for name in _GEOMETRY:
-        setattr(module, name, getattr(conv, name))
+    for name in GEOMETRY:
+        if hasattr(conv, name):
+            setattr(module, name, getattr(conv, name))
     module.reparam_block = block  # type: ignore[assignment]
 
 
@@ -173,7 +225,7 @@ def silence(branch: nn.Module) -> None:
     if hasattr(last, "silence"):
         last.silence()
         return
-    if not isinstance(last, (_ConvNd, _BatchNorm)):
+    if not isinstance(last, (_ConvNd, nn.Linear, _BatchNorm)):
         raise SilenceError(
             f"a branch ends in {type(last).__name__}, and init='preserve' does not know how to start that at zero: "
             "end it in a convolution or batch norm, or give it a method silence()"

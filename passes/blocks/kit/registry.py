@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from passes.algebra.geometry import Geometry
 from passes.blocks.kit.builder import Site
+from passes.blocks.kit.filters import Filters, check_filters, fits, in_words
 from passes.refusal import ReparamError
 
 __all__ = ["Block", "BlockInfo", "block", "blocks", "unregister"]
@@ -30,6 +32,10 @@ class BlockInfo:
         options: options and their defaults.
         online: whether it is meant to be trained with one convolution per layer.
         exact_in_training: whether it starts as the same function in training too, statistics included.
+        meant: what its publication uses it for, as filters of which one is enough; none: every kernel of more than one
+            tap. What a caller asks for by name or kernel size it may take all the same.
+        linear: whether it takes linear layers too.
+        adapter: whether its branches are trained beside a layer that is frozen; those of others are frozen with it.
     """
 
     name: str
@@ -38,6 +44,21 @@ class BlockInfo:
     options: Mapping[str, Any]
     online: bool = False
     exact_in_training: bool = True
+    meant: tuple[Filters, ...] = ()
+    linear: bool = False
+    adapter: bool = False
+
+    def suits(self, geometry: Geometry) -> bool:
+        """Whether it is meant for a layer of this geometry."""
+        if not self.meant:
+            return any(k > 1 for k in geometry.kernel)
+        return any(fits(filters, geometry) for filters in self.meant)
+
+    @property
+    def meant_for(self) -> str:
+        """What it is meant for, in words."""
+        kernels = in_words(self.meant) if self.meant else "kernels of more than one tap"
+        return f"linear layers and {kernels}" if self.linear else kernels
 
     def __str__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
@@ -47,7 +68,15 @@ class BlockInfo:
 _BLOCKS: dict[str, BlockInfo] = {}
 
 
-def block(name: str, *, online: bool = False, exact_in_training: bool = True) -> Callable[[Declaration], Declaration]:
+def block(
+    name: str,
+    *,
+    online: bool = False,
+    exact_in_training: bool = True,
+    meant: Filters | Sequence[Filters] = (),
+    linear: bool = False,
+    adapter: bool = False,
+) -> Callable[[Declaration], Declaration]:
     """Register a block under ``name``.
 
     The decorated generator is given a :class:`Site`, which makes its layers, and yields ``(branch name, module)``, the
@@ -58,9 +87,17 @@ def block(name: str, *, online: bool = False, exact_in_training: bool = True) ->
         name: a new name; one that is taken raises :class:`ReparamError`.
         online: train with one convolution per layer unless :func:`reparam.expand` is told otherwise.
         exact_in_training: whether it starts as the same function in training too; if not, it is tried in evaluation.
+        meant: which layers :func:`reparam.expand` gives it to unless told otherwise, as filters such as
+            ``{"kernel": [3, 5], "depthwise": True}``, or several of which one is enough; by default every convolution
+            with a kernel of more than one tap.
+        linear: whether linear layers can have it as well; their :class:`Site` has no dimensions.
+        adapter: train its branches also where the layer itself is frozen.
     """
     if not isinstance(name, str) or not name:
         raise ReparamError(f'a block is registered with @block("name"), got {name!r}')
+    choices = (meant,) if isinstance(meant, Mapping) else tuple(meant)
+    for filters in choices:
+        check_filters(filters)
 
     def register(declare: Declaration) -> Declaration:
         known = _BLOCKS.get(name)
@@ -72,7 +109,7 @@ def block(name: str, *, online: bool = False, exact_in_training: bool = True) ->
                 raise ReparamError(f"block {name!r}: option {parameter.name!r} must be keyword-only, with a default")
             options[parameter.name] = parameter.default
         summary = (inspect.getdoc(declare) or "").partition("\n")[0]
-        _BLOCKS[name] = BlockInfo(name, declare, summary, options, online, exact_in_training)
+        _BLOCKS[name] = BlockInfo(name, declare, summary, options, online, exact_in_training, choices, linear, adapter)
         return declare
 
     return register
