@@ -475,9 +475,7 @@ WITH_NORMS = ("acb", "dbb", "repvgg", "mobileone", "largekernel")
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b != "qarepvgg"])
-@pytest.mark.parametrize(
-    "form", ["branches", pytest.param("online", marks=pytest.mark.slow)]
-)  # branches have no norms there
+@pytest.mark.parametrize("form", ["branches", pytest.param("online", marks=pytest.mark.slow)])  # no norms
 def test_without_a_norm_branches_have_one_only_if_the_bias_has_a_place(block: str, bias: bool, form: str) -> None:
     kernel = 5 if block == "largekernel" else 3
     for groups in (4,) if block == "largekernel" else (1, 2, 4):

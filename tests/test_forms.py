@@ -235,7 +235,7 @@ def test_updated_statistics_are_those_of_whole_batches() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("form", ["branches", "sampled", "frozen", "online"])
-@pytest.mark.parametrize("block", ["acb", "dbb", "doconv", "ecb", "orepa"])
+@pytest.mark.parametrize("block", ["acb", "dbb", "doconv", "ecb", "orepa", "difference", "conv3xc", "repnext"])
 def test_blocks_are_scripted(block: str, form: str, tmp_path: Path) -> None:
     model = built(block, form).eval()
     scripted = torch.jit.script(model)  # type: ignore[no-untyped-call]

@@ -39,12 +39,12 @@ class DifferenceConv(KernelConv):
     ``weight`` is ``(out, in / groups, taps)``, with three taps for differences along an axis and nine for the others.
     """
 
-    matrix: Tensor
-
     def __init__(self, site: Site, matrix: Tensor) -> None:
         like = site.conv.weight
         bias = nn.Parameter(like.new_empty(site.out_channels)) if site.shift else None
         super().__init__(site.geometry, bias)
+        self.matrix: Tensor
+        self.sizes = list(site.kernel)
         self.weight = nn.Parameter(like.new_empty((*like.shape[:2], matrix.shape[0])))
         self.register_buffer("matrix", matrix.to(like))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
@@ -54,7 +54,7 @@ class DifferenceConv(KernelConv):
 
     def kernel(self) -> Tensor:
         taps: Tensor = self.weight @ self.matrix
-        return taps.unflatten(-1, self.geometry.kernel)  # type: ignore[no-any-return]
+        return taps.unflatten(-1, self.sizes)  # type: ignore[no-any-return]
 
     def silence(self) -> None:
         """Return zero, and take a gradient."""

@@ -36,11 +36,10 @@ class ChannelScale(nn.Module):
     With one channel it is the same factor for all.
     """
 
-    bias: Tensor | None
-
     def __init__(self, channels: int, value: float, n: int, *, shift: bool = False, **placed: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((channels, *(1,) * n), value, **placed))
+        self.bias: Tensor | None
         self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if shift else None)
 
     def forward(self, x: Tensor) -> Tensor:
