@@ -68,8 +68,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
-    if name == "onnx":
-        return import_module("reparam.onnx")
+    if name in ("layers", "onnx"):
+        return import_module(f"reparam.{name}")
     for home, names in _HOME.items():
         if name in names:
             value = getattr(import_module(home), name)
