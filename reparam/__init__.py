@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from passes.refusal import Reason, Refusal, ReparamError
     from passes.report import Counts, Explanation, Fold
     from reparam.api import collapse, collapse_with_report, explain, guess_inputs, verify
+    from reparam.published import Imported, import_checkpoint
     from reparam.training import equivalent_conv, expand, param_groups, plan
     from reparam.zoo import convert_zoo
 
@@ -30,6 +31,7 @@ __all__ = [
     "EquivalenceError",
     "Explanation",
     "Fold",
+    "Imported",
     "Plan",
     "Reason",
     "Refusal",
@@ -46,6 +48,7 @@ __all__ = [
     "expand",
     "explain",
     "guess_inputs",
+    "import_checkpoint",
     "param_groups",
     "plan",
     "verify",
@@ -58,6 +61,7 @@ _HOME = {
     "passes.refusal": ("Reason", "Refusal", "ReparamError"),
     "passes.report": ("Counts", "Explanation", "Fold"),
     "passes.expand": ("Plan",),
+    "reparam.published": ("Imported", "import_checkpoint"),
     "reparam.zoo": ("convert_zoo",),
     "reparam.training": ("equivalent_conv", "expand", "param_groups", "plan"),
     "reparam.api": ("collapse", "collapse_with_report", "explain", "guess_inputs", "verify"),

@@ -138,9 +138,7 @@ def _empty(owner: type[BlockLayer], base: type[nn.Module]) -> BlockLayer:
 # ------------------------------------------------------------------ building
 
 
-def _built(
-    name: str, block: Block, conv: _ConvNd, norm: _BatchNorm | None, preserve: bool, online: bool
-) -> nn.Module:
+def _built(name: str, block: Block, conv: _ConvNd, norm: _BatchNorm | None, preserve: bool, online: bool) -> nn.Module:
     """What expand puts in the place of a convolution and its norm. Raises :class:`ReparamError` if it does not apply."""
     site = Site(conv, norm, preserve=preserve, online=online)
     key = signature(site, block, online), preserve, block.info.declare

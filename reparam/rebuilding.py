@@ -24,7 +24,7 @@ from reparam.disk import FileError
 if TYPE_CHECKING:
     from reparam.files import StateFile
 
-__all__ = ["shells", "with_room"]
+__all__ = ["generic", "shells", "with_room"]
 
 
 def shells(content: StateFile, path: str | os.PathLike[str]) -> Iterator[nn.Module]:
@@ -42,7 +42,7 @@ def shells(content: StateFile, path: str | os.PathLike[str]) -> Iterator[nn.Modu
     # A file of before edits were written, or of edits that no file can hold: the source is collapsed again. Which folds
     # are exact depends on the numbers (a bias that is zero, a kernel that is block-diagonal), and those of the file are
     # not the ones a new network starts with: trained numbers are as good as random ones.
-    yield collapse(_generic(model), verify=False)
+    yield collapse(generic(model), verify=False)
     yield collapse(sources.create(content.source).eval(), verify=False)
     yield collapse(_generic(sources.create(content.source).eval()), norms="affine", verify=False)
 
@@ -70,7 +70,7 @@ def with_room(model: nn.Module) -> nn.Module:
     return model
 
 
-def _generic(model: nn.Module) -> nn.Module:
+def generic(model: nn.Module) -> nn.Module:
     """Fill every floating-point state with positive random numbers, so that no two of them agree by chance."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
