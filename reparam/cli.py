@@ -134,4 +134,4 @@ def _options(
 
 
 for _command in commands.COMMANDS:
-    app.command()(_command)
+    app.command(_command.__name__.rstrip("_"))(_command)

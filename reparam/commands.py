@@ -306,8 +306,36 @@ def _verify_onnx(reference: str, candidate: str, pretrained: bool) -> None:
         raise typer.Exit(1 if result.verdict is Verdict.DIFFERENT else INCONCLUSIVE)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (plan, expand, blocks, collapse, explain, verify)
-"""In the order in which they are listed."""
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint in the names of a block's authors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write here (.safetensors, .pt).")],
+    block: Annotated[
+        str | None, typer.Option("--block", "-b", help="Look for this block only; options as ecb:identity=true.")
+    ] = None,
+    like: Annotated[str | None, typer.Option("--like", metavar="SPEC", help="The plain network that it is of.")] = None,
+    collapse: Annotated[bool, typer.Option("--collapse", help="Fold it into that network.")] = False,
+    key: Key = None,
+) -> None:
+    """Read a checkpoint that the authors of a block published: to train on with --like, else folded block by block.
+
+    What it holds is found in the names of its tensors: ACNet, DBB, DO-Conv, RepVGG, MobileOne, OREPA, UniRepLKNet, ECB.
+    """
+    _check_output(output)
+    imported = reparam.import_checkpoint(file, block=block, like=like, collapse=collapse, key=key)
+    console.print(escape(str(imported)), soft_wrap=True)
+    if imported.recipe is not None:
+        what = f"an expanded network: {imported.source} with {imported.recipe}"
+        console.print(escape(what), soft_wrap=True)
+    elif imported.model is not None:
+        console.print(f"{escape(imported.source)}{', collapsed' if imported.collapsed else ''}", soft_wrap=True)
+    else:
+        console.print(f"a state dict of {len(imported.tensors)} tensors, every block folded", soft_wrap=True)
+    imported.save(output)
+    _wrote(output)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (plan, expand, blocks, import_, collapse, explain, verify)
+"""In the order in which they are listed; an underscore at the end is Python's, not the command's."""
 
 
 # ------------------------------------------------------------------------------------------------- helpers

@@ -15,7 +15,6 @@ import inspect
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +36,7 @@ __all__ = ["BlockLayer", "fuse_and_load", "layer_class", "switch_to_deploy"]
 _NORMS: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TRIED: dict[Any, Refusal | None] = {}
 """Why a block does not apply to a geometry, or None, by all that decides it."""
+_JOINED: dict[tuple[type, type], type[BlockLayer]] = {}
 _CLASSES: dict[tuple[str, int], tuple[BlockInfo, type[BlockLayer]]] = {}
 
 
@@ -125,9 +125,11 @@ def _become(layer: BlockLayer, module: nn.Module) -> None:
     layer.__class__ = _joined(type(layer), type(module))
 
 
-@cache
 def _joined(owner: type[BlockLayer], base: type[nn.Module]) -> type[BlockLayer]:
-    return type(owner.__name__, (owner, _Joined, base), {"__module__": owner.__module__, "__doc__": owner.__doc__})
+    if (owner, base) not in _JOINED:
+        names = {"__module__": owner.__module__, "__doc__": owner.__doc__}
+        _JOINED[owner, base] = type(owner.__name__, (owner, _Joined, base), names)
+    return _JOINED[owner, base]
 
 
 def _empty(owner: type[BlockLayer], base: type[nn.Module]) -> BlockLayer:
@@ -139,12 +141,12 @@ def _empty(owner: type[BlockLayer], base: type[nn.Module]) -> BlockLayer:
 
 
 def _built(name: str, block: Block, conv: _ConvNd, norm: _BatchNorm | None, preserve: bool, online: bool) -> nn.Module:
-    """What expand puts in the place of a convolution and its norm. Raises :class:`ReparamError` if it does not apply."""
+    """What expand puts in the place of a convolution and its norm, or :class:`ReparamError` if it does not apply."""
     site = Site(conv, norm, preserve=preserve, online=online)
     key = signature(site, block, online), preserve, block.info.declare
     if key not in _TRIED:
         pair = nn.Sequential(OrderedDict(conv=conv, norm=norm or nn.Identity()))
-        tried = try_on_meta(pair, Found("conv", conv, norm and Norm("norm")), block, preserve, online)
+        tried = try_on_meta(pair, Found("conv", conv, None if norm is None else Norm("norm")), block, preserve, online)
         _TRIED[key] = tried if isinstance(tried, Refusal) else None
     if (refusal := _TRIED[key]) is not None:
         raise ReparamError(f"{name}: {refusal.message}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ class MobileOne(nn.Module):
 class Dilated(nn.Module):
     """UniRepLKNet's large depthwise kernel."""
 
-    SIZES = {
+    SIZES: ClassVar = {
         9: ((5, 1), (5, 2), (3, 3), (3, 4)),
         13: ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
         7: ((5, 1), (3, 2), (3, 3)),
@@ -198,7 +198,7 @@ class DOConv(nn.Module):
 
 
 class ECB(nn.Module):
-    MASKS = {"sbx": [[1, 0, -1], [2, 0, -2], [1, 0, -1]], "sby": [[1, 2, 1], [0, 0, 0], [-1, -2, -1]],
+    MASKS: ClassVar = {"sbx": [[1, 0, -1], [2, 0, -2], [1, 0, -1]], "sby": [[1, 2, 1], [0, 0, 0], [-1, -2, -1]],
              "lpl": [[0, 1, 0], [1, -4, 1], [0, 1, 0]]}  # fmt: skip
 
     class Branch(nn.Module):

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.published_blocks import (
-    ACB, DBB, OREPA, DOConv, MobileOne, Orepa1x1, OrepaRepVGG, OrepaStem, RepVGG, conv_bn,
+    ACB,
+    DBB,
+    OREPA,
+    DOConv,
+    MobileOne,
+    Orepa1x1,
+    OrepaRepVGG,
+    OrepaStem,
+    RepVGG,
+    conv_bn,
 )  # fmt: skip
 
 __all__ = ["NETWORKS", "Published"]
@@ -26,7 +35,7 @@ Make = Callable[..., nn.Module]
 
 
 def relu(module: nn.Module, name: str = "") -> nn.Module:
-    """A ReLU behind a block: inside of ACNet's ``acb`` module, behind the members of a ``conv``, ``bn`` pair, or beside."""
+    """A ReLU behind a block: a pair gets a third member, a block of a class of its own keeps its names."""
     if name:
         return nn.Sequential(OrderedDict([(name, module), ("relu", nn.ReLU())]))
     if isinstance(module, nn.Sequential):
@@ -68,9 +77,15 @@ class ResNet(nn.Module):
     """The code of DBB and OREPA: ``stage0.conv1``, ``stage1.0.conv1``, ..., ``linear``."""
 
     def __init__(
-        self, layers: tuple[int, ...], block: Make, stem: Make = conv_bn, point: Make = conv_bn, *, bottleneck: bool = False,
+        self,
+        layers: tuple[int, ...],
+        block: Make,
+        stem: Make = conv_bn,
+        point: Make = conv_bn,
+        *,
+        bottleneck: bool = False,
         shortcut: Make = conv_bn,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.stage0 = nn.Sequential(OrderedDict(conv1=relu(stem(3, 64, 7, 2)), maxpool=nn.MaxPool2d(3, 2, 1)))
         width, factor = 64, 4 if bottleneck else 1
@@ -273,7 +288,7 @@ class MobileOneS0(nn.Module):
 
 
 def do_resnet18() -> nn.Module:
-    """torchvision's network with DO-Conv in the place of every convolution, as its users put it there."""
+    """The ResNet-18 of torchvision with DO-Conv in the place of every convolution, as its users put it there."""
     from torchvision.models import resnet18
 
     model = resnet18()
@@ -295,11 +310,12 @@ class Published:
     make: Callable[[], nn.Module]
     like: str
     size: int = 64
-    wrapped: Callable[[dict[str, Tensor]], Any] = staticmethod(lambda state: state)
+    wrapped: Callable[[dict[str, Tensor]], Any] | None = None
 
     def state(self, model: nn.Module) -> Any:
         """What its authors' code stores."""
-        return self.wrapped(dict(model.state_dict()))
+        state = dict(model.state_dict())
+        return state if self.wrapped is None else self.wrapped(state)
 
 
 def _module(state: dict[str, Tensor]) -> Any:
@@ -337,7 +353,7 @@ NETWORKS = (
             shortcut=lambda i, o, k, s: Orepa1x1(i, o, s),
         ),
         "torchvision:resnet50",
-    ),  # fmt: skip
+    ),
     Published("OREPA", "RepVGG-A0", partial(RepVGGNet, OrepaRepVGG), "timm:repvgg_a0"),
 )
 

@@ -1,8 +1,8 @@
-"""Checkpoints that the authors of blocks published, or that their code writes: ACNet, DBB, DO-Conv, RepVGG, MobileOne,
-OREPA, UniRepLKNet and ECB.
+"""Checkpoints that the authors of blocks published, or that their code writes.
 
-What a file holds is found in the names of its tensors. Each block is compared, in float64, with its authors' own formula
-(:mod:`reparam.published.formulas`) before anything is returned. The published code pads behind an inner norm with what
+Of ACNet, DBB, DO-Conv, RepVGG, MobileOne, OREPA, UniRepLKNet and ECB. What a file holds is found in the names of its
+tensors. Each block is compared, in float64, with its authors' own formula (:mod:`reparam.published.formulas`) before
+anything is returned. The published code pads behind an inner norm with what
 that makes of zero; ours pads in front of it: folded, and so in evaluation, both are the same.
 """
 

@@ -87,7 +87,7 @@ def acb(t: Tensors, x: Tensor, g: Geometry, options: Mapping[str, Any]) -> Tenso
 
 
 def dbb(t: Tensors, x: Tensor, g: Geometry, options: Mapping[str, Any]) -> Tensor:
-    """kxk + 1x1 + (1x1, average) + (1x1, kxk), each with norms; the inner ones pad with what they make of zero."""
+    """Sum of kxk, 1x1, (1x1, average), (1x1, kxk), each with norms; the inner ones pad with what they make of zero."""
     y = _norm(t, "dbb_origin.bn", _conv(x, t["dbb_origin.conv.weight"], g))
     if "dbb_1x1.conv.weight" in t:
         y = y + _norm(t, "dbb_1x1.bn", _conv(x, t["dbb_1x1.conv.weight"], g))
@@ -108,7 +108,7 @@ def dbb(t: Tensors, x: Tensor, g: Geometry, options: Mapping[str, Any]) -> Tenso
 
 
 def repvgg(t: Tensors, x: Tensor, g: Geometry, options: Mapping[str, Any]) -> Tensor:
-    """kxk + 1x1 + identity, each with its norm."""
+    """Sum of kxk, 1x1 and identity, each with its norm."""
     return _norm(t, "rbr_dense.bn", _conv(x, t["rbr_dense.conv.weight"], g)) + _beside(t, x, g)
 
 
@@ -218,9 +218,9 @@ def orepa_kernel(t: Tensors, groups: int, path: str = "", word: str = "orepa") -
     point = point.reshape(-1, groups, inputs, depth.shape[2])
     kernels.append(torch.einsum("cgthw,ocgt->coghw", depth, point).reshape(origin.shape))
     # RepVGG's form has a last row that nothing reads.
-    return torch.stack([row[:, None, None, None] * k for row, k in zip(t[f"{path}vector"], kernels, strict=False)]).sum(
-        0
-    )
+    rows = t[f"{path}vector"][: len(kernels), :, None, None, None]
+    whole: Tensor = (rows * torch.stack(kernels)).sum(0)
+    return whole
 
 
 def orepa(t: Tensors, x: Tensor, g: Geometry, options: Mapping[str, Any]) -> Tensor:
@@ -233,13 +233,14 @@ def orepa_1x1_kernel(t: Tensors) -> Tensor:
     """A 1x1 kernel and a product of two, each times its vector."""
     both = torch.einsum("tixy,otxy->oixy", t["weight_or1x1_l2i_conv1"], t["weight_or1x1_l2i_conv2"])
     origin, product = t["vector"][:, :, None, None, None]
-    return origin * t["weight_or1x1_origin"] + product * both
+    whole: Tensor = origin * t["weight_or1x1_origin"] + product * both
+    return whole
 
 
 def orepa_stem_kernel(t: Tensors) -> Tensor:
     """3x3 kernels of OREPA, correlated one after another: each of the next is laid over the last at every offset."""
-    paths = sorted({name.partition(".")[0] for name in t if re.match(r"weight\d+\.", name)})
-    kernel = orepa_kernel(t, 1, f"{paths[0]}.").transpose(0, 1)
+    paths: list[str] = sorted({name.partition(".")[0] for name in t if re.match(r"weight\d+\.", name)})
+    kernel: Tensor = orepa_kernel(t, 1, f"{paths[0]}.").transpose(0, 1)
     for path in paths[1:]:
         kernel = F.conv2d(kernel, orepa_kernel(t, 1, f"{path}."), padding=2)
     return kernel.transpose(0, 1)

@@ -1,9 +1,10 @@
 """The names that the authors of blocks gave to their tensors, and which of ours they are.
 
-A grammar lists the parts of one block behind the block's path. In a part ``*`` stands for any tensor of a batch norm and
-``{i}`` for a number, which the name on our side repeats. Our names are those of the block that :func:`reparam.expand`
-makes; ``norm`` is the batch norm behind a block that has none inside. A block of which we have no declaration becomes a
-plain ``weight`` and ``bias`` by formula. What is frozen is checked against the constant that it has to be.
+A grammar lists the parts of one block behind the block's path. In a part ``*`` stands for any tensor of a batch norm
+and ``{i}`` for a number, which the name on our side repeats. Our names are those of the block that
+:func:`reparam.expand` makes; ``norm`` is the batch norm behind a block that has none inside. A block that we have no
+declaration of becomes a plain ``weight`` and ``bias`` by formula. What is frozen is checked against the constant that
+it has to be.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from reparam.published import formulas
 __all__ = ["BATCH_NORM", "GRAMMARS", "Grammar", "Unit", "normed", "translated"]
 
 Tensors = Mapping[str, Tensor]
+Options = Mapping[str, Any]
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _TENSOR = f"({'|'.join(BATCH_NORM)})"
 
@@ -49,7 +51,7 @@ def _none(t: Tensors) -> dict[str, Any]:
     return {}
 
 
-def _no_tensors(t: Tensors, g: Geometry) -> dict[str, Tensor]:
+def _no_tensors(t: Tensors, g: Geometry, options: Options) -> dict[str, Tensor]:
     return {}
 
 
@@ -77,7 +79,7 @@ class Grammar:
         constants: what frozen tensors have to be, by a pattern for their parts.
         identity: the norm that is the identity branch, where a block has one.
         shape: of the kernel, ``(out, in / groups, *size)``; by default the main part's.
-        fits: whether tensors of these names are really this block's.
+        fits: whether tensors of these names are this block's, or may be where its main part is missing.
     """
 
     name: str
@@ -85,12 +87,12 @@ class Grammar:
     block: str
     parts: tuple[tuple[str, str], ...]
     main: str
-    forward: Callable[[Tensors, Tensor, Geometry, Mapping[str, Any]], Tensor]
+    forward: Callable[[Tensors, Tensor, Geometry, Options], Tensor]
     generic: tuple[str, ...] = ()
     deployed: str = ""
     groups: Callable[[Tensors], int] = _one
     options: Callable[[Tensors], dict[str, Any]] = _none
-    convert: Callable[[Tensors, Geometry], dict[str, Tensor]] = _no_tensors
+    convert: Callable[[Tensors, Geometry, Options], dict[str, Tensor]] = _no_tensors
     becomes: Callable[[Tensors], str] | None = None
     constants: Mapping[str, Callable[[Tensors, re.Match[str]], Tensor]] = field(default_factory=dict)
     identity: str = ""
@@ -117,9 +119,9 @@ class Grammar:
         """Shape of the kernel, ``(out, in / groups, *size)``."""
         return tuple(t[self.main].shape) if self.shape is None else self.shape(t)
 
-    def ours(self, t: Tensors, g: Geometry) -> dict[str, Tensor]:
-        """The tensors under our names."""
-        return {**translated(self.parts, t), **self.convert(t, g)}
+    def ours(self, t: Tensors, g: Geometry, options: Options) -> dict[str, Tensor]:
+        """The tensors under our names, for our block with these options."""
+        return {**translated(self.parts, t), **self.convert(t, g, options)}
 
 
 def _regex(part: str) -> str:
@@ -292,6 +294,12 @@ def _ecb_options(t: Tensors) -> dict[str, Any]:
     return {"multiplier": middle / out}
 
 
+def _ecb_convert(t: Tensors, g: Geometry, options: Options) -> dict[str, Tensor]:
+    """The authors' identity has no factor, and so no tensor."""
+    bias = t["conv3x3.bias"]
+    return {"identity.scale.weight": torch.ones_like(bias)[:, None, None]} if options.get("identity") else {}
+
+
 ECB = Grammar(
     name="ecb",
     said="edge-oriented convolution block (ECBSR, ACM MM 2021)",
@@ -319,13 +327,14 @@ ECB = Grammar(
     forward=formulas.ecb,
     generic=("conv3x3.weight", "conv3x3.bias"),
     options=_ecb_options,
+    convert=_ecb_convert,
 )
 
 
 # ------------------------------------------------------------------ DO-Conv
 
 
-def _doconv_convert(t: Tensors, g: Geometry) -> dict[str, Tensor]:
+def _doconv_convert(t: Tensors, g: Geometry, options: Options) -> dict[str, Tensor]:
     bias = {"bias": t["bias"]} if "bias" in t else {}
     if "D" in t and _doconv_loads(t):
         return {"weight": t["W"], "D": t["D"], **bias}
@@ -363,11 +372,11 @@ DOCONV = Grammar(
     becomes=lambda t: "doconv" if "D" in t and _doconv_loads(t) else "",
     constants={"[dD]_diag": lambda t, match: formulas.doconv_identity(t["D"])},
     shape=lambda t: (*t["W"].shape[:2], *(_taps(t["D"].shape[1]) if "D" in t else (1, 1))),
-    fits=lambda t: t["W"].dim() == 3 and ("D" in t or t["W"].shape[2] == 1),
+    fits=lambda t: "W" not in t or (t["W"].dim() == 3 and ("D" in t or t["W"].shape[2] == 1)),
 )
 
 
-def _doconv_rows(t: Tensors, g: Geometry) -> dict[str, Tensor]:
+def _doconv_rows(t: Tensors, g: Geometry, options: Options) -> dict[str, Tensor]:
     """Ours of TensorFlow's ``kernel (m, in / groups, out)`` and ``D (taps, m, in)``, its rows in our order."""
     kernel = formulas.doconv_last(t)
     D = t["D"].permute(2, 0, 1).unflatten(0, (-1, g.groups)).transpose(0, 1).flatten(0, 1)
@@ -386,7 +395,7 @@ DOCONV_TENSORFLOW = Grammar(
     options=lambda t: _depth(*t["D"].shape[:2]),
     convert=_doconv_rows,
     shape=lambda t: (t["kernel"].shape[2], t["kernel"].shape[1], *_taps(t["D"].shape[0])),
-    fits=lambda t: "D" in t and t["kernel"].dim() == 3,
+    fits=lambda t: "kernel" in t and t["kernel"].dim() == 3,
 )
 DOCONV_GLUON = Grammar(
     name="doconv_gluon",
@@ -398,7 +407,7 @@ DOCONV_GLUON = Grammar(
     generic=("weight", "bias"),
     groups=lambda t: t["D"].shape[2] // t["weight"].shape[1],
     convert=_doconv_rows,
-    fits=lambda t: "D" in t and t["weight"].dim() == 4,
+    fits=lambda t: "weight" not in t or t["weight"].dim() == 4,
 )
 
 
@@ -410,7 +419,7 @@ def _orepa_groups(path: str, word: str) -> Callable[[Tensors], int]:
     return lambda t: t[first].shape[0] // t[second].shape[1]
 
 
-def _orepa_convert(t: Tensors, g: Geometry) -> dict[str, Tensor]:
+def _orepa_convert(t: Tensors, g: Geometry, options: Options) -> dict[str, Tensor]:
     names = ("square", "average", "prior", "sequence", "point", "separable")
     found = {f"{name}.scale.weight": row[:, None, None] for name, row in zip(names, t["vector"], strict=True)}
     first, inputs = t["weight_orepa_1x1_kxk_idconv1"], g.in_channels
@@ -430,10 +439,9 @@ def _orepa_options(t: Tensors) -> dict[str, Any]:
 
 
 def _orepa_parts(word: str, path: str = "") -> tuple[tuple[str, str], ...]:
-    names = ("origin", "avg_conv", "avg_avg", "pfir_conv", "prior", "1x1_kxk_idconv1", "1x1_kxk_conv2")
-    names += ("1x1", "gconv_dw", "gconv_pw")
-    whole = [f"weight_{word}_{name}" for name in names if (word, name) != ("rbr", "1x1")]
-    return tuple((f"{path}{name}", "") for name in (*whole, "vector", "id_tensor"))
+    names = ["origin", "avg_conv", "avg_avg", "pfir_conv", "prior", "1x1_kxk_idconv1", "1x1_kxk_conv2", "gconv_dw"]
+    names += ["gconv_pw", *(["1x1"] if word == "orepa" else [])]
+    return tuple((f"{path}{name}", "") for name in (*(f"weight_{word}_{n}" for n in names), "vector", "id_tensor"))
 
 
 _RENAMED = {
@@ -485,7 +493,7 @@ OREPA_1X1 = Grammar(
     forward=formulas.orepa,
     generic=("vector", "bn.*"),
     deployed="or1x1_reparam",
-    convert=lambda t, g: {"weight": formulas.orepa_1x1_kernel(t)},
+    convert=lambda t, g, options: {"weight": formulas.orepa_1x1_kernel(t)},
 )
 
 
@@ -504,7 +512,7 @@ OREPA_STEM = Grammar(
     forward=formulas.orepa_stem,
     generic=("bn.*",),
     deployed="or_large_reparam",
-    convert=lambda t, g: {"weight": formulas.orepa_stem_kernel(t)},
+    convert=lambda t, g, options: {"weight": formulas.orepa_stem_kernel(t)},
     constants=_OREPA_CONSTANTS,
     shape=_stem_shape,
 )
@@ -517,7 +525,7 @@ OREPA_REPVGG = Grammar(
     forward=formulas.orepa_repvgg,
     generic=("rbr_dense.bn.*", *(part for part, _ in _REPVGG), "rbr_dense.vector", "rbr_dense.id_tensor"),
     groups=_orepa_groups("rbr_dense.", "rbr"),
-    convert=lambda t, g: {"square.conv.weight": formulas.orepa_kernel(t, g.groups, "rbr_dense.", "rbr")},
+    convert=lambda t, g, options: {"square.conv.weight": formulas.orepa_kernel(t, g.groups, "rbr_dense.", "rbr")},
     constants=_OREPA_CONSTANTS,
     identity="rbr_identity",
 )

@@ -1,8 +1,8 @@
 """From the names of a published network to those of torchvision, timm and the networks of this package.
 
-A list of renames says what the path of each module in a file is called elsewhere. The first list with which every module
-of the file finds its place, and none of the network is left over, counts. Where no list fits, the two trees of names are
-compared: modules of one shape under one parent have to have the same names, or names that differ in their numbers only.
+A list of renames says what the path of each module in a file is called elsewhere. The first list counts with which all
+modules of the file find their place, and none of the network is left over. Where no list fits, the two trees of names
+are compared: modules of one shape under one parent need the same names, or names that differ in their numbers.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def _vgg(match: re.Match[str]) -> str:
 
 
 _LISTS: dict[str, tuple[Rename, ...]] = {
+    "as they are": (),
     "ResNet": (
         (r"(?:stage0\.)?conv1", "conv1"),
         (r"stage(\d)\.(?:block)?(\d+)\.conv(\d)", r"layer\1.\2.conv\3"),
@@ -82,7 +83,6 @@ _LISTS: dict[str, tuple[Rename, ...]] = {
     ),
     "Cifar-quick": ((r"conv(\d)", r"conv\1.conv"),),
     "MNIST toy": ((r"conv(\d)", lambda match: f"layers.{2 * int(match[1]) - 2}"),),
-    "as they are": (),
 }
 
 
@@ -173,7 +173,10 @@ def _by_tree(theirs: Mapping[str, Shape], network: Mapping[str, Shape]) -> dict[
     """Places by the structure of both; None if it differs. Raises :class:`FileError` if several would do."""
     first, second = _Node.of(theirs), _Node.of(network)
     found: dict[str, str] = {}
-    return found if first.kind == second.kind and _match(first, second, found) is None else None
+    if first.kind != second.kind:
+        return None
+    _match(first, second, found)
+    return found
 
 
 def _match(a: _Node, b: _Node, found: dict[str, str]) -> None:

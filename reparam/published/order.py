@@ -1,9 +1,9 @@
 """ACNet's second layout of HDF5 files: tensors by their order, ``kernel0, gamma0, beta0, mu0, sigma0, ...``.
 
 What its code finds ``conv.weight`` in the name of is a kernel, with the norm of the same number behind it; all else
-keeps its name. A square kernel with two lines behind it, vertical and horizontal, is a block. The order is that in which
-the authors' network registers its modules, so it takes the network to tell what is what: their residual blocks register
-the projection first, others do last. The order whose shapes agree one by one is the right one.
+keeps its name. A square kernel with two lines behind it, vertical and horizontal, is a block. The order is that in
+which the authors' network registers its modules, so it takes the network to tell what is what: their residual blocks
+register the projection first, others do last. The order whose shapes agree one by one is the right one.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ _TIMM = {
     ),
 }
 """What our blocks' tensors are called inside of timm's own modules."""
+_DEPLOYED = "it is deployed, and has no branches to train"
 _NATIVE = re.compile(r"(?P<block>.*)\.conv_kxk(\.0)?\.conv")
 """The first kernel of a module of timm's that is such a block itself."""
 
@@ -94,34 +95,30 @@ def put(units: list[Unit], rest: Mapping[str, Tensor], network: Network, asked: 
     if where.native:
         return _native(units, where, network, asked, notes, collapse=collapse)
     plain = collapse or units[0].deployed
-    done = (_plain if plain else _expanded)(units, where, network, asked)
+    model, recipe, difference = (_plain if plain else _expanded)(units, where, network, asked)
     if plain and not collapse:
-        notes = ("it is deployed, and has no branches to train: this is the plain network", *notes)
-    return Put(done[0], done[1], False, done[2], notes)
+        return Put(model, recipe, False, difference, (f"{_DEPLOYED}: this is the plain network", *notes))
+    return Put(model, recipe, False, difference, notes)
 
 
 def _modules(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by module; a convolution ``conv`` and its norm ``bn`` beside it, as all the authors call them, are one."""
+    """Tensors by module; a convolution ``conv`` and its norm ``bn``, as all of the authors call them, are one."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         path, _, last = name.rpartition(".")
         found.setdefault(path, {})[last] = tensor
-    for path in list(found):
+    order = list(found)
+    for path in order:
         stem, _, last = path.rpartition(".")
-        if (
-            last == "conv"
-            and "running_mean" in found.get(f"{stem}.bn", {})
-            and _feeds(found[path], found[f"{stem}.bn"])
-        ):
-            norm = {f"bn.{name}": tensor for name, tensor in found.pop(f"{stem}.bn").items()}
-            found[stem] = {**found.get(stem, {}), **found.pop(path), **norm}
+        norm = found.get(f"{stem}.bn", {})
+        if last == "conv" and "running_mean" in norm and len(norm["running_mean"]) == len(found[path]["weight"]):
+            if order.index(path) > order.index(f"{stem}.bn") and order != sorted(order):
+                continue  # registered in front of the convolution, as in ACNet's wide residual networks
+            found[stem] = found.get(stem, {}) | found.pop(path)
+            found[stem] |= {f"bn.{name}": tensor for name, tensor in found.pop(f"{stem}.bn").items()}
         elif last == "conv" and stem not in found and {"weight", "bias"} == found[path].keys():
             found[stem] = found.pop(path)  # deployed by DBB's and OREPA's code
     return found
-
-
-def _feeds(conv: dict[str, Tensor], norm: dict[str, Tensor]) -> bool:
-    return conv["weight"].shape[0] == norm["running_mean"].shape[0]
 
 
 def _shape(module: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -195,8 +192,8 @@ def _expanded(
         norm = where.norm(to)
         if inner and (mine.norm or any(key.startswith(f"{norm}.") for key in state if norm)):
             raise FileError(
-                f"{unit.path} has norms inside and one more behind it, and expanding takes the only one of {to} inside: "
-                "import it with --collapse (collapse=True)"
+                f"{unit.path} has norms inside and one more behind it, and expanding takes that of {to} inside: import "
+                "it with --collapse (collapse=True)"
             )
         if mine.norm and not norm:
             raise FileError(f"{unit.path} has a norm behind it, and the network's {to} has none")
@@ -245,6 +242,7 @@ def _plain(
 ) -> tuple[nn.Module, Recipe | None, float]:
     model, state, difference = copy.deepcopy(network.stock), _others(where), 0.0
     bare = {path: m for path, m in where.rest.items() if _bare(m, units) and where.norm(where.paths[path])}
+    numbers: list[tuple[str, Tensor, Tensor | None, torch.dtype]]
     numbers = [(where.paths[path], m["weight"], m["bias"], m["weight"].dtype) for path, m in bare.items()]
     for unit in units:
         to = where.paths[unit.path]
@@ -292,8 +290,7 @@ def _native(
             conv = _only_conv(shell, where.paths[unit.path])
             state |= {f"{conv}.{name}": unit.tensors[f"{unit.grammar.deployed}.{name}"] for name in ("weight", "bias")}
         _load(shell, state)
-        said = "it is deployed, and has no branches to train: this is the network collapsed"
-        return Put(shell, None, True, 0.0, (said, *notes))
+        return Put(shell, None, True, 0.0, (f"{_DEPLOYED}: this is the network collapsed", *notes))
     state = _others(where)
     for unit in units:
         to = where.paths[unit.path]

@@ -11,6 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ def _of(grammar: Grammar, tensors: Mapping[str, Tensor]) -> list[Unit]:
         deployed = bool(grammar.deployed) and {f"{grammar.deployed}.bias"} <= found.keys() <= {
             f"{grammar.deployed}.{name}" for name in ("weight", "bias")
         }
-        if deployed or grammar.main not in found or grammar.fits(found):
+        if deployed or grammar.fits(found):
             units.append(Unit(grammar, path, found, deployed))
     return units
 
@@ -153,9 +154,10 @@ def ours(unit: Unit, g: Geometry, asked: Block | None = None) -> Ours:
     for part, constant in _constants(unit).items():
         if not _is_constant(t[part], constant):
             raise FileError(f"{unit.key(part)} is frozen in {grammar.said}, and not the constant that it has to be")
-    found = grammar.ours(t, g)
+    block = block_of(unit, asked)
+    found = grammar.ours(t, g, {} if block is None else block.options)
     norm = {name[len("norm.") :]: found.pop(name) for name in list(found) if name.startswith("norm.")}
-    return Ours(block_of(unit, asked), found, norm)
+    return Ours(block, found, norm)
 
 
 def _constants(unit: Unit) -> dict[str, Tensor]:
@@ -179,10 +181,9 @@ def module_of(unit: Unit, mine: Ours, g: Geometry) -> nn.Sequential:
     Raises :class:`FileError`, with the authors' names, where tensors are missing or of other shapes.
     """
     bias = "bias" in mine.tensors or unit.grammar.block == "ecb"
-    conv = nn.Conv2d(
-        g.in_channels, g.out_channels, g.kernel, g.stride, g.lead, g.dilation, g.groups, bias, dtype=torch.float64,
-        device="meta",
-    )  # type: ignore[arg-type]  # fmt: skip
+    made: Any = nn.Conv2d
+    geometry = (g.in_channels, g.out_channels, g.kernel, g.stride, g.lead, g.dilation, g.groups)
+    conv = made(*geometry, bias=bias, dtype=torch.float64, device="meta")
     norm = nn.BatchNorm2d(g.out_channels, dtype=torch.float64, device="meta")
     behind: nn.Module = nn.Identity()
     module: nn.Module = conv
