@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from tests.published_blocks import (
     ACB,
     DBB,
+    ECB,
     OREPA,
+    Dilated,
     DOConv,
     MobileOne,
     Orepa1x1,
@@ -301,16 +303,82 @@ def do_resnet18() -> nn.Module:
     return model
 
 
+class ConvAct(nn.Module):
+    """The deployed form of ECBSR's code."""
+
+    def __init__(self, inp: int, out: int) -> None:
+        super().__init__()
+        self.conv3x3, self.act = nn.Conv2d(inp, out, 3, padding=1), nn.PReLU(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv3x3(x))
+
+
+class ECBSR(nn.Module):
+    """Of M4C16's size, for three channels in place of one."""
+
+    def __init__(self, block: Make = ECB) -> None:
+        super().__init__()
+        widths = (3, 16, 16, 16, 16, 16, 12)
+        self.backbone = nn.Sequential(*(block(i, o) for i, o in zip(widths, widths[1:], strict=False)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.backbone(x) + x.repeat_interleave(4, 1), 2)
+
+
+def large(channels: int, k: int) -> nn.Module:
+    """The convolution that UniRepLKNet's large kernel is once it is deployed."""
+    return nn.Conv2d(channels, channels, k, padding=k // 2, groups=channels)
+
+
+class UniRepBlock(nn.Module):
+    def __init__(self, channels: int, k: int, block: Make) -> None:
+        super().__init__()
+        self.dwconv = block(channels, k) if k > 3 else nn.Conv2d(channels, channels, k, 1, 1, groups=channels)
+        self.norm = nn.BatchNorm2d(channels)
+        self.pwconv1, self.pwconv2 = nn.Conv2d(channels, 4 * channels, 1), nn.Conv2d(4 * channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.pwconv2(F.gelu(self.pwconv1(self.norm(self.dwconv(x)))))
+
+
+class UniRepLKNet(nn.Module):
+    """Depths, widths and kernels of the T size, without what is no convolution."""
+
+    def __init__(self, block: Make = Dilated) -> None:
+        super().__init__()
+        kernels = ((3, 3, 3), (13, 13, 13), (13, 3, 3) * 6, (13, 13, 13))
+        self.stages, self.downsample_layers, width = nn.ModuleList(), nn.ModuleList(), 3
+        for planes, sizes in zip((80, 160, 320, 640), kernels, strict=True):
+            self.downsample_layers.append(conv_bn(width, planes, 3, 2))
+            self.stages.append(nn.Sequential(*(UniRepBlock(planes, k, block) for k in sizes)))
+            width = planes
+        self.head = nn.Linear(640, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for down, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(down(x))
+        return self.head(x.mean((2, 3)))
+
+
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint: its grammar, the network that it is of, the plain one, and the size of an image."""
+    """A checkpoint: its grammar, the network that it is of, the plain one, and the size of an image.
+
+    ``expands`` says whether the plain one can be expanded; a norm inside and one behind have no place in it.
+    """
 
     grammar: str
     name: str
     make: Callable[[], nn.Module]
-    like: str
+    like: str | Callable[[], nn.Module]
     size: int = 64
+    expands: bool = True
     wrapped: Callable[[dict[str, Tensor]], Any] | None = None
+
+    def plain(self) -> str | nn.Module:
+        """What to import it into."""
+        return self.like if isinstance(self.like, str) else self.like()
 
     def state(self, model: nn.Module) -> Any:
         """What its authors' code stores."""
@@ -355,6 +423,8 @@ NETWORKS = (
         "torchvision:resnet50",
     ),
     Published("OREPA", "RepVGG-A0", partial(RepVGGNet, OrepaRepVGG), "timm:repvgg_a0"),
+    Published("UniRepLKNet", "T", UniRepLKNet, partial(UniRepLKNet, large), expands=False),
+    Published("ECB", "ECBSR-M4C16", ECBSR, partial(ECBSR, ConvAct)),
 )
 
 

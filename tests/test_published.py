@@ -157,8 +157,8 @@ def test_block_by_block(name: str, tmp_path: Path) -> None:
 def test_a_published_network(network: Published, tmp_path: Path) -> None:
     official = lively(network.make())
     file = save(tmp_path / "x.pth", network.state(official))
-    for collapse in (False, True):
-        imported = reparam.import_checkpoint(file, like=network.like, collapse=collapse)
+    for collapse in (False, True)[not network.expands :]:
+        imported = reparam.import_checkpoint(file, like=network.plain(), collapse=collapse)
         assert imported.model is not None
         assert difference(imported.model, official, 3, network.size) < EXACT
 

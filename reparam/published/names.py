@@ -81,6 +81,7 @@ _LISTS: dict[str, tuple[Rename, ...]] = {
         (r"linear1", "hidden"),
         (r"linear2", "fc"),
     ),
+    "ECBSR": ((r"(.*backbone\.\d+)", r"\1.conv3x3"),),
     "Cifar-quick": ((r"conv(\d)", r"conv\1.conv"),),
     "MNIST toy": ((r"conv(\d)", lambda match: f"layers.{2 * int(match[1]) - 2}"),),
 }
