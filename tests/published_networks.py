@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -320,7 +321,7 @@ class ECBSR(nn.Module):
     def __init__(self, block: Make = ECB) -> None:
         super().__init__()
         widths = (3, 16, 16, 16, 16, 16, 12)
-        self.backbone = nn.Sequential(*(block(i, o) for i, o in zip(widths, widths[1:], strict=False)))
+        self.backbone = nn.Sequential(*(block(i, o) for i, o in pairwise(widths)))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pixel_shuffle(self.backbone(x) + x.repeat_interleave(4, 1), 2)

@@ -90,7 +90,10 @@ def put(units: list[Unit], rest: Mapping[str, Tensor], network: Network, asked: 
 
     Raises :class:`FileError` where one has no place, or a block is not what its authors compute.
     """
-    where, said = _places(units, _modules(rest), network.stock)
+    try:
+        where, said = _places(units, _modules(rest), network.stock)
+    except FileError:  # no network but the authors' own has a norm beside its convolution under these very names
+        where, said = _places(units, _paired(_modules(rest)), network.stock)
     notes = (f"names: {said}",)
     if where.native:
         return _native(units, where, network, asked, notes, collapse=collapse)
@@ -102,11 +105,16 @@ def put(units: list[Unit], rest: Mapping[str, Tensor], network: Network, asked: 
 
 
 def _modules(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by module; a convolution ``conv`` and its norm ``bn``, as all of the authors call them, are one."""
+    """Tensors by module."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         path, _, last = name.rpartition(".")
         found.setdefault(path, {})[last] = tensor
+    return found
+
+
+def _paired(found: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """A convolution ``conv`` and its norm ``bn``, as all of the authors call them, as one module."""
     order = list(found)
     for path in order:
         stem, _, last = path.rpartition(".")
@@ -130,7 +138,7 @@ def _places(units: list[Unit], rest: dict[str, dict[str, Tensor]], stock: nn.Mod
     brings = {unit.path: "" for unit in units if unit.deployed or any("running_mean" in part for part in unit.tensors)}
     brings |= {path: "" for path, module in rest.items() if "bn.running_mean" in module or _bare(module, units)}
     convs = {found.path: found for found in find_convs(stock)}
-    theirs = {path: _shape(module) for path, module in _modules_of(stock).items()}
+    theirs = {path: _shape(module) for path, module in _modules(stock.state_dict()).items()}
     native: dict[str, str] = {}
     if any(unit.grammar.block in _TIMM for unit in units):
         native = {match["block"]: path for path in theirs if (match := _NATIVE.fullmatch(path))}
@@ -154,14 +162,6 @@ def _bare(module: Mapping[str, Tensor], units: list[Unit]) -> bool:
 def _kernel_shape(unit: Unit) -> tuple[int, ...]:
     name = f"{unit.grammar.deployed}.weight"
     return tuple(unit.tensors[name].shape) if unit.deployed else unit.grammar.size(unit.tensors)
-
-
-def _modules_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in model.state_dict().items():
-        path, _, last = name.rpartition(".")
-        found.setdefault(path, {})[last] = tensor
-    return found
 
 
 def _others(where: _Placed) -> dict[str, Tensor]:
