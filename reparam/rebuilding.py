@@ -44,7 +44,7 @@ def shells(content: StateFile, path: str | os.PathLike[str]) -> Iterator[nn.Modu
     # not the ones a new network starts with: trained numbers are as good as random ones.
     yield collapse(generic(model), verify=False)
     yield collapse(sources.create(content.source).eval(), verify=False)
-    yield collapse(_generic(sources.create(content.source).eval()), norms="affine", verify=False)
+    yield collapse(generic(sources.create(content.source).eval()), norms="affine", verify=False)
 
 
 def _edited(model: nn.Module, text: str, path: str | os.PathLike[str]) -> nn.Module:

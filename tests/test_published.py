@@ -404,6 +404,23 @@ def test_refused(name: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_whatever_a_file_lacks_it_is_one_line(name: str, tmp_path: Path) -> None:
+    """Each tensor of the first block left out, and each in another shape."""
+    state = {k: v for k, v in CASES[name].official().state_dict().items() if k.startswith("first.")}
+    for key, tensor in state.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        spared = [] if key.endswith("D_diag") else [None]  # which is known, and TensorFlow's code does not store
+        others: list[Tensor | None] = [*spared, tensor.new_ones(3, 5), tensor.new_ones(0), tensor.new_ones(())]
+        for other in others:
+            left = {k: v for k, v in state.items() if k != key} | ({} if other is None else {key: other})
+            with pytest.raises(files.FileError) as caught:
+                reparam.import_checkpoint(save(tmp_path / "x.pth", left), like=None)
+            assert "\n" not in str(caught.value)
+            assert "first" in str(caught.value)
+
+
 def test_names_without_a_place_are_listed(tmp_path: Path) -> None:
     case = CASES["dbb"]
     file = save(

@@ -207,7 +207,10 @@ def orepa_kernel(t: Tensors, groups: int, path: str = "", word: str = "orepa") -
     origin = weight("origin")
     (out, inputs), size = origin.shape[:2], origin.shape[2:]
     kernels = [origin, pointwise("avg_conv", "avg_avg"), pointwise("pfir_conv", "prior")]
-    first = weight("1x1_kxk_idconv1") + t[f"{path}id_tensor"]
+    change, prior = weight("1x1_kxk_idconv1"), weight("prior")
+    if change.shape[1:] != (inputs, 1, 1) or prior.shape != (out, *size):
+        raise ValueError("shapes that would be broadcast")
+    first = change + t[f"{path}id_tensor"]
     second = weight("1x1_kxk_conv2")
     both = torch.einsum("gti,gothw->goihw", first.reshape(groups, -1, inputs), second.unflatten(0, (groups, -1)))
     kernels.append(both.flatten(0, 1))

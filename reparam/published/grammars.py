@@ -230,6 +230,14 @@ _REPVGG = (
     *normed(("rbr_1x1.conv", "rbr_1x1.bn", "point.conv", "point.norm")),
     ("rbr_identity.*", "identity.*"),
 )
+
+
+def _repvgg_options(t: Tensors) -> dict[str, Any]:
+    """Blocks after RepVGG's have no identity where there could be one; where there could be none, it is the same."""
+    out, inputs = t["rbr_1x1.conv.weight"].shape[:2]
+    return {"identity": False} if out == inputs and "rbr_identity.running_mean" not in t else {}
+
+
 REPVGG = Grammar(
     name="repvgg",
     said="RepVGG block (CVPR 2021)",
@@ -239,6 +247,7 @@ REPVGG = Grammar(
     forward=formulas.repvgg,
     deployed="rbr_reparam",
     groups=_kept_groups("rbr_identity", "rbr_dense.conv.weight"),
+    options=_repvgg_options,
     identity="rbr_identity",
 )
 REPVGG_NORMED = Grammar(
@@ -455,15 +464,17 @@ _RENAMED = {
 
 
 def _orepa_mean(t: Tensors, match: re.Match[str]) -> Tensor:
-    window = t[match[0]]
+    window = t[f"{match[1]}_origin"][0, 0]
     return torch.full_like(window, 1 / window.numel())
 
 
 def _orepa_identity(t: Tensors, match: re.Match[str]) -> Tensor:
-    return formulas.frozen_identity(t[match[0]])
+    path = match[1] or ""
+    words = [word for word in ("orepa", "rbr") if f"{path}weight_{word}_1x1_kxk_idconv1" in t]
+    return formulas.frozen_identity(t[f"{path}weight_{(*words, 'orepa')[0]}_1x1_kxk_idconv1"])
 
 
-_OREPA_CONSTANTS = {r"(.*\.)?weight_(orepa|rbr)_avg_avg": _orepa_mean, r"(.*\.)?id_tensor": _orepa_identity}
+_OREPA_CONSTANTS = {r"(.*weight_\w+)_avg_avg": _orepa_mean, r"(.*\.)?id_tensor": _orepa_identity}
 
 
 OREPA = Grammar(
@@ -525,6 +536,7 @@ OREPA_REPVGG = Grammar(
     forward=formulas.orepa_repvgg,
     generic=("rbr_dense.bn.*", *(part for part, _ in _REPVGG), "rbr_dense.vector", "rbr_dense.id_tensor"),
     groups=_orepa_groups("rbr_dense.", "rbr"),
+    options=_repvgg_options,
     convert=lambda t, g, options: {"square.conv.weight": formulas.orepa_kernel(t, g.groups, "rbr_dense.", "rbr")},
     constants=_OREPA_CONSTANTS,
     identity="rbr_identity",

@@ -161,7 +161,10 @@ def _bare(module: Mapping[str, Tensor], units: list[Unit]) -> bool:
 
 def _kernel_shape(unit: Unit) -> tuple[int, ...]:
     name = f"{unit.grammar.deployed}.weight"
-    return tuple(unit.tensors[name].shape) if unit.deployed else unit.grammar.size(unit.tensors)
+    if unit.deployed:
+        return tuple(unit.tensors[name].shape)
+    g = geometry_of(unit)
+    return g.out_channels, g.in_channels // g.groups, *g.kernel
 
 
 def _others(where: _Placed) -> dict[str, Tensor]:

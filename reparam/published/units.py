@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,17 +108,28 @@ def _odd(part: str, tensor: Tensor) -> bool:
 # ------------------------------------------------------------------ our module
 
 
+@contextmanager
+def _of_a_file(unit: Unit) -> Iterator[None]:
+    """Say what is wrong with tensors that may be missing, or of any shape."""
+    try:
+        yield
+    except KeyError as error:
+        key = unit.key(str(error.args[0]))
+        raise FileError(f"{unit.path} is {unit.grammar.said} in part: it misses {key}") from error
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise FileError(f"{unit.path}: the shapes of {unit.grammar.said} do not go together") from error
+
+
 def geometry_of(unit: Unit) -> Geometry:
     """What the file says of a convolution; it pads by half of its kernel, and has no dilation."""
-    try:
+    with _of_a_file(unit):
         if unit.deployed:
             shape, groups = tuple(unit.tensors[f"{unit.grammar.deployed}.weight"].shape), 1
         else:
             shape, groups = unit.grammar.size(unit.tensors), unit.grammar.groups(unit.tensors)
         out, inputs, *kernel = shape
-    # The file may have any shape under these names.
-    except (ArithmeticError, IndexError, KeyError, ValueError) as error:
-        raise FileError(f"{unit.path}: the shapes of {unit.grammar.said} do not go together ({error!r})") from error
+        if not kernel or min(shape) < 1 or groups < 1 or out % groups:
+            raise ValueError(shape)
     pads, one = tuple(k // 2 for k in kernel), (1,) * len(kernel)
     # Where an identity branch could be and none is, the convolution strides.
     identity = unit.grammar.identity
@@ -151,11 +163,13 @@ def ours(unit: Unit, g: Geometry, asked: Block | None = None) -> Ours:
     grammar, t = unit.grammar, unit.tensors
     if unit.deployed:
         return Ours(None, {name: t[f"{grammar.deployed}.{name}"] for name in ("weight", "bias")}, {})
-    for part, constant in _constants(unit).items():
+    with _of_a_file(unit):
+        constants = _constants(unit)
+        block = block_of(unit, asked)
+        found = grammar.ours(t, g, {} if block is None else block.options)
+    for part, constant in constants.items():
         if not _is_constant(t[part], constant):
             raise FileError(f"{unit.key(part)} is frozen in {grammar.said}, and not the constant that it has to be")
-    block = block_of(unit, asked)
-    found = grammar.ours(t, g, {} if block is None else block.options)
     norm = {name[len("norm.") :]: found.pop(name) for name in list(found) if name.startswith("norm.")}
     return Ours(block, found, norm)
 
@@ -285,7 +299,7 @@ def deviation(unit: Unit, module: nn.Module, g: Geometry, block: Block | None) -
     x = torch.randn((2, g.in_channels, *sizes), generator=random, dtype=torch.float64)
     # A frozen 1/9 is rounded in the file, and no rounding is left in ours.
     t = {name: tensor.double() for name, tensor in unit.tensors.items()} | _constants(unit)
-    with torch.no_grad():
+    with torch.no_grad(), _of_a_file(unit):
         wanted = unit.grammar.forward(t, x, g, {} if block is None else block.options)
         got = exact(x)
     gap = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1))

@@ -113,7 +113,9 @@ def block(
                 raise ReparamError(f"block {name!r}: option {parameter.name!r} must be keyword-only, with a default")
             options[parameter.name] = parameter.default
         summary = (inspect.getdoc(declare) or "").partition("\n")[0]
-        info = BlockInfo(name, declare, summary, options, online, exact_in_training, choices, linear, adapter, published)
+        info = BlockInfo(
+            name, declare, summary, options, online, exact_in_training, choices, linear, adapter, published
+        )
         _BLOCKS[name] = info
         return declare
 
