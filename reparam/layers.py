@@ -31,9 +31,11 @@ from passes.training.discovery import Found, Norm
 from reparam.api import collapse
 from reparam.training import equivalent_conv
 
-__all__ = ["BlockLayer", "fuse_and_load", "layer_class", "switch_to_deploy"]
+__all__ = ["BlockLayer", "LinearLayer", "fuse_and_load", "layer_class", "switch_to_deploy"]
 
 _NORMS: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NUMBERS = {0: "Linear", 1: "1d", 2: "2d", 3: "3d"}
+"""How the names of layers end, by their number of dimensions."""
 _TRIED: dict[Any, Refusal | None] = {}
 """Why a block does not apply to a geometry, or None, by all that decides it."""
 _JOINED: dict[tuple[type, type], type[BlockLayer]] = {}
@@ -83,8 +85,7 @@ class BlockLayer(nn.Module):
     ) -> None:
         super().__init__()
         name, block, n = type(self).__name__, Block(self._block, **options), self._dims - 1
-        if init not in ("preserve", "paper"):
-            raise ReparamError(f"{name}: init is 'preserve' or 'paper', got {init!r}")
+        preserve = _preserves(self, init)
         geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         wanted = norm is not False
         if norm is None:
@@ -96,7 +97,7 @@ class BlockLayer(nn.Module):
         if not isinstance(behind, _BatchNorm) or behind.num_features != out_channels:
             raise ReparamError(f"{name}: norm= takes a batch norm of {out_channels} features, got {behind}")
         online = block.info.online if online is None else online
-        _become(self, _built(name, block, conv, behind if wanted else None, init == "preserve", online))
+        _become(self, _built(name, block, conv, behind if wanted else None, preserve, online))
 
     def equivalent_conv(self) -> tuple[Tensor, Tensor | None]:
         """Kernel and bias of the convolution that this is in eval mode, see :func:`reparam.equivalent_conv`."""
@@ -113,6 +114,41 @@ class BlockLayer(nn.Module):
             return super().__reduce_ex__(protocol)
         owner, base = made.__bases__[0], made.__bases__[2]
         return _empty, (owner, base), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+class LinearLayer(BlockLayer):
+    """A block in the place of a linear layer, for the blocks that take one: ``LoraLinear(64, 32, rank=4)``.
+
+    ``forward`` takes ``(..., in_features)``.
+
+    Args:
+        in_features, out_features, bias, device, dtype: those of ``nn.Linear``.
+        init, online, options: as of :class:`BlockLayer`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init: str = "paper",
+        online: bool | None = None,
+        **options: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        block = Block(self._block, **options)
+        linear = nn.Linear(in_features, out_features, bias, device, dtype)
+        online = block.info.online if online is None else online
+        _become(self, _built(type(self).__name__, block, linear, None, _preserves(self, init), online))
+
+
+def _preserves(layer: BlockLayer, init: str) -> bool:
+    if init not in ("preserve", "paper"):
+        raise ReparamError(f"{type(layer).__name__}: init is 'preserve' or 'paper', got {init!r}")
+    return init == "preserve"
 
 
 class _Joined:
@@ -140,7 +176,9 @@ def _empty(owner: type[BlockLayer], base: type[nn.Module]) -> BlockLayer:
 # ------------------------------------------------------------------ building
 
 
-def _built(name: str, block: Block, conv: _ConvNd, norm: _BatchNorm | None, preserve: bool, online: bool) -> nn.Module:
+def _built(
+    name: str, block: Block, conv: _ConvNd | nn.Linear, norm: _BatchNorm | None, preserve: bool, online: bool
+) -> nn.Module:
     """What expand puts in the place of a convolution and its norm, or :class:`ReparamError` if it does not apply."""
     site = Site(conv, norm, preserve=preserve, online=online)
     key = signature(site, block, online), preserve, block.info.declare
@@ -172,10 +210,14 @@ def _normalises(block: Block, conv: _ConvNd) -> bool:
 
 
 def layer_class(block: str, dims: int = 2) -> type[BlockLayer]:
-    """The layer of a registered block in 1, 2 or 3 dimensions; an unknown name raises :class:`ReparamError`."""
-    if dims not in (1, 2, 3):
-        raise ReparamError(f"a layer has 1, 2 or 3 dimensions, got {dims!r}")
-    return _class(Block(block).info, dims)
+    """The layer of a registered block in 1, 2 or 3 dimensions, or 0 for a linear layer, if the block takes one.
+
+    Raises :class:`ReparamError` for an unknown name.
+    """
+    info = Block(block).info
+    if dims not in _NUMBERS or (dims == 0 and not info.linear):
+        raise ReparamError(f"a layer of {block!r} has {'0, ' if info.linear else ''}1, 2 or 3 dimensions, got {dims!r}")
+    return _class(info, dims)
 
 
 def _class(info: BlockInfo, dims: int) -> type[BlockLayer]:
@@ -188,10 +230,11 @@ def _class(info: BlockInfo, dims: int) -> type[BlockLayer]:
 
 
 def _made(info: BlockInfo, dims: int) -> type[BlockLayer]:
-    name = f"{(*info.published, _camel(info.name))[0]}{dims}d"
-    doc = f"{info.summary}\n\nThe block {info.name!r} as a layer in nn.Conv{dims}d's place; see :class:`BlockLayer`."
-    made = type(name, (BlockLayer,), {"_block": info.name, "_dims": dims, "__module__": __name__, "__doc__": doc})
-    own = inspect.signature(BlockLayer).parameters
+    base, name = BlockLayer if dims else LinearLayer, f"{(*info.published, _camel(info.name))[0]}{_NUMBERS[dims]}"
+    stock = f"Conv{dims}d" if dims else "Linear"
+    doc = f"{info.summary}\n\nThe block {info.name!r} as a layer in nn.{stock}'s place; see :class:`{base.__name__}`."
+    made = type(name, (base,), {"_block": info.name, "_dims": dims, "__module__": __name__, "__doc__": doc})
+    own = inspect.signature(base).parameters
     if clash := sorted(own.keys() & info.options.keys()):
         raise ReparamError(f"block {info.name!r} has an option {clash[0]!r}, which a layer has already: rename it")
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -208,7 +251,8 @@ def _camel(name: str) -> str:
 def _names(info: BlockInfo) -> dict[str, int]:
     """The names of a block's layers, each with its number of dimensions."""
     words = (_camel(info.name), *info.published)
-    return {f"{word}{n}d": n for word in words for n in (1, 2, 3)} | dict.fromkeys(info.published, 2)
+    numbers = {n: text for n, text in _NUMBERS.items() if n or info.linear}
+    return {f"{word}{text}": n for word in words for n, text in numbers.items()} | dict.fromkeys(info.published, 2)
 
 
 def __getattr__(name: str) -> type[BlockLayer]:
@@ -248,8 +292,8 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
 def _deploy(layer: BlockLayer, name: str) -> nn.Module:
     folded = collapse(nn.Sequential(layer), verify="folds")
     left = [module for module in folded.modules() if not isinstance(module, (nn.Sequential, nn.Identity))]
-    if len(left) != 1 or not isinstance(left[0], _ConvNd):
-        raise ReparamError(f"{name} does not fold into one convolution; reparam.explain says why")
+    if len(left) != 1 or not isinstance(left[0], (_ConvNd, nn.Linear)):
+        raise ReparamError(f"{name} does not fold into one layer; reparam.explain says why")
     training = layer.training
     vars(layer).clear()
     vars(layer).update(vars(left[0]), training=training)

@@ -118,6 +118,21 @@ def test_dimensions() -> None:
         assert type(layer.switch_to_deploy()) is (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
 
 
+def test_linear_layers() -> None:
+    layer = layers.LoraLinear(6, 5, rank=2)  # type: ignore[operator]
+    x = torch.randn(3, 7, 6)
+    assert layer(x).shape == (3, 7, 5)
+    other = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(other(x), layer(x))
+    assert isinstance(other, layer_class("lora", 0))
+    want = layer(x)
+    assert type(layer.switch_to_deploy()) is nn.Linear
+    assert torch.allclose(layer(x), want, atol=1e-6)
+    assert not hasattr(layers, "DbbLinear")
+    with pytest.raises(ReparamError, match="a layer of 'dbb' has 1, 2 or 3 dimensions, got 0"):
+        layer_class("dbb", 0)
+
+
 def test_norms() -> None:
     bare = made("dbb", norm=False)
     assert bare.square.bias is not None

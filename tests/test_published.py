@@ -104,6 +104,9 @@ CASES = {
     "mobileone": Case(lambda: (MobileOne(4, 4, 3, 2, 4), MobileOne(4, 4, 1, n=2)), ((4, 4, 3, 2, 4), (4, 4, 1, 1, 1))),
     "orepa": Case(lambda: (OREPA(4, 8, 3, 2), OREPA(8, 8, 3)), DENSE),
     "orepa, groups": Case(lambda: (OREPA(8, 4, 3, 2, 2), OREPA(4, 8, 3, 1, 4)), ((8, 4, 3, 2, 2), (4, 8, 3, 1, 4))),
+    "orepa, many groups": Case(
+        lambda: (OREPA(16, 8, 3, 2, 8), OREPA(8, 8, 3, 1, 4)), ((16, 8, 3, 2, 8), (8, 8, 3, 1, 4))
+    ),
     "orepa, stem and 1x1": Case(lambda: (OrepaStem(4, 8, 7, 2), Orepa1x1(8, 8)), ((4, 8, 7, 2, 1), (8, 8, 1, 1, 1))),
     "orepa in repvgg": Case(lambda: (OrepaRepVGG(4, 8, 3, 2), OrepaRepVGG(8, 8)), DENSE),
     "unireplknet": Case(lambda: (Dilated(4, 9), Dilated(4, 7)), ((4, 4, 9, 1, 4), (4, 4, 7, 1, 4))),
