@@ -19,7 +19,7 @@ from passes.restore import make_identity
 from passes.training.discovery import Found, find_convs
 from reparam import files
 from reparam.disk import FileError
-from reparam.published.grammars import Unit, normed, translated
+from reparam.published.grammar import Unit, normed, translated
 from reparam.published.names import Side, placed
 from reparam.published.units import completed, deviation, folded, geometry_of, ours, shortened
 from reparam.rebuilding import generic

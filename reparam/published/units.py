@@ -25,7 +25,8 @@ from passes.training.build import build
 from passes.training.equivalent import Reading
 from reparam.disk import FileError
 from reparam.published.formulas import frozen_identity
-from reparam.published.grammars import BATCH_NORM, GRAMMARS, Grammar, Unit
+from reparam.published.grammar import BATCH_NORM, Grammar, Unit
+from reparam.published.grammars import GRAMMARS
 from reparam.untrusted import FLOATS
 
 __all__ = ["Folded", "deviation", "find_units", "folded", "geometry_of", "ours", "shortened"]
