@@ -222,7 +222,7 @@ def _put(
         except (RefusalError, SilenceError):
             if real:
                 raise
-            blocks[path] = BranchSum(str(block), {"main": site.main()}, site.conv)
+            blocks[path] = BranchSum(str(block), {"main": site.main()}, site.conv, site.layer, site.inside)
         kind = signature(site, block, row.online)
         if check and preserve and kind not in checked:
             checked.add(kind)

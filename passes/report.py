@@ -16,6 +16,7 @@ from passes.edits.edit import Edit
 from passes.edits.rewritten import Rewritten
 from passes.fold.candidates import Candidate, layers_of
 from passes.graph.dataflow import Flow
+from passes.graph.within import arounds
 from passes.proof.check import Checked
 from passes.refusal import Refusal
 from passes.table import section
@@ -36,7 +37,7 @@ class Counts:
     def of(model: nn.Module) -> Counts:
         modules = list(model.modules())
         return Counts(
-            sum(isinstance(m, (_ConvNd, KernelConv)) for m in modules),
+            sum(isinstance(m, (_ConvNd, KernelConv)) for m in modules) - len(arounds(modules)),
             sum(_is_norm(m) for m in modules),
             sum(isinstance(m, nn.Linear) for m in modules),
             sum(p.numel() for p in model.parameters()),

@@ -13,7 +13,7 @@ import timm
 import torch
 import torchvision
 from small_networks import WIDTH, ConvBN, Net, Residual, images, maps, ready, snapshot, unchanged
-from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d
+from timm.layers import BatchNormAct2d, StdConv2d
 from timm.layers.drop import DropBlock2d
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -430,10 +430,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str, Reason, str]] = {
         lambda: _wrapped(nn.utils.spectral_norm), "conv", Reason.COMPUTED, "weight_norm or spectral_norm",
     ),
     "standardised weight": (
-        lambda: nn.Sequential(StdConv2d(8, 8, 3, padding=1)), "0", Reason.OWN_FORWARD, "StdConv2d does more",
-    ),
-    "dynamic padding": (
-        lambda: nn.Sequential(Conv2dSame(8, 8, 3, 2)), "0", Reason.OWN_FORWARD, "Conv2dSame does more",
+        lambda: nn.Sequential(StdConv2d(8, 8, 3, padding=1)), "0", Reason.OWN_FORWARD, "StdConv2d computes the kernel",
     ),
     "patched forward": (_patched, "conv", Reason.OWN_FORWARD, "Conv2d does more"),
     "nothing calls it": (
