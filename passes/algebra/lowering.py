@@ -52,6 +52,8 @@ def emit(form: Form, target: Target) -> nn.Module:
     if isinstance(form, OpaqueForm):
         layer = copy.copy(form.layer)
         layer.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
+        weight = _cast(form.own_weight, target, "weight")
+        assert weight is not None
     elif form.channelwise:
         assert bias is not None
         layer = ScaleShift(form.out_channels, form.n, device="meta")

@@ -1,7 +1,7 @@
 """A convolution that pads by a rule of its own, and is therefore no :class:`ConvForm`.
 
-timm's ``same`` padding depends on the input's size. Such a layer is still linear in its weight, so one law holds: a map
-per output channel goes into weight and bias (F1, F10). Every other law refuses.
+timm's ``same`` padding depends on the input's size, and so does that of ONNX. Such a layer is still linear in its
+weight, so one law holds: a map per output channel goes into weight and bias (F1, F10). Every other law refuses.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
+from passes.algebra.kernels import swap_in_out
 from passes.refusal import Reason, RefusalError
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ class OpaqueForm:
     weight: Tensor
     bias: Tensor | None
     widened = False
+
+    @staticmethod
+    def of(layer: _ConvNd, weight: Tensor, bias: Tensor | None) -> OpaqueForm:
+        """The form of a layer with this weight, which lies as the layer's own."""
+        return OpaqueForm(layer, swap_in_out(weight, layer.groups) if layer.transposed else weight, bias)
 
     # ---------------------------------------------------------------- facts
 
@@ -71,12 +77,18 @@ class OpaqueForm:
     @property
     def rate(self) -> float:
         """Output positions per input position, about."""
-        return 1 / math.prod(self.stride)
+        each = math.prod(self.stride)
+        return each if self.layer.transposed else 1 / each
 
     @property
     def multiply_adds(self) -> float:
         """Multiply-adds per input position, about."""
         return self.weight.numel() * self.rate
+
+    @property
+    def own_weight(self) -> Tensor:
+        """The weight as it lies in the layer: of a transposed one, input channels come first."""
+        return swap_in_out(self.weight, self.groups).contiguous() if self.layer.transposed else self.weight
 
     @property
     def numbers(self) -> int:
@@ -93,7 +105,8 @@ class OpaqueForm:
 
     def out_size(self, size: Sequence[int]) -> Ints:
         """A size that the output may have, to follow questions about it by example."""
-        return tuple(-(-s // t) for s, t in zip(size, self.stride, strict=True))
+        steps = zip(size, self.stride, strict=True)
+        return tuple(s * t if self.layer.transposed else -(-s // t) for s, t in steps)
 
     def to(self, device: torch.device | str) -> OpaqueForm:
         """The same form with its numbers elsewhere."""
