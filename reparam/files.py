@@ -44,7 +44,7 @@ from reparam.saving import (
     safetensors_torch,
     save_model,
 )
-from reparam.untrusted import ALLOWED, check_names, check_size, check_spec, odd_kind
+from reparam.untrusted import ALLOWED, CODE, check_names, check_size, check_spec, odd_kind
 
 __all__ = [
     "AVERAGED",
@@ -84,6 +84,8 @@ class StateFile:
         others: further keys of that checkpoint that hold a state dict (an average of the weights, say).
         dropped: what stood before every name in the file and was taken off, ``module.`` for instance.
         allow_options: whether the file may ask for any network; else only for one with plain options.
+        allow_code: whether its network may be code of its own, which is then run; else only where a person named it.
+        path: of the file, for errors.
     """
 
     tensors: dict[str, Tensor]
@@ -92,16 +94,21 @@ class StateFile:
     others: tuple[str, ...] = ()
     dropped: str = ""
     allow_options: bool = False
+    allow_code: bool = False
+    path: str = ""
 
     @property
     def source(self) -> str:
         """The spec of the network, or an empty string.
 
-        Raises :class:`FileError` if it has options that are not plain, unless they are allowed.
+        Raises :class:`FileError` if it has options that are not plain or is code, unless that is allowed.
         """
         spec = self.metadata.get("source", "")
-        if spec and not self.allow_options:
-            check_spec(spec)
+        if spec:
+            try:
+                check_spec(spec, any_options=self.allow_options, any_code=self.allow_code)
+            except FileError as error:
+                raise FileError(f"{self.path}: {error}" if self.path else str(error)) from error
         return spec
 
     @property
@@ -145,7 +152,13 @@ def is_file_name(text: str) -> bool:
 # -------------------------------------------------------------------------------------------- reading
 
 
-def load_state(path: str | os.PathLike[str], *, key: str | None = None, allow_options: bool | None = None) -> StateFile:
+def load_state(
+    path: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    allow_options: bool | None = None,
+    allow_code: bool | None = None,
+) -> StateFile:
     """Read the tensors and the note of a file, on the CPU. No code from the file is ever run.
 
     Args:
@@ -153,6 +166,7 @@ def load_state(path: str | os.PathLike[str], *, key: str | None = None, allow_op
         key: where a checkpoint holds its state dict; default: the first of the usual keys.
         allow_options: whether the file may ask for a network with any options of its constructor; see
             :mod:`reparam.untrusted`.
+        allow_code: whether its network may be code that is run to build it.
 
     Raises:
         FileError: missing, of an unknown suffix, truncated, not a state dict, without ``key``, or readable only by
@@ -161,6 +175,8 @@ def load_state(path: str | os.PathLike[str], *, key: str | None = None, allow_op
     """
     source = Path(path)
     kind = source.suffix.lower()
+    if kind == ".py":
+        raise FileError(f"{source} is code: name the network in it, {source}:Net for example")
     if not is_file_name(str(source)):
         raise FileError(f"{source}: unknown kind of file {kind!r}; use {', '.join(SAFE + TORCH + HDF5)}")
     if not os.path.isfile(source):  # which is no error where one may not look
@@ -176,7 +192,12 @@ def load_state(path: str | os.PathLike[str], *, key: str | None = None, allow_op
         if not isinstance(error, FileError) or str(source) in str(error):
             raise
         raise FileError(f"{source}: {error}") from error
-    return replace(read, allow_options=ALLOWED.get() if allow_options is None else allow_options)
+    return replace(
+        read,
+        allow_options=ALLOWED.get() if allow_options is None else allow_options,
+        allow_code=CODE.get() if allow_code is None else allow_code,
+        path=str(source),
+    )
 
 
 def _load_safe(path: Path) -> StateFile:
@@ -316,7 +337,9 @@ def _state_file(
 # -------------------------------------------------------------------------------------------- rebuilding
 
 
-def load_model(path: str | os.PathLike[str], *, allow_options: bool | None = None) -> nn.Module:
+def load_model(
+    path: str | os.PathLike[str], *, allow_options: bool | None = None, allow_code: bool | None = None
+) -> nn.Module:
     """Rebuild the network that a file of :func:`save_model` holds, in eval mode on the CPU.
 
     The network is built from the file's ``source``, expanded or collapsed as the file's network was, and given the
@@ -326,12 +349,14 @@ def load_model(path: str | os.PathLike[str], *, allow_options: bool | None = Non
         path: of the file.
         allow_options: whether the file may ask for a network with any options of its constructor, which may open
             paths and download; by default only plain ones of plain sizes are taken (:mod:`reparam.untrusted`).
+        allow_code: whether its network may be a Python file or module, which is run to build it; by default only one
+            that :func:`reparam.sources.create` was asked for in this context.
 
     Raises:
         FileError: the file does not say where the network comes from, or its tensors do not fit that network.
         UnknownNameError, ReparamError: from :func:`reparam.sources.create`.
     """
-    return rebuild(load_state(path, allow_options=allow_options), path)
+    return rebuild(load_state(path, allow_options=allow_options, allow_code=allow_code), path)
 
 
 def rebuild(content: StateFile, path: str | os.PathLike[str]) -> nn.Module:

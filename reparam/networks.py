@@ -80,10 +80,10 @@ def load(
         raise UsageError("--pretrained and --weights are both weights; leave one out")
     # A spec without trained weights is to be the same network each time it is named.
     torch.manual_seed(seed)
-    stock = sources.create(target, pretrained=pretrained).eval()
     if weights is not None:
-        return _with_weights(target, stock, weights, key, recipe)
-    notes = () if pretrained else (f"{target} has random weights (seed {seed}); see --pretrained",)
+        return _with_weights(target, weights, key, recipe)
+    stock = sources.create(target, pretrained=pretrained).eval()
+    notes = () if pretrained else (f"{target} has random weights (seed {seed}); see --pretrained and --weights",)
     return Network(stock if recipe is None else recipe.expand(stock), target, recipe, notes=notes)
 
 
@@ -111,13 +111,35 @@ def _from_file(target: str, pretrained: bool, weights: Path | None, key: str | N
     return Network(model, content.source, content.recipe, content.collapsed, notes, content.shape)
 
 
-def _with_weights(target: str, stock: nn.Module, weights: Path, key: str | None, recipe: Recipe | None) -> Network:
+def _with_weights(target: str, weights: Path, key: str | None, recipe: Recipe | None) -> Network:
+    sources.name_code(target)
     content = files.load_state(weights, key=key)
+    target = _with_options_of(content, target)
     # A file of `reparam expand`, or of save_model(expanded=), says itself how it was expanded.
     recipe = recipe or content.recipe
+    if content.collapsed:
+        return _collapsed(target, content, weights, recipe)
+    stock = sources.create(target).eval()
     shell = stock if recipe is None else recipe.expand(stock)
     model, notes = _filled(shell, content, weights, target, recipe), _which(content, weights)
     return Network(model, target, recipe, notes=notes, shape=content.shape)
+
+
+def _with_options_of(content: files.StateFile, target: str) -> str:
+    """The spec with the options that a file of the very same network says, where the person leaves some out."""
+    said = content.metadata.get("source", "")
+    if not sources.is_spec(said):
+        return target
+    (*named, given), (*held, options) = sources.parse(target), sources.parse(said)
+    return content.source if named == held and given.items() <= options.items() else target
+
+
+def _collapsed(target: str, content: files.StateFile, weights: Path, recipe: Recipe | None) -> Network:
+    """A file of a collapsed network whose source the person names, since the file may not run its code."""
+    if recipe is not None:
+        raise UsageError(f"{weights} is of a collapsed network; leave out --block")
+    named = replace(content, metadata={**content.metadata, "source": target}, allow_options=True)
+    return Network(files.rebuild(named, weights), target, collapsed=True, shape=content.shape)
 
 
 def _which(content: files.StateFile, weights: Path) -> tuple[str, ...]:
