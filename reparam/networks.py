@@ -15,6 +15,7 @@ import reparam
 from passes.training.discovery import Found, find_convs, plain_norm
 from passes.training.filters import ALL
 from reparam import ReparamError, files, sources
+from reparam.fitting import fitted, misfit, other_classes, without_prefix
 from reparam.recipe import Recipe, parse_where
 
 __all__ = ["Network", "UsageError", "advice", "load"]
@@ -105,7 +106,8 @@ def _from_file(target: str, pretrained: bool, weights: Path | None, key: str | N
         content = replace(content, tensors=trained.tensors)
     if weights is not None and content.recipe is not None and content.source:
         stock = sources.create(content.source).eval()
-        model = _filled(content.recipe.expand(stock), content, weights, content.source, content.recipe)
+        model, said = _filled(content.recipe.expand(stock), content, weights, content.source, content.recipe)
+        notes += said
     else:
         model = files.rebuild(content, target)
     return Network(model, content.source, content.recipe, content.collapsed, notes, content.shape)
@@ -121,8 +123,8 @@ def _with_weights(target: str, weights: Path, key: str | None, recipe: Recipe | 
         return _collapsed(target, content, weights, recipe)
     stock = sources.create(target).eval()
     shell = stock if recipe is None else recipe.expand(stock)
-    model, notes = _filled(shell, content, weights, target, recipe), _which(content, weights)
-    return Network(model, target, recipe, notes=notes, shape=content.shape)
+    model, said = _filled(shell, content, weights, target, recipe)
+    return Network(model, target, recipe, notes=_which(content, weights) + said, shape=content.shape)
 
 
 def _with_options_of(content: files.StateFile, target: str) -> str:
@@ -149,13 +151,26 @@ def _which(content: files.StateFile, weights: Path) -> tuple[str, ...]:
     return (f"the weights are {content.key!r} of {weights}; --key takes others: {', '.join(content.others)}",)
 
 
-def _filled(shell: nn.Module, content: files.StateFile, weights: Path, source: str, recipe: Recipe | None) -> nn.Module:
-    problem = files.misfit(shell, content.tensors)
-    if not problem:
-        return files.load_into(shell, content, weights)
+def _filled(
+    shell: nn.Module, content: files.StateFile, weights: Path, source: str, recipe: Recipe | None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network with the file's tensors, and what was done to their names."""
+    try:
+        found = fitted(shell, content.tensors)
+    except files.FileError as error:
+        raise files.FileError(f"{weights}: {error}") from error
+    if found is not None:
+        return files.load_into(shell, replace(content, tensors=found.tensors), weights), found.notes
     what = source if recipe is None else f"{source} expanded with {recipe}"
-    hint = advice(sources.create(source).eval(), content.tensors)
-    raise files.FileError(f"{weights} does not fit {what}: {problem}" + (f". {hint}" if hint else ""))
+    tensors = without_prefix(shell, content.tensors)
+    if (classes := other_classes(shell, tensors)) is not None:
+        layer, held, own = classes
+        raise files.FileError(
+            f"{weights} is for {held} classes and {what} for {own} ({layer or 'the network'} has as many outputs); "
+            f"name the network for {held}, {source},num_classes={held} where it takes that option"
+        )
+    hint = advice(sources.create(source).eval(), tensors)
+    raise files.FileError(f"{weights} does not fit {what}: {misfit(shell, tensors)}" + (f". {hint}" if hint else ""))
 
 
 # ------------------------------------------------------------------------------------------------- advice
@@ -167,7 +182,7 @@ def advice(stock: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     Every registered block is tried, with its default options, at the first convolution that the file has a block for;
     what is then said to fit was tried on the whole network.
     """
-    if not files.misfit(stock, dict(tensors)):
+    if not misfit(stock, dict(tensors)):
         return "It holds the plain network: leave out --block"
     convs = find_convs(stock, linear=True)
     replaced = [each for each in convs if _children(tensors, each.path) and f"{each.path}.weight" not in tensors]
@@ -179,7 +194,7 @@ def advice(stock: nn.Module, tensors: Mapping[str, Tensor]) -> str:
         tops = list(dict.fromkeys(each.path.partition(".")[0] for each in replaced))
         for where in ([], [ALL], tops, [each.path for each in replaced]):
             fitting = Recipe(name, where=parse_where(where, (), None), online=online)
-            if not files.misfit(fitting.expand(stock), dict(tensors)):
+            if not misfit(fitting.expand(stock), dict(tensors)):
                 return f"It fits with {words}" + "".join(f" --where {pattern!r}" for pattern in where)
         looks = (
             looks or f"{replaced[0].path} looks expanded with {words}, but others do not: see --where, PATTERN=BLOCK"
