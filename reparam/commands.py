@@ -371,7 +371,8 @@ def _keep_norms(norms: str) -> None:
 def _inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:
     """Inputs to count multiply-adds with, one sample; None if none can be guessed."""
     try:
-        return tuple(x[:1] for x in reparam.guess_inputs(model))
+        guessed = reparam.guess_inputs(model)
+        return tuple(x[:1] for x in guessed) if all(isinstance(x, torch.Tensor) for x in guessed) else None
     except ReparamError:
         return None
 
