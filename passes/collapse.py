@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from passes.algebra.lowering import all_finite
 from passes.compiler import compile_model, timed
 from passes.edits.apply import Undo
-from passes.edits.edit import remember
+from passes.edits.carried import other_network, remember
 from passes.edits.holders import apart
 from passes.fold.rules import DEFAULT, Rules
 from passes.graph.capture import join
@@ -149,6 +149,9 @@ def _finished(
     explanation.taken_back = list(ledger.taken_back.values())
     explanation.seconds.update(clock)
     remember(attempt.result, explanation.edits)
+    if explanation.edits and (warning := other_network(attempt.result)):
+        explanation.notes.append(warning)
+        log.warning("collapse: %s", warning)
     for refusal in explanation.taken_back:
         log.warning("collapse: %s", refusal)
     if checked is not None:

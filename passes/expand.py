@@ -25,8 +25,9 @@ from passes.blocks.kit.layers import BranchSum, SilenceError, is_block
 from passes.blocks.kit.registry import Block
 from passes.collapse import check_model
 from passes.edits.apply import apply
+from passes.edits.carried import other_network, remember
 from passes.edits.edit import Block as BlockEdit
-from passes.edits.edit import Edit, Remove, remember
+from passes.edits.edit import Edit, Remove
 from passes.exported import is_program
 from passes.fold.methods import parts_used
 from passes.graph.capture import join
@@ -155,6 +156,8 @@ class Plan:
             raise
         for row in self.taken_back:
             log.warning("expand: the block of %s is taken back: %s", row.layer, row.refusal and row.refusal.message)
+        if warning := other_network(model):
+            log.warning("expand: %s", warning)
         for note in self.notes:
             log.info("expand: %s", note)
         level = logging.INFO if self.expanded else logging.WARNING

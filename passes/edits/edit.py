@@ -7,18 +7,14 @@ new layers come with theirs, or are made without any.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from passes.edits.layer import Layer
 from passes.edits.program import Program, check_name
 
 __all__ = [
-    "Add", "Block", "Clear", "Delete", "Edit", "Fill", "Remove", "Replace", "Rewrite", "Substitute", "made_by",
-    "remember",
+    "Add", "Block", "Clear", "Delete", "Edit", "Fill", "Remove", "Replace", "Rewrite", "Substitute",
 ]  # fmt: skip
 
 
@@ -179,37 +175,3 @@ class Substitute:
 
 
 Edit = Replace | Remove | Add | Fill | Delete | Clear | Rewrite | Block | Substitute
-
-
-def made_by(model: nn.Module) -> tuple[Edit, ...] | None:
-    """The edits that made a network what it is, from the one that its constructor builds; None if there were none."""
-    edits: tuple[Edit, ...] | None = vars(model).get(_ATTRIBUTE)
-    return edits
-
-
-def remember(model: nn.Module, edits: Iterable[Edit]) -> None:
-    """Let a network carry the edits that were made to it, so that its file can; those that no longer show are left out.
-
-    They lie in a plain attribute of the outermost module: copies and pickles have them too.
-    """
-    whole = [*(made_by(model) or ()), *edits]
-    if whole:
-        vars(model)[_ATTRIBUTE] = tuple(reversed([*_showing(reversed(whole))]))
-
-
-_ATTRIBUTE = "reparam_edits"
-
-
-def _showing(backwards: Iterable[Edit]) -> Iterator[Edit]:
-    """The edits of which something is left: no later module took the place of what they changed."""
-    replaced, deleted = set[str](), set[str]()
-    for edit in backwards:
-        names = edit.path.split(".")
-        inside = any(".".join(names[:i]) in replaced for i in range(1, len(names)))
-        itself = edit.path in replaced and isinstance(edit, (Replace, Block, Rewrite))
-        if not (inside or itself or (edit.path in deleted and isinstance(edit, Block))):
-            yield edit
-        if isinstance(edit, Replace) and "like" not in str(edit.layer.kind):
-            replaced.add(edit.path)
-        elif isinstance(edit, Delete):
-            deleted.add(edit.path)
