@@ -29,7 +29,7 @@ from passes.edits.carried import other_network, remember
 from passes.edits.edit import Block as BlockEdit
 from passes.edits.edit import Edit, Remove
 from passes.exported import is_program
-from passes.fold.methods import parts_used
+from passes.fold.methods import folded_by_owner, parts_used
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
@@ -234,7 +234,7 @@ def _put(
         behind = ("", ()) if norm is None else (norm.path, norm.rest)
         edits.append(BlockEdit(path, block.name, options, row.online, preserve, *behind))
         if site.norm_taken and site.norm is not None and norm is not None:
-            edits.append(Remove(norm.path, norm.rest))
+            edits.append(Remove(norm.path, norm.rest, answering=not folded_by_owner(model, norm.path)))
             moved[norm.path] = site.norm
     apply(model, edits, blocks)
     return edits, moved

@@ -103,7 +103,6 @@ def _unavailable(name: str, reason: str) -> Any:
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     help="Any network to better training-time blocks, and trained multi-branch networks to plain convolutions, proven.",
     epilog="SPEC is source:name, timm:repvgg_a0 for example, or code of your own, ./net.py:Net or pkg.models:build, "

@@ -201,7 +201,7 @@ def collapse(
     if left_open and not exports:
         raise UsageError(f"--dynamic is for files that end in {' or '.join(SUFFIXES)}")
     if output is not None:
-        files.check_writable(output) if exports else _check_output(output)
+        files.check_writable(output) if exports else _check_output(output, target, weights)
     sources.name_code(target)
     recipe = _recipe(block, where, kernel, depthwise, online) if block else None
     if recipe is None and (where or kernel or (depthwise, online) != (None, None)):
@@ -246,6 +246,8 @@ def _collapse_onnx(path: Path, output: Path | None, how: bool | str, strict: boo
     if output is not None:
         if output.suffix != ".onnx":
             raise typer.BadParameter(f"{output} must end in .onnx, as the file that is collapsed")
+        if output.exists() and output.samefile(path):
+            raise UsageError(f"{output} is the file that is read, which would be lost; write to another one with -o")
         files.check_writable(output)
     started = time.perf_counter()
     model, explanation = onnx.collapse_with_report(path, verify=how, strict=strict, cost=cost)
@@ -377,8 +379,11 @@ def _inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:
         return None
 
 
-def _check_output(path: Path) -> None:
-    """Fail before the work, not after it."""
+def _check_output(path: Path, *read_for_it: str | Path | None) -> None:
+    """Fail before the work, not after it, and where the file is one that is read for it."""
+    for read in read_for_it:
+        if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
+            raise UsageError(f"{path} is the file that is read, which would be lost; write to another one with -o")
     try:
         files.check_target(path)
     except files.FileError as error:

@@ -1,8 +1,8 @@
 """The edits that the compilers make to a model, as plain data; :mod:`passes.edits.apply` carries them out.
 
-``collapse`` emits ``Replace``, ``Remove``, ``Add``, ``Delete``, ``Clear`` and ``Rewrite``; with ``like=``, ``Replace``
-for what goes back into the places of blocks; ``expand`` emits ``Block`` and ``Remove``. Numbers are no part of an edit:
-new layers come with theirs, or are made without any.
+``collapse`` emits ``Replace``, ``Remove``, ``Add``, ``Delete``, ``Clear``, ``Rewrite`` and ``Settle``; with ``like=``,
+``Replace`` for what goes back into the places of blocks; ``expand`` emits ``Block`` and ``Remove``. Numbers are no part
+of an edit: new layers come with theirs, or are made without any.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from passes.edits.layer import Layer
 from passes.edits.program import Program, check_name
 
 __all__ = [
-    "Add", "Block", "Clear", "Delete", "Edit", "Fill", "Remove", "Replace", "Rewrite", "Substitute",
+    "Add", "Block", "Clear", "Delete", "Edit", "Fill", "Remove", "Replace", "Rewrite", "Settle",
+    "Substitute",
 ]  # fmt: skip
 
 
@@ -38,12 +39,15 @@ class Remove:
         leaving: names of its children that go on, in order.
         keeping: names of its tensors that other code reads.
         program: what goes on where that is no chain of children.
+        answering: whether what stays answers as a batch norm that changes nothing: a library that folds this norm once
+            more (``fuse()``) reads its statistics, and gets the layer before it back.
     """
 
     path: str
     leaving: tuple[str, ...] = ()
     keeping: tuple[str, ...] = ()
     program: Program | None = None
+    answering: bool = False
 
     def __str__(self) -> str:
         names = self.leaving
@@ -120,6 +124,26 @@ class Rewrite:
 
 
 @dataclass(frozen=True)
+class Settle:
+    """Let methods of the module at ``path`` do nothing and return it: what they would fold and delete is folded.
+
+    Args:
+        path: of the module.
+        methods: their names.
+    """
+
+    path: str
+    methods: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            check_name(method)
+
+    def __str__(self) -> str:
+        return f"let {', '.join(self.methods)} of {self.path or 'the model'} return it as it is"
+
+
+@dataclass(frozen=True)
 class Block:
     """Put a training block in the place of a convolution.
 
@@ -174,4 +198,4 @@ class Substitute:
         return f"compute {self.path} from {self.source} by {self.layer}"
 
 
-Edit = Replace | Remove | Add | Fill | Delete | Clear | Rewrite | Block | Substitute
+Edit = Replace | Remove | Add | Fill | Delete | Clear | Rewrite | Settle | Block | Substitute
