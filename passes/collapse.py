@@ -204,7 +204,7 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
             raise ReparamError(
                 f"{name} is a part of what several processes hold (FSDP): take the whole state dict, "
                 "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
-                "torch.distributed.checkpoint.state_dict on every rank, into the network as it was before, and give that"
+                "torch.distributed.checkpoint.state_dict on every rank, into the network as it was, and give that"
             )
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ReparamError(f"{name} is not initialised yet: run the model once first")

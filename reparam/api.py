@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from passes.blocks.kit.layers import is_block
 from passes.collapse import check_model, collapse_model, explain_model
+from passes.expand import ALONE
 from passes.exported import Program, collapse_program, example_of, explain_program, is_program, module_of
 from passes.fold.rules import DEFAULT, rules_of
 from passes.graph.generators import alone
@@ -115,6 +118,13 @@ def collapse_with_report(
         raise ReparamError("an exported program is copied, and has no layers to fill: drop like= and inplace=")
     check_model(module, numbers=bool(verify))
     found: Any
+    if program is None and is_block(module) and not inplace:  # a single layer that was expanded comes back as one
+        inside = nn.Sequential(OrderedDict({ALONE: module})).train(module.training)
+        stock = None if like is None else nn.Sequential(OrderedDict({ALONE: like}))
+        found, explanation = collapse_with_report(
+            inside, example_inputs=example_inputs, like=stock, verify=verify, strict=strict
+        )
+        return found.get_submodule(ALONE), explanation
     with undisturbed(module):
         example = as_example(example_inputs, module)
         if program is not None:

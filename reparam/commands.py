@@ -137,7 +137,7 @@ def expand(
 
     The file says how it was made: collapse, explain and verify rebuild the expanded network from it.
     """
-    _check_output(output)
+    _check_output(output, target, weights)
     sources.name_code(target)  # which may register blocks
     recipe = _recipe(block, where, kernel, depthwise, online, init)
     network = _load(target, plain=True, pretrained=pretrained, weights=weights, key=key, seed=seed)

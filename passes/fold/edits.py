@@ -24,7 +24,7 @@ from passes.fold.candidates import Candidate, Key, Tie
 from passes.fold.folds import Fold
 from passes.fold.forward import new_forward
 from passes.fold.layout import Layout
-from passes.fold.methods import folded_by_owner, folding_again, needed_elsewhere, parts_used
+from passes.fold.methods import folded_from_outside, folding_again, needed_elsewhere, parts_used
 from passes.fold.placement import Rewrite as Change
 from passes.graph.capture import Call, call_of, join
 from passes.graph.methods import MethodCall
@@ -107,7 +107,7 @@ class _Writer:
         if region is None:
             keeping = tuple(sorted(name[len(path) + 1 :] for name in self.layout.read(path)))
             norm = isinstance(self.unit.root.get_submodule(path), _BatchNorm)
-            answering = norm and not keeping and not folded_by_owner(self.unit.root, path)
+            answering = norm and not keeping and folded_from_outside(self.unit.root, path)
             self.done.edits.append(Remove(full, keeping=keeping, answering=answering))
         else:
             self._place(full, region, Replace(full, self._description(region)))

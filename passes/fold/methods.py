@@ -21,7 +21,7 @@ from torch import nn
 from passes.edits.rewritten import plain_class
 from passes.graph.methods import methods_of
 
-__all__ = ["asked_of_others", "folded_by_owner", "folding_again", "needed_elsewhere", "parts_used"]
+__all__ = ["asked_of_others", "folded_from_outside", "folding_again", "needed_elsewhere", "parts_used"]
 
 _LOADS = {"LOAD_ATTR", "LOAD_METHOD"}
 
@@ -62,11 +62,16 @@ def folding_again(kind: type[nn.Module], folded: set[str]) -> tuple[str, ...]:
     return tuple(sorted(name for name in besides if any(_statistics(methods[m]) for m in _reached(methods, name))))
 
 
-def folded_by_owner(model: nn.Module, path: str) -> bool:
-    """Whether a module around a norm folds it by a method of its own, which may count on layers without a bias."""
+def folded_from_outside(model: nn.Module, path: str) -> bool:
+    """Whether a library may know a norm by its owner's class, to fold it, and is right to take a bias before it.
+
+    In torch's containers no one looks for it, and a module around it that folds it by a method of its own may count on
+    a layer without a bias.
+    """
     names = path.split(".")
-    kinds = {plain_class(model.get_submodule(".".join(names[:i]))) for i in range(len(names))}
-    return any(_statistics(function) for kind in kinds for function in _all_methods(kind).values())
+    kinds = [plain_class(model.get_submodule(".".join(names[:i]))) for i in range(len(names))]
+    own = any(_statistics(function) for kind in kinds for function in _all_methods(kind).values())
+    return not own and not kinds[-1].__module__.startswith("torch.nn.")
 
 
 def _all_methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
