@@ -861,7 +861,6 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "name of a model": (lambda: "resnet18", "expected a torch.nn.Module, got str"),
     "class": (lambda: ConvBN, "expected a torch.nn.Module, got type"),
     "state dict": (lambda: ConvBN().state_dict(), "expected a torch.nn.Module, got OrderedDict"),
-    "bare convolution": (conv3, "put it into torch.nn.Sequential"),
     "scripted": (_scripted, "expand first, then torch.jit.script"),
     "compiled": (lambda: torch.compile(ConvBN()), "expand first, then torch.compile"),
     "data parallel": (lambda: nn.DataParallel(ConvBN()), "expand the model inside first, then wrap it in DataPar"),

@@ -111,6 +111,8 @@ class Constants:
 
 def holder_tensors(held: Any) -> list[Tensor]:
     """Floating-point parameters and buffers of a layer, or a tensor that is read by itself."""
+    if type(held) is nn.Identity:  # what it holds only answers questions (passes.edits.apply)
+        return []
     tensors: list[Any] = [*held.parameters(), *held.buffers()] if isinstance(held, nn.Module) else [held]
     return [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
 

@@ -175,6 +175,14 @@ class BranchSum(Within):
         kernel = alone.kernel() if isinstance(alone, KernelConv) else alone.weight
         return kernel, alone.bias  # type: ignore[return-value]
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"the block {self.reparam_block} has no weight of its own: what a library folds or exports is "
+                "the collapsed network, reparam.collapse(model, like=plain); reparam.equivalent_conv has its kernel"
+            )
+        return super().__getattr__(name)
+
     def extra_repr(self) -> str:
         return f"block={self.reparam_block}"
 
