@@ -195,7 +195,7 @@ def decide(
                 edited, failed = edits(folds)
         if not failed:
             said = [refusal for refusal in banned.values() if refusal.reason is not Reason.TAKEN_BACK]
-            explanation.refusals += dict.fromkeys([*worth_saying(flow, selection, said), *said])
+            explanation.refusals += dict.fromkeys([*worth_saying(flow, selection, banned), *said])
             return folds, edited
         banned.update({candidate.together: refusal for candidate, refusal in failed.items()})
         if attempt >= ROUNDS:

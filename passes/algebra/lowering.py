@@ -50,6 +50,8 @@ def emit(form: Form, target: Target) -> nn.Module:
     layer: nn.Module
     if isinstance(form, OpaqueForm):
         layer = without_numbers(form.layer)
+        weight = _cast(form.own_weight, target, "weight")
+        assert weight is not None
     elif form.channelwise:
         assert bias is not None
         layer = ScaleShift(form.out_channels, form.n, device="meta")

@@ -1,8 +1,8 @@
 """A convolution that pads by a rule of its own, and is therefore no :class:`ConvForm`.
 
-timm's ``same`` padding depends on the input's size. Such a layer is still linear in its weight, so one law holds: a map
-per output channel goes into weight and bias (F1, F10). Every other law refuses; and that one too, where the layer does
-more behind its convolution.
+timm's ``same`` padding depends on the input's size, and so does that of ONNX. Such a layer is still linear in its
+weight, so one law holds: a map per output channel goes into weight and bias (F1, F10). Every other law refuses; and
+that one too, where the layer does more behind its convolution.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from passes.algebra.kernels import swap_in_out
 from passes.refusal import Reason, RefusalError
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ def without_numbers(layer: Layer) -> Layer:
     return made
 
 
+def _is_transposed(layer: nn.Module) -> bool:
+    """Whether its weight has input channels first; a deformable convolution does not even say."""
+    return bool(getattr(layer, "transposed", False))
+
+
 @dataclass(frozen=True, eq=False)
 class OpaqueForm:
     """A layer of such a class, with other numbers.
@@ -51,6 +57,11 @@ class OpaqueForm:
     bias: Tensor | None
     last: bool = True
     widened = False
+
+    @staticmethod
+    def of(layer: _ConvNd, weight: Tensor, bias: Tensor | None) -> OpaqueForm:
+        """The form of a layer with this weight, which lies as the layer's own."""
+        return OpaqueForm(layer, swap_in_out(weight, layer.groups) if _is_transposed(layer) else weight, bias)
 
     # ---------------------------------------------------------------- facts
 
@@ -86,12 +97,18 @@ class OpaqueForm:
     @property
     def rate(self) -> float:
         """Output positions per input position, about."""
-        return 1 / math.prod(self.stride)
+        each = math.prod(self.stride)
+        return each if _is_transposed(self.layer) else 1 / each
 
     @property
     def multiply_adds(self) -> float:
         """Multiply-adds per input position, about."""
         return self.weight.numel() * self.rate
+
+    @property
+    def own_weight(self) -> Tensor:
+        """The weight as it lies in the layer: of a transposed one, input channels come first."""
+        return swap_in_out(self.weight, self.groups).contiguous() if _is_transposed(self.layer) else self.weight
 
     @property
     def numbers(self) -> int:
@@ -108,7 +125,8 @@ class OpaqueForm:
 
     def out_size(self, size: Sequence[int]) -> Ints:
         """A size that the output may have, to follow questions about it by example."""
-        return tuple(-(-s // t) for s, t in zip(size, self.stride, strict=True))
+        steps = zip(size, self.stride, strict=True)
+        return tuple(s * t if _is_transposed(self.layer) else -(-s // t) for s, t in steps)
 
     def to(self, device: torch.device | str) -> OpaqueForm:
         """The same form with its numbers elsewhere."""

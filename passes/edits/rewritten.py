@@ -34,18 +34,23 @@ class Rewritten:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         own = getattr(self._plain, "__deepcopy__", None)
-        if own is not None:
+        if own is not None and not issubclass(self._plain, fx.GraphModule):  # which makes its forward of its graph
             return own(self, memo)
-        if any(getattr(self._plain, name, None) is not getattr(nn.Module, name, None) for name in _COPYING):
+        differs = any(getattr(self._plain, name, None) is not getattr(nn.Module, name, None) for name in _COPYING)
+        if differs and not issubclass(self._plain, fx.GraphModule):
             return copy._reconstruct(self, memo, *self.__reduce__())  # type: ignore[attr-defined]
-        new = self.__class__.__new__(self.__class__)
+        new = object.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _restore, (self._plain, dict(self._programs), self._folded), state
+        plain = self._plain
+        if issubclass(plain, fx.GraphModule):  # each has a class of its own, and a graph that the program makes again
+            plain = next(kind for kind in plain.__mro__ if not kind.__qualname__.endswith("GraphModuleImpl"))
+            state = {name: value for name, value in self.__dict__.items() if name not in _MADE}
+        return _restore, (plain, dict(self._programs), self._folded), state
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The new code no longer calls what is set here, or calls it for several layers: not to be ignored in silence.
@@ -75,6 +80,7 @@ def rewrite(module: nn.Module, program: Program, method: str = "forward", folded
     programs = {**(earlier._programs if earlier is not None else {}), method: program}
     _swap(module, plain_class(module), programs, frozenset(folded) | (earlier._folded if earlier else frozenset()))
     module.__dict__.pop(method, None)  # one replaced on the instance would go first
+    _show(module)
 
 
 def _swap(module: nn.Module, plain: type[nn.Module], programs: Mapping[str, Program], folded: frozenset[str]) -> None:
@@ -93,6 +99,16 @@ def _swap(module: nn.Module, plain: type[nn.Module], programs: Mapping[str, Prog
     object.__setattr__(module, "__class__", type(plain.__name__, (Rewritten, plain), members))
 
 
+def _show(module: nn.Module) -> None:
+    """Let a module that has a graph say what it computes now."""
+    program = vars(type(module))["_programs"].get("forward")
+    if isinstance(module, fx.GraphModule) and program is not None:
+        graph = program.graph()
+        graph.owning_module = module
+        module.__dict__.update(_graph=graph, _code=graph.python_code("self").src)
+
+
+_MADE = frozenset(("_graph", "_code", "_wrapped_call", "_tracer_cls"))
 _COPYING = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
 """How a class may say what is copied of it."""
 
@@ -132,5 +148,6 @@ def function_of(program: Program, name: str) -> FunctionType:
 def _restore(plain: type[nn.Module], programs: dict[str, Program], folded: frozenset[str]) -> nn.Module:
     module = plain.__new__(plain)
     nn.Module.__init__(module)
-    _swap(module, plain, programs, folded)
+    _swap(module, type(module), programs, folded)
+    _show(module)
     return module

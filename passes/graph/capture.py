@@ -73,6 +73,8 @@ class Unit:
     replay: Callable[[list[dict[fx.Node, Any]], fx.Node], list[tuple[Any, float]]] | None = None
     """What computes the value of the second node from those of the first, in float64, and the largest magnitude on the
     way; None where the nodes themselves can be run."""
+    sizes: Callable[[fx.Node], tuple[int, ...] | None] | None = None
+    """The shape of a node's value for which its readers were written, where those may take no other."""
 
     def attribute(self, target: str) -> Any:
         """What a ``get_attr`` node reads."""

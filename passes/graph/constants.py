@@ -91,6 +91,8 @@ class Constants:
             return node.target(*args, **kwargs)
         # User code on constants may fail in any way, on meta tensors above all; then the weight is not known.
         except Exception as error:
+            if self.dtype is None:  # masks and indices are real, and do not mix
+                return self._cast(Constants(self.flow, torch.float64).value(node))
             raise RefusalError(Reason.NOT_AFFINE, f"weight expression failed: {error}".splitlines()[0]) from error
 
     def _cast(self, value: Any) -> Any:
