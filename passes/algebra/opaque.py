@@ -37,6 +37,11 @@ def without_numbers(layer: Layer) -> Layer:
     return made
 
 
+def _is_transposed(layer: nn.Module) -> bool:
+    """Whether its weight has input channels first; a deformable convolution does not even say."""
+    return bool(getattr(layer, "transposed", False))
+
+
 @dataclass(frozen=True, eq=False)
 class OpaqueForm:
     """A layer of such a class, with other numbers.
@@ -56,7 +61,7 @@ class OpaqueForm:
     @staticmethod
     def of(layer: _ConvNd, weight: Tensor, bias: Tensor | None) -> OpaqueForm:
         """The form of a layer with this weight, which lies as the layer's own."""
-        return OpaqueForm(layer, swap_in_out(weight, layer.groups) if layer.transposed else weight, bias)
+        return OpaqueForm(layer, swap_in_out(weight, layer.groups) if _is_transposed(layer) else weight, bias)
 
     # ---------------------------------------------------------------- facts
 
@@ -93,7 +98,7 @@ class OpaqueForm:
     def rate(self) -> float:
         """Output positions per input position, about."""
         each = math.prod(self.stride)
-        return each if self.layer.transposed else 1 / each
+        return each if _is_transposed(self.layer) else 1 / each
 
     @property
     def multiply_adds(self) -> float:
@@ -103,7 +108,7 @@ class OpaqueForm:
     @property
     def own_weight(self) -> Tensor:
         """The weight as it lies in the layer: of a transposed one, input channels come first."""
-        return swap_in_out(self.weight, self.groups).contiguous() if self.layer.transposed else self.weight
+        return swap_in_out(self.weight, self.groups).contiguous() if _is_transposed(self.layer) else self.weight
 
     @property
     def numbers(self) -> int:
@@ -121,7 +126,7 @@ class OpaqueForm:
     def out_size(self, size: Sequence[int]) -> Ints:
         """A size that the output may have, to follow questions about it by example."""
         steps = zip(size, self.stride, strict=True)
-        return tuple(s * t if self.layer.transposed else -(-s // t) for s, t in steps)
+        return tuple(s * t if _is_transposed(self.layer) else -(-s // t) for s, t in steps)
 
     def to(self, device: torch.device | str) -> OpaqueForm:
         """The same form with its numbers elsewhere."""

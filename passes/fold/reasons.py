@@ -43,7 +43,9 @@ def worth_saying(flow: Flow, selection: Selection, failed: Mapping[Key, Refusal]
     for node in flow.nodes:
         if node not in dead and node not in flow.constant and _is_norm(flow, node):
             name = flow.unit.name(node)
-            said.setdefault(name, _lost(lost[node], name) if node in lost else why.stays(node))
+            found = why.stays(node)
+            fails = node in lost and found.reason in (Reason.NOT_SELECTED, Reason.LAYOUT)
+            said.setdefault(name, _lost(lost[node], name) if fails else found)
     return list(said.values())
 
 
