@@ -2,7 +2,8 @@
 
 :func:`expand` replaces convolutions by blocks without changing the function, :func:`plan` says what it would do.
 :func:`collapse` folds every multi-branch block and every batch norm, :func:`explain` says what would fold and why the
-rest would not, :func:`verify` compares two networks.
+rest would not, :func:`verify` compares two networks. :func:`save` and :func:`load` keep networks of any
+class, plain, expanded or collapsed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from passes.refusal import Reason, Refusal, ReparamError
     from passes.report import Counts, Explanation, Fold
     from reparam.api import collapse, collapse_with_report, explain, guess_inputs, verify
+    from reparam.pair import load, save
     from reparam.published import Imported, import_checkpoint
     from reparam.training import equivalent_conv, expand, param_groups, plan
     from reparam.zoo import convert_zoo
@@ -49,8 +51,10 @@ __all__ = [
     "explain",
     "guess_inputs",
     "import_checkpoint",
+    "load",
     "param_groups",
     "plan",
+    "save",
     "verify",
 ]
 
@@ -62,6 +66,7 @@ _HOME = {
     "passes.report": ("Counts", "Explanation", "Fold"),
     "passes.expand": ("Plan",),
     "reparam.published": ("Imported", "import_checkpoint"),
+    "reparam.pair": ("load", "save"),
     "reparam.zoo": ("convert_zoo",),
     "reparam.training": ("equivalent_conv", "expand", "param_groups", "plan"),
     "reparam.api": ("collapse", "collapse_with_report", "explain", "guess_inputs", "verify"),

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from passes.algebra.conv_form import ConvForm
 from passes.blocks.kit.layers import ChannelScale
 from passes.expand import Plan, make_plan
 from passes.refusal import RefusalError, ReparamError
@@ -118,7 +119,8 @@ def equivalent_conv(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     quantisation-aware training. Computed in float64 and given in the dtype of the module's parameters.
 
     Args:
-        module: a block of an expanded model, or any module that is one convolution.
+        module: a block of an expanded model, or any module that is one convolution; of a layer that does more in its
+            forward than convolve, what it convolves with.
 
     Returns:
         weight ``(out, in / groups, *kernel)``; bias ``(out,)``, or None where there is none.
@@ -132,10 +134,10 @@ def equivalent_conv(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     if first is None:
         raise ReparamError(f"{type(module).__name__} has no parameters: it has no kernel")
     try:
-        form = Reading(module).form()
+        form = Reading(module).layer()
     except RefusalError as error:
         raise ReparamError(f"{type(module).__name__} is not one convolution: {error}") from error
-    if any(u != 1 for u in form.up):
+    if isinstance(form, ConvForm) and any(u != 1 for u in form.up):
         raise ReparamError(f"{type(module).__name__} is a transposed convolution")
     bias = None if form.bias is None else form.bias.to(first.device, first.dtype)
     return form.weight.to(first.device, first.dtype), bias

@@ -59,8 +59,13 @@ class Reading:
 
     def form(self, dtype: torch.dtype | None = torch.float64) -> ConvForm:
         """The map with its numbers in ``dtype``; shapes only with None. Differentiable where gradients are on."""
-        form: Form = self._signal(dtype)[0].form
+        form = self.layer(dtype)
         return form.refuse() if isinstance(form, OpaqueForm) else form
+
+    def layer(self, dtype: torch.dtype | None = torch.float64) -> Form:
+        """The same of a layer that pads by a rule of its own too."""
+        form: Form = self._signal(dtype)[0].form
+        return form
 
     def multiply_adds(self) -> float:
         """Multiply-adds of all layers inside, per output position."""

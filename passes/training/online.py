@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import Geometry, Layer
 from passes.blocks.kit.layers import BranchSum, ChannelScale
+from passes.graph.within import Inside
 from passes.training.equivalent import KernelProgram
 
 __all__ = ["OnlineSum", "scales_for_norms"]
@@ -25,23 +27,34 @@ __all__ = ["OnlineSum", "scales_for_norms"]
 class OnlineSum(BranchSum):
     """A block that runs as one convolution; same branches, same names as :class:`BranchSum`."""
 
-    def __init__(self, block: str, branches: dict[str, nn.Module], conv: Layer) -> None:
-        super().__init__(block, branches, conv)
+    def __init__(
+        self,
+        block: str,
+        branches: dict[str, nn.Module],
+        conv: Layer,
+        layer: _ConvNd | None = None,
+        inside: Inside | None = None,
+    ) -> None:
+        super().__init__(block, branches, conv, layer, inside)
         self.geometry = Geometry.of(conv)
         self._record()
 
-    def forward(self, input: Tensor) -> Tensor:
+    def inner(self, input: Tensor) -> Tensor:
         # An optimizer's small steps are lost in bfloat16: the kernel is computed in the parameters' own dtype.
         with torch.autocast(input.device.type if isinstance(input, Tensor) else "cpu", enabled=False):
             weight, bias = self._program(self._values())
         return self.geometry.convolve(input, weight, bias)
+
+    def numbers(self) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return self._program(self._values())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, online"
 
     def _record(self) -> None:
         first = next(self.parameters())
-        plain = BranchSum(self.reparam_block, dict(self.named_children()), self)  # type: ignore[arg-type]
+        plain = BranchSum(self.reparam_block, self.branches(), self)  # type: ignore[arg-type]
         program = KernelProgram.of(plain, first.dtype)
         self._program = program
         self._paths = [name.split(".") for name in program.names]
@@ -60,7 +73,7 @@ class OnlineSum(BranchSum):
         """Move or cast; the recorded code holds constants of one dtype on one device."""
         first = next(self.parameters())
         before = first.dtype, first.device
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         first = next(self.parameters())
         if (first.dtype, first.device) != before:
             self._record()

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from torch import distributed
 
 from reparam.networks import UsageError
+from reparam.sources import name_code
 from zoo.networks import find_spec
 from zoo.render import console
 from zoo.train.config import PLAIN, Config, ConfigError, override
@@ -125,6 +126,7 @@ def _configuration(recipe_name: str | None, fields: dict[str, Any], settings: li
     try:
         if "model" in given:
             given["model"] = find_spec(given["model"])
+            name_code(given["model"])  # which may register blocks
         config = Config() if recipe_name is None else recipe(recipe_name, given.get("model"))
         if given.get("block") in (PLAIN, "none"):
             given["block"] = None
