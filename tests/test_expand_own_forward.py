@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import reparam
 from passes.blocks.kit.layers import BranchSum
 from passes.edits.apply import apply
-from passes.edits.edit import made_by
+from passes.edits.carried import made_by
 from passes.edits.text import from_text, to_text
 from passes.training.build import rebuilt
 from reparam import Reason

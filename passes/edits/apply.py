@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -213,12 +212,15 @@ def remainder(old: nn.Module, edit: Remove) -> nn.Module:
 
 
 def _answer(left: nn.Module, old: _BatchNorm, like: Tensor) -> None:
-    """Let what is left of a batch norm answer as one that changes nothing, exactly, in no state dict."""
+    """Let what is left of a batch norm answer as one that changes nothing, exactly, in no state dict.
+
+    Each tensor is one number in memory.
+    """
     left.eps = 0.0  # type: ignore[assignment]
-    one, zero = torch.ones_like(like), torch.zeros_like(like)
+    one, zero = like.new_ones(()).expand_as(like), like.new_zeros(()).expand_as(like)
     for name, value in (("running_mean", zero), ("running_var", one), ("weight", one), ("bias", zero)):
         if getattr(old, name) is not None:
-            left.register_buffer(name, value.clone(), persistent=False)
+            left.register_buffer(name, value, persistent=False)
 
 
 def _inherit(old: nn.Module, new: nn.Module) -> None:
