@@ -217,10 +217,9 @@ def _answer(left: nn.Module, old: _BatchNorm, like: Tensor) -> None:
     Each tensor is one number in memory.
     """
     left.eps = 0.0  # type: ignore[assignment]
-    one, zero = like.new_ones(()).expand_as(like), like.new_zeros(()).expand_as(like)
-    for name, value in (("running_mean", zero), ("running_var", one), ("weight", one), ("bias", zero)):
+    for name, value in (("running_mean", 0.0), ("running_var", 1.0), ("weight", 1.0), ("bias", 0.0)):
         if getattr(old, name) is not None:
-            left.register_buffer(name, value, persistent=False)
+            left.register_buffer(name, like.new_full((), value).expand_as(like), persistent=False)
 
 
 def _inherit(old: nn.Module, new: nn.Module) -> None:
