@@ -192,17 +192,3 @@ def test_a_program_is_of_one_dtype() -> None:
     model.double()
     assert before._program is not program
     assert model(torch.randn(1, 4, 5, 5, dtype=torch.float64)).dtype == torch.float64
-
-
-@pytest.mark.parametrize("block", ["acb", "dbb", "orepa"])
-def test_a_skeleton_on_the_meta_device_runs_with_other_weights(block: str) -> None:
-    """A recorded kernel makes its tensors where its weights are."""
-    model = expanded(block, True).eval()
-    base = copy.deepcopy(model).to("meta")
-    x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
-    got = torch.func.functional_call(base, {**dict(model.named_parameters()), **dict(model.named_buffers())}, (x,))
-    assert torch.allclose(got, model(x), rtol=0, atol=1e-12)
-    with torch.device("meta"):
-        skeleton = reparam.expand(Small(), block, online=True, init="paper").double()
-    skeleton.to_empty(device="cpu").load_state_dict(model.state_dict())
-    assert torch.allclose(skeleton.eval()(x), model(x), rtol=0, atol=1e-12)

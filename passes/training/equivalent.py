@@ -143,9 +143,7 @@ class KernelProgram:
                 form = reading.form(dtype)
             return form.weight.contiguous(), form.bias
 
-        # Not on the meta device: there the laws tell shapes only.
-        floats = [state[name] for name in self.names]
-        example = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in floats]
+        example = [state[name].detach() for name in self.names]
         # Without in-place operations, so that every value is a function of others wherever the code is read again.
         functional = torch.func.functionalize(kernel, remove="mutations")
         recorded = make_fx(functional, tracing_mode="fake")(*example)
@@ -156,7 +154,6 @@ class KernelProgram:
             # A view is recorded for the layout that the weights have now; channels_last may come or go later.
             if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
                 node.target = torch.ops.aten.reshape.default
-        _follow_the_device(recorded.graph)
         recorded.graph.eliminate_dead_code()
         recorded.recompile()
         forget_with(type(recorded).forward)
@@ -178,21 +175,6 @@ class KernelProgram:
 
     def __deepcopy__(self, memo: Any) -> KernelProgram:
         return self  # it holds code, no weights
-
-
-def _follow_the_device(graph: fx.Graph) -> None:
-    """Let recorded code make its tensors where its weights are, wherever those were when it was recorded."""
-    inputs = graph.find_nodes(op="placeholder")
-    with graph.inserting_after(inputs[-1]):
-        device = graph.call_function(getattr, (inputs[0], "device"))
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.kwargs.get("device") is not None:
-            node.kwargs = {**node.kwargs, "device": device}
-        elif node.op == "get_attr":
-            node.prepend(device)
-            with graph.inserting_after(node):
-                there = graph.call_method("to", (node, device))
-            node.replace_all_uses_with(there, delete_user_cb=lambda user, there=there: user is not there)
 
 
 _PROGRAMS: WeakValueDictionary[Any, KernelProgram] = WeakValueDictionary()
