@@ -15,7 +15,7 @@ WIDTHS = (16, 32, 64)
 class Block(nn.Module):
     """Two 3x3 convolutions with batch norm, the input added before the last ReLU, projected where the shape changes."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, projection: bool) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, projection: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
