@@ -212,14 +212,11 @@ def remainder(old: nn.Module, edit: Remove) -> nn.Module:
 
 
 def _answer(left: nn.Module, old: _BatchNorm, like: Tensor) -> None:
-    """Let what is left of a batch norm answer as one that changes nothing, exactly, in no state dict.
-
-    Each tensor is one number in memory.
-    """
+    """Let what is left of a batch norm answer as one that changes nothing, exactly, in no state dict."""
     left.eps = 0.0  # type: ignore[assignment]
     for name, value in (("running_mean", 0.0), ("running_var", 1.0), ("weight", 1.0), ("bias", 0.0)):
         if getattr(old, name) is not None:
-            left.register_buffer(name, like.new_full((), value).expand_as(like), persistent=False)
+            left.register_buffer(name, like.new_full(like.shape, value), persistent=False)
 
 
 def _inherit(old: nn.Module, new: nn.Module) -> None:
