@@ -53,7 +53,11 @@ def train(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="digits, cifar10, cifar100, mnist, synthetic, or a folder.", rich_help_panel=WHAT),
+        typer.Option(
+            "--data",
+            help="digits, cifar10, cifar100, mnist, synthetic, or a folder of images or IDX files.",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     root: Annotated[
         Path | None, typer.Option("--root", help="Where downloaded data sets lie.", rich_help_panel=WHAT)
