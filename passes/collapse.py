@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from passes.algebra.lowering import all_finite
 from passes.compiler import compile_model, timed
 from passes.edits.apply import Undo
-from passes.edits.edit import remember
+from passes.edits.carried import other_network, remember
 from passes.edits.holders import apart
 from passes.fold.rules import DEFAULT, Rules
 from passes.graph.capture import join
@@ -153,6 +153,9 @@ def _finished(
     explanation.taken_back = list(ledger.taken_back.values())
     explanation.seconds.update(clock)
     remember(attempt.result, explanation.edits)
+    if explanation.edits and (warning := other_network(attempt.result)):
+        explanation.notes.append(warning)
+        log.warning("collapse: %s", warning)
     for refusal in explanation.taken_back:
         log.warning("collapse: %s", refusal)
     if checked is not None:
@@ -201,6 +204,12 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
         if _is_quantised(module):
             raise ReparamError(f"{name} is quantised: rewrite the model first, quantise the result")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if _is_shard(tensor):
+            raise ReparamError(
+                f"{name} is a part of what several processes hold (FSDP): take the whole state dict, "
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+                "torch.distributed.checkpoint.state_dict on every rank, into the network as it was, and give that"
+            )
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ReparamError(f"{name} is not initialised yet: run the model once first")
         if numbers and tensor.is_meta:
@@ -215,6 +224,14 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
         if broken or isinstance(layer, (_ConvNd, nn.Linear, _NormBase)):
             kind = "NaN" if broken else "an infinite value"
             raise ReparamError(f"{name} holds {kind}: the model is broken before any fold; restore an older checkpoint")
+
+
+def _is_shard(tensor: Tensor) -> bool:
+    """A tensor of FSDP2 or tensor parallelism, or the flat parameter of the first FSDP."""
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(tensor).__mro__}
+    return getattr(tensor, "_is_flat_param", False) or any(
+        name.startswith("torch.distributed.") and name.endswith((".DTensor", ".FlatParameter")) for name in names
+    )
 
 
 def _is_quantised(module: nn.Module) -> bool:

@@ -34,6 +34,7 @@ from passes.graph.opset import base_operation
 from passes.graph.shapes import Known
 from passes.graph.together import runs_of
 from passes.graph.variants import OtherCalls
+from passes.graph.within import Alone, Within
 from passes.laws.regions import Contraction
 from passes.proof.compare import EquivalenceError
 from passes.proof.hold import FoldKey, Ledger
@@ -80,14 +81,19 @@ def compile_model(
         ledger: which folds are proven, and which were given up before.
     """
     while True:
-        before, shared = len(explanation.folds), False
+        before, again = len(explanation.folds), False
         explanation.refusals.clear()
         units = _traced(model, explanation, example)
         ranks = _ranks(model, units, example)
         for unit in units:
-            if all(unit.root is not m for m in model.modules()):
+            root = next(unit.root.children()) if isinstance(unit.root, Alone) else unit.root
+            if _within(unit.path, explanation) if undos is None else all(root is not m for m in model.modules()):
                 continue  # inside a module that was probed and folded
-            shared |= any(refusal.reason is Reason.SHARED for refusal in unit.opaque.values())
+            # A container that is called twice may be one layer by now, and its surroundings can be read through it; so
+            # may a layer whose block stands in the middle of its forward.
+            again |= any(refusal.reason is Reason.SHARED for refusal in unit.opaque.values())
+            inner = (unit.root.get_submodule(at) for at in unit.opaque)
+            again |= any(isinstance(m, Within) and m.inside is not None and not m.inside.takes_norm for m in inner)
             folds, refusals = len(explanation.folds), len(explanation.refusals)
             for run in runs_of(unit):
                 _compile_unit(model, run, [], explanation, undos, ledger)
@@ -97,12 +103,21 @@ def compile_model(
             refusals = len(explanation.refusals)
             _compile_unit(model, unit, ranks.get(unit, []), explanation, undos, ledger)
             explanation.refusals[refusals:] = [r for r in explanation.refusals[refusals:] if r.layer not in told]
-        # A container that is called twice may be one layer by now, and its surroundings can be read through it.
-        if undos is None or not shared or len(explanation.folds) == before:
+        if undos is None or not again or len(explanation.folds) == before:
+            folded = {layer for fold in explanation.folds for layer in fold.layers}
+            explanation.untraced = [r for r in explanation.untraced if r.layer not in folded or not r.layer]
             for (method, some), owners in explanation.apart.items():
                 more = f" and of {len(owners) - 1} more" if len(owners) > 1 else ""
                 explanation.notes.append(f"{method} of {owners[0]}{more} uses {some} alone, which holds the fold now")
             return
+
+
+def _within(path: str, explanation: Explanation) -> bool:
+    """Whether a module that would be folded as a whole lies around ``path``."""
+    opaque = {refusal.layer for refusal in explanation.untraced}
+    folded = {layer for fold in explanation.folds for layer in fold.layers if layer in opaque}
+    parts = path.split(".")
+    return any(".".join(parts[:i]) in folded for i in range(1, len(parts)))
 
 
 def _compile_unit(
@@ -180,7 +195,7 @@ def decide(
                 edited, failed = edits(folds)
         if not failed:
             said = [refusal for refusal in banned.values() if refusal.reason is not Reason.TAKEN_BACK]
-            explanation.refusals += dict.fromkeys([*worth_saying(flow, selection, said), *said])
+            explanation.refusals += dict.fromkeys([*worth_saying(flow, selection, banned), *said])
             return folds, edited
         banned.update({candidate.together: refusal for candidate, refusal in failed.items()})
         if attempt >= ROUNDS:
@@ -320,7 +335,7 @@ def _ranks(model: nn.Module, units: list[Unit], example: Example | None) -> dict
         (rank,) = returned.get(path, [None])
         if rank is not None and base_operation(model.get_submodule(path)) is None:
             node.meta["known"] = Known(rank, None, None)
-    return {unit: given.get(unit.path, []) for unit in units}
+    return {unit: given.get(unit.path, []) for unit in units if not isinstance(unit.root, Alone)}
 
 
 def clock(explanation: Explanation, stage: str) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -25,10 +25,11 @@ from passes.blocks.kit.layers import BranchSum, SilenceError, is_block
 from passes.blocks.kit.registry import Block
 from passes.collapse import check_model
 from passes.edits.apply import apply
+from passes.edits.carried import other_network, remember
 from passes.edits.edit import Block as BlockEdit
-from passes.edits.edit import Edit, Remove, remember
+from passes.edits.edit import Edit, Remove
 from passes.exported import is_program
-from passes.fold.methods import parts_used
+from passes.fold.methods import folded_from_outside, parts_used
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
@@ -44,6 +45,9 @@ from passes.training.positions import positions_of
 from passes.training.trial import try_blocks
 
 __all__ = ["Cost", "Plan", "PlanRow", "make_plan"]
+
+ALONE = "layer"
+"""How a layer is called that is the whole model; expanding it gives its block."""
 
 log = logging.getLogger("reparam")
 
@@ -91,6 +95,7 @@ class Plan:
     _inplace: bool = False
     _verify: bool | str = True
     compared: tuple[str, ...] = ()
+    _alone: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -156,11 +161,13 @@ class Plan:
             raise
         for row in self.taken_back:
             log.warning("expand: the block of %s is taken back: %s", row.layer, row.refusal and row.refusal.message)
+        if warning := other_network(model):
+            log.warning("expand: %s", warning)
         for note in self.notes:
             log.info("expand: %s", note)
         level = logging.INFO if self.expanded else logging.WARNING
         log.log(level, "expand: %d of %d %s get a block", len(self.expanded), len(self.rows), self.noun)
-        return model
+        return model.get_submodule(ALONE) if self._alone else model
 
     @property
     def noun(self) -> str:
@@ -223,7 +230,7 @@ def _put(
         except (RefusalError, SilenceError):
             if real:
                 raise
-            blocks[path] = BranchSum(str(block), {"main": site.main()}, site.conv)
+            blocks[path] = BranchSum(str(block), {"main": site.main()}, site.conv, site.layer, site.inside)
         kind = signature(site, block, row.form)
         if check and preserve and kind not in checked:
             checked.add(kind)
@@ -232,7 +239,7 @@ def _put(
         behind = ("", ()) if norm is None else (norm.path, norm.rest)
         edits.append(BlockEdit(path, block.name, options, str(row.form), preserve, *behind))
         if site.norm_taken and site.norm is not None and norm is not None:
-            edits.append(Remove(norm.path, norm.rest))
+            edits.append(Remove(norm.path, norm.rest, answering=folded_from_outside(model, norm.path)))
             moved[norm.path] = site.norm
     apply(model, edits, blocks)
     return edits, moved
@@ -253,6 +260,9 @@ def make_plan(
     """Decide for every convolution of ``model``; see :func:`reparam.plan`. The model is not changed."""
     linear = any(each.info.linear for each in named_blocks(block))
     _check(model, init, verify, inplace, linear=linear)
+    _check(model, init, verify, inplace, linear=linear)
+    if alone := isinstance(model, (_ConvNd, nn.Linear) if linear else _ConvNd):
+        model = nn.Sequential(OrderedDict({ALONE: model})).train(model.training)
     with kept_generators(p.device for p in model.parameters()):
         positions = None
         convs = find_convs(model, linear=linear)
@@ -263,7 +273,7 @@ def make_plan(
             positions = positions_of(model, convs, example_inputs)
         decide = _Decision(model, init == "preserve", positions)
         rows = decide.rows(convs, block, where, form)
-        plan = Plan(rows, positions is not None, model, init == "preserve", inplace, verify)
+        plan = Plan(rows, positions is not None, model, init == "preserve", inplace, verify, _alone=alone)
         return _tried(plan, decide, example_inputs, strict) if verify is True else plan
 
 
@@ -338,7 +348,7 @@ class _Decision:
                     PlanRow(found.path, Geometry.of(found.conv), None, refusal and refusal.at(found.path), None, found)
                 )
             else:
-                rows.append(self.row(found, mine, form or Form("online" if mine.info.online else "branches")))
+                rows.append(self.row(found, mine, form or Form.meant(mine)))
         return tuple(rows)
 
     def row(self, found: Found, block: Block, form: Form) -> PlanRow:
@@ -376,8 +386,8 @@ def _check(model: Any, init: Any, verify: Any, inplace: bool, *, linear: bool) -
             "an exported program has no layers that a block could replace: expand the module, then export"
         )
     check_model(model, numbers=False)
-    if isinstance(model, (_ConvNd, nn.Linear) if linear else _ConvNd):
-        raise ReparamError("the model is itself one layer: put it into torch.nn.Sequential, so that it can be replaced")
+    if inplace and isinstance(model, (_ConvNd, nn.Linear) if linear else _ConvNd):
+        raise ReparamError("the model is itself one layer, which cannot be replaced in place: take what expand returns")
     if inplace and (name := next((n for n, p in model.named_parameters() if p.is_inference()), None)) is not None:
         raise ReparamError(
             f"{name} was made under torch.inference_mode() and can never be trained: leave out inplace=True, which "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, TensorArgument
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from passes.compiler import clock
 from passes.edits.edit import Substitute
@@ -128,8 +128,15 @@ class _Compilation(Compilation[Program]):
     def replay(self, given: Sequence[Mapping[str, Tensor]], result: str) -> list[tuple[Tensor, float]]:
         return [self._run({self.nodes[name]: x for name, x in each.items()}, self.nodes[result]) for each in given]
 
+    def sizes(self, name: str) -> tuple[int, ...] | None:
+        """Core aten lays the rows of a linear layer in one dimension, by sizes that stand in the graph."""
+        value = self.nodes[name].meta.get("val")
+        return tuple(_hint(size) for size in value.shape) if isinstance(value, Tensor) and value.numel() else None
+
     def _run(self, given: Mapping[fx.Node, Tensor], result: fx.Node) -> tuple[Tensor, float]:
-        needed = needed_for(result, given, lambda node: node.all_input_nodes)
+        own = all(tuple(x.shape) == self.sizes(node.name) for node, x in given.items())
+        fixed = {n for n in self.program.graph.nodes if own and isinstance(n.meta.get("val"), (int, torch.SymInt))}
+        needed = needed_for(result, given, lambda node: [] if node in fixed else node.all_input_nodes)
         values: dict[fx.Node, Any] = {entry: x.clone() for entry, x in given.items()}  # it may be changed in place
         device = next(iter(given.values())).device
         peak = max(float(x.abs().max()) for x in given.values())
@@ -139,6 +146,8 @@ class _Compilation(Compilation[Program]):
             if node.op in ("placeholder", "get_attr"):
                 number = self.numbers[self.weights.get(node.name, str(node.target))]
                 value = number.detach().to(device, torch.float64) if number.is_floating_point() else number
+            elif node in fixed:
+                value = _hint(node.meta["val"])
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 value = node.target(*args, **kwargs)
@@ -148,12 +157,17 @@ class _Compilation(Compilation[Program]):
         return values[result], peak
 
 
+_WRITTEN = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+
+
 def _weights(program: Program) -> tuple[Mapping[str, str], Mapping[str, Any]]:
     """For an exported program, placeholders of weights with their names; and the numbers by name."""
     if isinstance(program, ExportedProgram):
         signature = program.graph_signature
         kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-        names = {spec.arg.name: str(spec.target) for spec in signature.input_specs if spec.kind in kinds}
+        written = {spec.target for spec in signature.output_specs if spec.kind in _WRITTEN}  # the next call has others
+        specs = [spec for spec in signature.input_specs if spec.kind in kinds and spec.target not in written]
+        names = {spec.arg.name: str(spec.target) for spec in specs}
         held = {**program.constants, **program.state_dict}
         return names, {name: held[name] for name in names.values()}
     found = {}

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, fx, nn
 
+from passes.algebra.by_rule import BY_RULE
 from passes.algebra.scale_shift import ScaleShift
 from passes.compiler import clock, decide
 from passes.edits.edit import Substitute
@@ -69,6 +70,7 @@ class Compilation(ABC, Generic[Graph]):
         unit.replay = lambda given, result: self.replay(
             [{names[node]: x for node, x in each.items()} for each in given], names[result]
         )
+        unit.sizes = lambda node: self.sizes(names[node])
         with clock(explanation, "plan"):
             self.flow = Flow(unit, {})
             self.memory = Memory(self.flow)
@@ -80,6 +82,10 @@ class Compilation(ABC, Generic[Graph]):
     @abstractmethod
     def replay(self, given: Sequence[Mapping[str, Tensor]], result: str) -> list[tuple[Tensor, float]]:
         """The value of ``result`` each time that values are given, in float64, and the largest magnitude on the way."""
+
+    def sizes(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a value that the graph was written for, where it takes no other."""
+        return None
 
     @abstractmethod
     def gone(self, entry: str, dying: Collection[str], staying: Collection[str] = ()) -> tuple[str, ...]:
@@ -176,6 +182,9 @@ class Compilation(ABC, Generic[Graph]):
 
     def _edits(self, folds: list[Fold]) -> tuple[None, dict[Candidate, Refusal]]:
         taken = self.taken()
+        # Of what pads by a rule, only the numbers change: an edit speaks of the operator that it is.
+        called = [node for node in self.flow.nodes if node.target in BY_RULE.values()]
+        paths = {id(node.args[3]._modules): self.names[node] for node in called}  # type: ignore[union-attr]
         for fold in folds:
             candidate = fold.candidate
             if fold.layer is None:
@@ -187,7 +196,7 @@ class Compilation(ABC, Generic[Graph]):
             staying = {self.names[node] for node in candidate.moved if node in self.names}
             gone = tuple(name for name in self.gone(entry, dying, staying) if name != result)
             ends = (candidate.moved[-1], candidate.result) if candidate.moved else ()
-            layer = describe(fold.layer, {})
+            layer = describe(fold.layer, paths)
             self.edits[fold] = Substitute(result, entry, layer, gone, weight, bias, *(self.names[n] for n in ends))
         without = {
             fold.candidate: refusal for fold in folds if fold.layer is None and (refusal := self._end(fold, folds))

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from passes.algebra.by_rule import ConvByRule
 from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.opaque import OpaqueForm
 from passes.blocks.kit.kernel_conv import KernelConv
@@ -16,6 +17,7 @@ from passes.edits.edit import Edit
 from passes.edits.rewritten import Rewritten
 from passes.fold.candidates import Candidate, layers_of
 from passes.graph.dataflow import Flow
+from passes.graph.within import arounds
 from passes.proof.check import Checked
 from passes.refusal import Refusal
 from passes.table import section
@@ -36,7 +38,7 @@ class Counts:
     def of(model: nn.Module) -> Counts:
         modules = list(model.modules())
         return Counts(
-            sum(isinstance(m, (_ConvNd, KernelConv)) for m in modules),
+            sum(isinstance(m, (_ConvNd, KernelConv)) for m in modules) - len(arounds(modules)),
             sum(_is_norm(m) for m in modules),
             sum(isinstance(m, nn.Linear) for m in modules),
             sum(p.numel() for p in model.parameters()),
@@ -181,8 +183,10 @@ def _described(form: Form) -> str:
         return f"ScaleShift({form.out_channels})"
     if form.n == 0:
         return f"Linear({form.in_channels} -> {form.out_channels})"
-    if isinstance(form, OpaqueForm):
+    if isinstance(form, OpaqueForm) and not isinstance(form.layer, ConvByRule):
         kind = type(form.layer).__name__
+    elif isinstance(form, OpaqueForm):
+        kind = f"Conv{'Transpose' if form.layer.transposed else ''}{form.n}d"
     else:
         kind = f"ConvTranspose{form.n}d" if form.is_transposed else f"Conv{form.n}d"
     grouped = f", groups {form.groups}" if form.groups > 1 else ""

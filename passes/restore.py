@@ -32,6 +32,7 @@ from passes.graph.capture import join, trace_units
 from passes.graph.copies import deep_copy
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example
+from passes.graph.leaf import inherits_forward
 from passes.graph.modes import has_own_modes, kept_modes
 from passes.proof.check import check
 from passes.proof.hold import Exact
@@ -113,7 +114,7 @@ def restore_blocks(
                 layers.append(plain_norm(behind, conv.weight.dim() - 2))
             try:
                 reading = Reading(nn.Sequential(*layers))
-                candidate, form = reading.candidate(), reading.form()
+                candidate, form = reading.candidate(), reading.layer()
                 folded: Any = emit(form, target_of(t for layer in layers for t in layer.parameters()))
                 numbers: Any = emit(form, Target(torch.float64, form.weight.device, False, False))
                 said = ", ".join(layers_of(reading.flow, candidate))
@@ -122,7 +123,15 @@ def restore_blocks(
                 return None
             if not isinstance(folded, (_ConvNd, nn.Linear)) or Geometry.of(folded) != Geometry.of(conv):
                 return None
+            if type(folded) is not type(conv) and not (inherits_forward(folded) and inherits_forward(conv)):
+                return None  # a class with a forward of its own takes the numbers of its own kind only
             _copy(conv.weight, folded.weight, exact, numbers.weight)
+            for name, tensor in _beside(wanted, path).items():  # of a class with a forward of its own
+                held = have.get(join(path, "around", name), have.get(join(path, name)))
+                if held is None or held.shape != tensor.shape:
+                    return None
+                _copy(tensor, held, exact)
+                check_copy(join(path, name), tensor, held)
             behind_it = None if norm is None else result.get_submodule(norm.path)
             _put_bias(path, conv, folded.bias, behind_it, exact, numbers.bias)
             check_pair(path, conv, behind_it, folded.weight, folded.bias)
@@ -223,6 +232,12 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
 
 def _own(state: dict[str, Tensor], path: str) -> frozenset[str]:
     return frozenset(key for key in state if key.startswith(path + "."))
+
+
+def _beside(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """What a convolution holds beside its weight and bias, by its name there."""
+    named = {key[len(path) + 1 :]: state[key] for key in _own(state, path)}
+    return {name: tensor for name, tensor in named.items() if name not in ("weight", "bias")}
 
 
 def _copy(into: Tensor, value: Tensor, exact: Exact, number: Tensor | None = None) -> None:

@@ -2,7 +2,8 @@
 
 :func:`expand` replaces convolutions by blocks without changing the function, :func:`plan` says what it would do.
 :func:`collapse` folds every multi-branch block and every batch norm, :func:`explain` says what would fold and why the
-rest would not, :func:`verify` compares two networks.
+rest would not, :func:`verify` compares two networks. :func:`save` and :func:`load` keep networks of any
+class, plain, expanded or collapsed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from passes.report import Counts, Explanation, Fold
     from passes.training.forms import Form
     from reparam.api import collapse, collapse_with_report, explain, guess_inputs, verify
+    from reparam.pair import load, save
+    from reparam.published import Imported, import_checkpoint
     from reparam.training import equivalent_conv, expand, param_groups, plan, set_form, update_statistics
     from reparam.zoo import convert_zoo
 
@@ -32,6 +35,7 @@ __all__ = [
     "Explanation",
     "Fold",
     "Form",
+    "Imported",
     "Plan",
     "Reason",
     "Refusal",
@@ -48,8 +52,11 @@ __all__ = [
     "expand",
     "explain",
     "guess_inputs",
+    "import_checkpoint",
+    "load",
     "param_groups",
     "plan",
+    "save",
     "set_form",
     "update_statistics",
     "verify",
@@ -63,6 +70,8 @@ _HOME = {
     "passes.report": ("Counts", "Explanation", "Fold"),
     "passes.expand": ("Plan",),
     "passes.training.forms": ("Form",),
+    "reparam.published": ("Imported", "import_checkpoint"),
+    "reparam.pair": ("load", "save"),
     "reparam.zoo": ("convert_zoo",),
     "reparam.training": ("equivalent_conv", "expand", "param_groups", "plan", "set_form", "update_statistics"),
     "reparam.api": ("collapse", "collapse_with_report", "explain", "guess_inputs", "verify"),
@@ -73,8 +82,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
-    if name == "onnx":
-        return import_module("reparam.onnx")
+    if name in ("layers", "onnx"):
+        return import_module(f"reparam.{name}")
     for home, names in _HOME.items():
         if name in names:
             value = getattr(import_module(home), name)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
+from passes.blocks.kit.layers import is_block
 from passes.collapse import check_model, collapse_model, explain_model
+from passes.expand import ALONE
 from passes.exported import Program, collapse_program, example_of, explain_program, is_program, module_of
 from passes.fold.rules import DEFAULT, rules_of
 from passes.graph.generators import alone
@@ -114,9 +117,16 @@ def collapse_with_report(
     if program is not None and (like is not None or inplace):
         raise ReparamError("an exported program is copied, and has no layers to fill: drop like= and inplace=")
     check_model(module, numbers=bool(verify))
-    example = as_example(example_inputs, module)
     found: Any
+    if program is None and is_block(module) and not inplace:  # a single layer that was expanded comes back as one
+        inside = nn.Sequential(OrderedDict({ALONE: module})).train(module.training)
+        stock = None if like is None else nn.Sequential(OrderedDict({ALONE: like}))
+        found, explanation = collapse_with_report(
+            inside, example_inputs=example_inputs, like=stock, verify=verify, strict=strict
+        )
+        return found.get_submodule(ALONE), explanation
     with undisturbed(module):
+        example = as_example(example_inputs, module)
         if program is not None:
             found = collapse_program(program, example=example, verify=verify, strict=strict, rules=rules)
         elif like is not None:
@@ -185,9 +195,10 @@ def verify(
     second = _read(candidate)[1]
     check_model(first)
     check_model_shape(second)
-    example = as_example(example_inputs, first) or (None if program is None else example_of(program))
-    example = example or Example(guess_inputs(first), made_up=True)
     try:
+        with undisturbed(first):
+            example = as_example(example_inputs, first) or (None if program is None else example_of(program))
+        example = example or _guess(first)
         with undisturbed(first):
             return compare(first, second, example)
     except ReparamError:
@@ -203,12 +214,18 @@ def check_model_shape(candidate: Any) -> None:
         raise ReparamError(f"expected a torch.nn.Module, got {type(candidate).__name__}")
 
 
-def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
+def guess_inputs(model: nn.Module) -> tuple[Any, ...]:
     """Random inputs for a model that does not come with any, of batch size 2, in its dtype and on its device.
 
     The size is small if the model takes that, else the one in its ``pretrained_cfg`` or ``default_cfg`` (timm), or the
-    usual one. Raises :class:`ReparamError` if none is taken.
+    usual one. A tuple of tensors; ``(args, kwargs)`` for a forward that asks for some by name only. Raises
+    :class:`ReparamError` if none is taken.
     """
+    example = _guess(model)
+    return (example.args, dict(example.kwargs)) if example.kwargs else example.args
+
+
+def _guess(model: nn.Module) -> Example:
     check_model(model)
     tried = []
     for example in likely(model):
@@ -219,5 +236,5 @@ def guess_inputs(model: nn.Module) -> tuple[Tensor, ...]:
         except Exception as error:
             tried.append(f"{example}: {error}".splitlines()[0])
             continue
-        return example.args
+        return example
     raise ReparamError("no input shape could be guessed; pass example_inputs. Tried " + "; ".join(tried))

@@ -24,9 +24,10 @@ from reparam.commands import console, errors
 from reparam.disk import FileError
 from reparam.exhausted import WORDS, was_exhausted
 from reparam.networks import UsageError
+from reparam.own_code import NAMED
 from reparam.recipe import RecipeError
 from reparam.sources import UnknownNameError
-from reparam.untrusted import ALLOWED, printable
+from reparam.untrusted import ALLOWED, CODE, printable
 
 __all__ = ["app"]
 
@@ -102,10 +103,10 @@ def _unavailable(name: str, reason: str) -> Any:
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     help="Any network to better training-time blocks, and trained multi-branch networks to plain convolutions, proven.",
-    epilog="SPEC is source:name, for example timm:repvgg_a0, with options after commas: timm:resnet18,num_classes=10.",
+    epilog="SPEC is source:name, timm:repvgg_a0 for example, or code of your own, ./net.py:Net or pkg.models:build, "
+    "with options after commas: timm:resnet18,num_classes=10.",
 )
 
 
@@ -122,10 +123,15 @@ def _options(
     allow_options: Annotated[
         bool, typer.Option("--allow-options", help="Trust files: they may ask for a network with any options.")
     ] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Trust files: the network may be code that they name, which is run.")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
 ) -> None:
     """Options before the command."""
     ALLOWED.set(allow_options)
+    CODE.set(allow_code)
+    NAMED.set(frozenset())
     # Only ours: libraries that download write to the terminal themselves.
     log = logging.getLogger("reparam")
     log.setLevel(logging.INFO if verbose else logging.WARNING)
@@ -134,4 +140,4 @@ def _options(
 
 
 for _command in commands.COMMANDS:
-    app.command()(_command)
+    app.command(_command.__name__.rstrip("_"))(_command)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import reparam
-from reparam import Counts, Form, ReparamError, Verdict, files, tables
+from reparam import Counts, Form, ReparamError, Verdict, files, sources, tables
 from reparam.export import SUFFIXES, inputs_for, parse_dynamic, write_program
 from reparam.networks import Network, UsageError, load
 from reparam.recipe import Recipe, parse_blocks, parse_where
@@ -32,7 +32,9 @@ errors = Console(stderr=True, highlight=False)
 INCONCLUSIVE = 3
 """Exit status of a comparison without a verdict."""
 EXPANSION = "How it is expanded"
-Target = Annotated[str, typer.Argument(metavar="SPEC_OR_FILE", help="source:name, or a file written by reparam.")]
+Target = Annotated[
+    str, typer.Argument(metavar="SPEC_OR_FILE", help="source:name, ./net.py:Net, or a file written by reparam.")
+]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the source's trained weights (downloads).")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="State dict, or a training script's checkpoint.")]
 Key = Annotated[str | None, typer.Option("--key", help="Where in that checkpoint it is: state_dict, model_ema, ...")]
@@ -110,6 +112,7 @@ def plan(
     everything: Everything = False,
 ) -> None:
     """Show which convolutions would get a block, what that costs, and why the others do not. Nothing is changed."""
+    sources.name_code(target)  # which may register blocks
     recipe = _recipe(block, where, kernel, depthwise, form_of(form, online), init)
     network = _load(target, plain=True, quiet=True)
     inputs = _inputs(network.model)
@@ -144,7 +147,8 @@ def expand(
 
     The file says how it was made: collapse, explain and verify rebuild the expanded network from it.
     """
-    _check_output(output)
+    _check_output(output, target, weights)
+    sources.name_code(target)  # which may register blocks
     recipe = _recipe(block, where, kernel, depthwise, form_of(form, online), init)
     network = _load(target, plain=True, pretrained=pretrained, weights=weights, key=key, seed=seed)
     torch.manual_seed(seed)
@@ -208,7 +212,8 @@ def collapse(
     if left_open and not exports:
         raise UsageError(f"--dynamic is for files that end in {' or '.join(SUFFIXES)}")
     if output is not None:
-        files.check_writable(output) if exports else _check_output(output)
+        files.check_writable(output) if exports else _check_output(output, target, weights)
+    sources.name_code(target)
     wanted = form_of(form, online)
     recipe = _recipe(block, where, kernel, depthwise, wanted) if block else None
     if recipe is None and (where or kernel or (depthwise, wanted) != (None, None)):
@@ -253,6 +258,8 @@ def _collapse_onnx(path: Path, output: Path | None, how: bool | str, strict: boo
     if output is not None:
         if output.suffix != ".onnx":
             raise typer.BadParameter(f"{output} must end in .onnx, as the file that is collapsed")
+        if output.exists() and output.samefile(path):
+            raise UsageError(f"{output} is the file that is read, which would be lost; write to another one with -o")
         files.check_writable(output)
     started = time.perf_counter()
     model, explanation = onnx.collapse_with_report(path, verify=how, strict=strict, cost=cost)
@@ -298,6 +305,8 @@ def verify(
     if _is_onnx(reference) or _is_onnx(candidate):
         _verify_onnx(reference, candidate, pretrained)
         return
+    for target in (reference, candidate):
+        sources.name_code(target)
     models = [_load(target, pretrained=pretrained).model for target in (reference, candidate)]
     result = reparam.verify(*models)
     _print_difference("equal", result)
@@ -318,8 +327,36 @@ def _verify_onnx(reference: str, candidate: str, pretrained: bool) -> None:
         raise typer.Exit(1 if result.verdict is Verdict.DIFFERENT else INCONCLUSIVE)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (plan, expand, blocks, collapse, explain, verify)
-"""In the order in which they are listed."""
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint in the names of a block's authors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write here (.safetensors, .pt).")],
+    block: Annotated[
+        str | None, typer.Option("--block", "-b", help="Look for this block only; options as ecb:identity=true.")
+    ] = None,
+    like: Annotated[str | None, typer.Option("--like", metavar="SPEC", help="The plain network that it is of.")] = None,
+    collapse: Annotated[bool, typer.Option("--collapse", help="Fold it into that network.")] = False,
+    key: Key = None,
+) -> None:
+    """Read a checkpoint that the authors of a block published: to train on with --like, else folded block by block.
+
+    What it holds is found in the names of its tensors: ACNet, DBB, DO-Conv, RepVGG, MobileOne, OREPA, UniRepLKNet, ECB.
+    """
+    _check_output(output)
+    imported = reparam.import_checkpoint(file, block=block, like=like, collapse=collapse, key=key)
+    console.print(escape(str(imported)), soft_wrap=True)
+    if imported.recipe is not None:
+        what = f"an expanded network: {imported.source} with {imported.recipe}"
+        console.print(escape(what), soft_wrap=True)
+    elif imported.model is not None:
+        console.print(f"{escape(imported.source)}{', collapsed' if imported.collapsed else ''}", soft_wrap=True)
+    else:
+        console.print(f"a state dict of {len(imported.tensors)} tensors, every block folded", soft_wrap=True)
+    imported.save(output)
+    _wrote(output)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (plan, expand, blocks, import_, collapse, explain, verify)
+"""In the order in which they are listed; an underscore at the end is Python's, not the command's."""
 
 
 # ------------------------------------------------------------------------------------------------- helpers
@@ -387,13 +424,17 @@ def _keep_norms(norms: str) -> None:
 def _inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:
     """Inputs to count multiply-adds with, one sample; None if none can be guessed."""
     try:
-        return tuple(x[:1] for x in reparam.guess_inputs(model))
+        guessed = reparam.guess_inputs(model)
+        return tuple(x[:1] for x in guessed) if all(isinstance(x, torch.Tensor) for x in guessed) else None
     except ReparamError:
         return None
 
 
-def _check_output(path: Path) -> None:
-    """Fail before the work, not after it."""
+def _check_output(path: Path, *read_for_it: str | Path | None) -> None:
+    """Fail before the work, not after it, and where the file is one that is read for it."""
+    for read in read_for_it:
+        if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
+            raise UsageError(f"{path} is the file that is read, which would be lost; write to another one with -o")
     try:
         files.check_target(path)
     except files.FileError as error:

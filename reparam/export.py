@@ -42,7 +42,12 @@ def inputs_for(model: nn.Module, shape: tuple[int, ...] = (), dynamic: Collectio
     wanted = shape or declared_shape(model)
     batch = 2 if "batch" in dynamic else 1
     if not wanted:
-        return tuple(x[:batch] for x in reparam.guess_inputs(model))
+        guessed = reparam.guess_inputs(model)
+        if not all(isinstance(x, Tensor) for x in guessed):
+            raise ReparamError(
+                "the network takes more than tensors by their place; export it in Python, by your inputs"
+            )
+        return tuple(x[:batch] for x in guessed)
     first = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     return (torch.randn(batch, *wanted, generator=generator).to(first.device, first.dtype),)

@@ -17,9 +17,6 @@ the convention of ``safetensors.torch.save_model``, so either library reads the 
 from __future__ import annotations
 
 import os
-import pickle
-import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -33,6 +30,8 @@ from torch import Tensor, nn
 import reparam
 from reparam.disk import FileError, check_writable, replace_file
 from reparam.exhausted import was_exhausted
+from reparam.fitting import misfit
+from reparam.pickles import load_pickle
 from reparam.rebuilding import shells, with_room
 from reparam.recipe import Recipe, RecipeError
 from reparam.saving import (
@@ -44,7 +43,7 @@ from reparam.saving import (
     safetensors_torch,
     save_model,
 )
-from reparam.untrusted import ALLOWED, check_names, check_size, check_spec, odd_kind
+from reparam.untrusted import ALLOWED, CODE, check_names, check_size, check_spec
 
 __all__ = [
     "AVERAGED",
@@ -65,10 +64,13 @@ __all__ = [
 ]
 
 HDF5 = (".h5", ".hdf5")
-AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+READ_TORCH = (*TORCH, ".tar", ".ckpt", ".bin")
+"""Suffixes of what ``torch.save`` wrote: timm's ``.pth.tar``, Lightning's ``.ckpt``, Hugging Face's ``.bin``."""
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
 """Keys under which training scripts put averaged weights beside those that they train."""
-WRAPPERS = ("state_dict", "model_state_dict", "model", *AVERAGED)
+WRAPPERS = ("state_dict", "model_state_dict", "model", "params", *AVERAGED)
 """Keys under which training scripts put the state dict inside a checkpoint, in the order they are tried."""
+SUFFIXES = (*SAFE, *READ_TORCH, *HDF5)
 PREFIXES = ("module.", "_orig_mod.")
 """What ``DataParallel`` (and averaged copies) and ``torch.compile`` put before every name."""
 
@@ -84,6 +86,8 @@ class StateFile:
         others: further keys of that checkpoint that hold a state dict (an average of the weights, say).
         dropped: what stood before every name in the file and was taken off, ``module.`` for instance.
         allow_options: whether the file may ask for any network; else only for one with plain options.
+        allow_code: whether its network may be code of its own, which is then run; else only where a person named it.
+        path: of the file, for errors.
     """
 
     tensors: dict[str, Tensor]
@@ -92,16 +96,21 @@ class StateFile:
     others: tuple[str, ...] = ()
     dropped: str = ""
     allow_options: bool = False
+    allow_code: bool = False
+    path: str = ""
 
     @property
     def source(self) -> str:
         """The spec of the network, or an empty string.
 
-        Raises :class:`FileError` if it has options that are not plain, unless they are allowed.
+        Raises :class:`FileError` if it has options that are not plain or is code, unless that is allowed.
         """
         spec = self.metadata.get("source", "")
-        if spec and not self.allow_options:
-            check_spec(spec)
+        if spec:
+            try:
+                check_spec(spec, any_options=self.allow_options, any_code=self.allow_code)
+            except FileError as error:
+                raise FileError(f"{self.path}: {error}" if self.path else str(error)) from error
         return spec
 
     @property
@@ -139,20 +148,28 @@ class StateFile:
 
 def is_file_name(text: str) -> bool:
     """Whether ``text`` ends like a file that this module reads."""
-    return Path(text).suffix.lower() in SAFE + TORCH + HDF5
+    return Path(text).suffix.lower() in SUFFIXES
 
 
 # -------------------------------------------------------------------------------------------- reading
 
 
-def load_state(path: str | os.PathLike[str], *, key: str | None = None, allow_options: bool | None = None) -> StateFile:
+def load_state(
+    path: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    allow_options: bool | None = None,
+    allow_code: bool | None = None,
+) -> StateFile:
     """Read the tensors and the note of a file, on the CPU. No code from the file is ever run.
 
     Args:
-        path: ``.safetensors``, ``.pt``, ``.pth``, ``.h5`` or ``.hdf5``.
-        key: where a checkpoint holds its state dict; default: the first of the usual keys.
+        path: ends in one of :data:`SUFFIXES`.
+        key: where a checkpoint holds its state dict; default: the first of the usual keys, or the only one. One that
+            ends in a dot is what stands before the names of the network: ``student.``.
         allow_options: whether the file may ask for a network with any options of its constructor; see
             :mod:`reparam.untrusted`.
+        allow_code: whether its network may be code that is run to build it.
 
     Raises:
         FileError: missing, of an unknown suffix, truncated, not a state dict, without ``key``, or readable only by
@@ -161,14 +178,21 @@ def load_state(path: str | os.PathLike[str], *, key: str | None = None, allow_op
     """
     source = Path(path)
     kind = source.suffix.lower()
+    if kind == ".py":
+        raise FileError(f"{source} is code: name the network in it, {source}:Net for example")
     if not is_file_name(str(source)):
-        raise FileError(f"{source}: unknown kind of file {kind!r}; use {', '.join(SAFE + TORCH + HDF5)}")
+        raise FileError(f"{source}: unknown kind of file {kind!r}; use {', '.join(SUFFIXES)}")
     if not os.path.isfile(source):  # which is no error where one may not look
         raise FileError(f"{source}: no such file")
-    if kind not in TORCH and key is not None:
+    prefix, key = (key, None) if key is not None and key.endswith(".") else ("", key)
+    if kind not in READ_TORCH and key is not None:
         raise FileError(f"{source} is a plain list of tensors: it has no key {key!r}")
     try:
-        read = _load_torch(source, key) if kind in TORCH else _load_safe(source) if kind in SAFE else _load_hdf5(source)
+        if kind in READ_TORCH:
+            read = _find_state(load_pickle(source), source, key)
+        else:
+            read = _load_safe(source) if kind in SAFE else _load_hdf5(source)
+        read = _behind(read, prefix, source) if prefix else read
         check_names([*read.tensors, *read.others])
     except Exception as error:
         if was_exhausted(error):
@@ -176,7 +200,12 @@ def load_state(path: str | os.PathLike[str], *, key: str | None = None, allow_op
         if not isinstance(error, FileError) or str(source) in str(error):
             raise
         raise FileError(f"{source}: {error}") from error
-    return replace(read, allow_options=ALLOWED.get() if allow_options is None else allow_options)
+    return replace(
+        read,
+        allow_options=ALLOWED.get() if allow_options is None else allow_options,
+        allow_code=CODE.get() if allow_code is None else allow_code,
+        path=str(source),
+    )
 
 
 def _load_safe(path: Path) -> StateFile:
@@ -238,34 +267,14 @@ def _from_array(path: Path, name: str, array: Any) -> Tensor:
         raise FileError(f"{path}: {name!r} holds no numbers ({error}); only files of weights are read") from error
 
 
-def _load_torch(path: Path, key: str | None) -> StateFile:
-    """Read a ``.pt`` file through the restricted unpickler, and find the state dict in it."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as packed:
-                check_size(sum(member.file_size for member in packed.infolist()), path.stat().st_size)
-        with warnings.catch_warnings():
-            # It warns of pickles that torch did not write before it refuses them, which is error enough.
-            warnings.simplefilter("ignore", UserWarning)
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise FileError(f"{path} is not a PyTorch file, or is damaged; write or download it again") from error
+def _behind(content: StateFile, prefix: str, path: Path) -> StateFile:
+    """The tensors whose names begin with ``prefix``, without it."""
+    inside = {name[len(prefix) :]: value for name, value in content.tensors.items() if name.startswith(prefix)}
+    if not inside:
         raise FileError(
-            f"{path} holds more than tensors and would have to be unpickled, which can run any code. Where you trust "
-            "it, load it yourself and store only its weights: torch.save(model.state_dict(), ...)"
-        ) from error
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (FileError, MemoryError):
-        raise
-    # A damaged pickle is a program that goes wrong anywhere.
-    except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileError(
-            f"{path} is truncated or is not a PyTorch file ({first}); write or download it again"
-        ) from error
-    return _find_state(content, path, key)
+            f"{path}: no tensor's name begins with {prefix!r}; the first is {next(iter(content.tensors))!r}"
+        )
+    return replace(content, tensors=inside, dropped=content.dropped + prefix)
 
 
 def _find_state(content: Any, path: Path, key: str | None) -> StateFile:
@@ -282,7 +291,8 @@ def _find_state(content: Any, path: Path, key: str | None) -> StateFile:
         raise FileError(f"{path} has no state dict under {key!r}; {have}")
     if key is None and _is_state(content):
         return _state_file(content, note)
-    chosen = key if key is not None else next((name for name in WRAPPERS if name in found), None)
+    usual = next((name for name in WRAPPERS if name in found), found[0] if len(found) == 1 else None)
+    chosen = usual if key is None else key
     if chosen is None:
         keys = ", ".join(repr(name) for name in list(content)[:5]) or "nothing"
         raise FileError(f"{path} is not a state dict: it holds {keys}; store model.state_dict()")
@@ -316,7 +326,9 @@ def _state_file(
 # -------------------------------------------------------------------------------------------- rebuilding
 
 
-def load_model(path: str | os.PathLike[str], *, allow_options: bool | None = None) -> nn.Module:
+def load_model(
+    path: str | os.PathLike[str], *, allow_options: bool | None = None, allow_code: bool | None = None
+) -> nn.Module:
     """Rebuild the network that a file of :func:`save_model` holds, in eval mode on the CPU.
 
     The network is built from the file's ``source``, expanded or collapsed as the file's network was, and given the
@@ -326,12 +338,14 @@ def load_model(path: str | os.PathLike[str], *, allow_options: bool | None = Non
         path: of the file.
         allow_options: whether the file may ask for a network with any options of its constructor, which may open
             paths and download; by default only plain ones of plain sizes are taken (:mod:`reparam.untrusted`).
+        allow_code: whether its network may be a Python file or module, which is run to build it; by default only one
+            that :func:`reparam.sources.create` was asked for in this context.
 
     Raises:
         FileError: the file does not say where the network comes from, or its tensors do not fit that network.
         UnknownNameError, ReparamError: from :func:`reparam.sources.create`.
     """
-    return rebuild(load_state(path, allow_options=allow_options), path)
+    return rebuild(load_state(path, allow_options=allow_options, allow_code=allow_code), path)
 
 
 def rebuild(content: StateFile, path: str | os.PathLike[str]) -> nn.Module:
@@ -395,20 +409,3 @@ def cast_like(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         if name in tensors and value.is_floating_point() and tensors[name].dtype != value.dtype:
             value.data = value.data.to(tensors[name].dtype)
     return model
-
-
-def misfit(model: nn.Module, tensors: dict[str, Tensor]) -> str:
-    """The first differences between a model's state dict and ``tensors`` in words, or an empty string."""
-    state = model.state_dict()
-    missing = [name for name in state if name not in tensors]
-    extra = [name for name in tensors if name not in state]
-    lacks = f"{len(missing)} tensors are missing from the file, the first is {missing[0]!r}" if missing else ""
-    more = f"{len(extra)} tensors of the file have no place in the network, the first is {extra[0]!r}" if extra else ""
-    if lacks or more:
-        return "; ".join(filter(None, (lacks, more)))
-    for name, value in state.items():
-        if value.shape != tensors[name].shape:
-            return f"{name!r} is {tuple(tensors[name].shape)} in the file and {tuple(value.shape)} in the network"
-        if odd := odd_kind(name, tensors[name], value):
-            return odd
-    return ""

@@ -15,6 +15,7 @@ import reparam
 from passes.training.discovery import Found, find_convs, plain_norm
 from passes.training.filters import ALL
 from reparam import ReparamError, files, sources
+from reparam.fitting import fitted, misfit, other_classes, without_prefix
 from reparam.recipe import Recipe, parse_where
 
 __all__ = ["Network", "UsageError", "advice", "load"]
@@ -80,10 +81,10 @@ def load(
         raise UsageError("--pretrained and --weights are both weights; leave one out")
     # A spec without trained weights is to be the same network each time it is named.
     torch.manual_seed(seed)
-    stock = sources.create(target, pretrained=pretrained).eval()
     if weights is not None:
-        return _with_weights(target, stock, weights, key, recipe)
-    notes = () if pretrained else (f"{target} has random weights (seed {seed}); see --pretrained",)
+        return _with_weights(target, weights, key, recipe)
+    stock = sources.create(target, pretrained=pretrained).eval()
+    notes = () if pretrained else (f"{target} has random weights (seed {seed}); see --pretrained and --weights",)
     return Network(stock if recipe is None else recipe.expand(stock), target, recipe, notes=notes)
 
 
@@ -105,19 +106,42 @@ def _from_file(target: str, pretrained: bool, weights: Path | None, key: str | N
         content = replace(content, tensors=trained.tensors)
     if weights is not None and content.recipe is not None and content.source:
         stock = sources.create(content.source).eval()
-        model = _filled(content.recipe.expand(stock), content, weights, content.source, content.recipe)
+        model, said = _filled(content.recipe.expand(stock), content, weights, content.source, content.recipe)
+        notes += said
     else:
         model = files.rebuild(content, target)
     return Network(model, content.source, content.recipe, content.collapsed, notes, content.shape)
 
 
-def _with_weights(target: str, stock: nn.Module, weights: Path, key: str | None, recipe: Recipe | None) -> Network:
+def _with_weights(target: str, weights: Path, key: str | None, recipe: Recipe | None) -> Network:
+    sources.name_code(target)
     content = files.load_state(weights, key=key)
+    target = _with_options_of(content, target)
     # A file of `reparam expand`, or of save_model(expanded=), says itself how it was expanded.
     recipe = recipe or content.recipe
+    if content.collapsed:
+        return _collapsed(target, content, weights, recipe)
+    stock = sources.create(target).eval()
     shell = stock if recipe is None else recipe.expand(stock)
-    model, notes = _filled(shell, content, weights, target, recipe), _which(content, weights)
-    return Network(model, target, recipe, notes=notes, shape=content.shape)
+    model, said = _filled(shell, content, weights, target, recipe)
+    return Network(model, target, recipe, notes=_which(content, weights) + said, shape=content.shape)
+
+
+def _with_options_of(content: files.StateFile, target: str) -> str:
+    """The spec with the options that a file of the very same network says, where the person leaves some out."""
+    said = content.metadata.get("source", "")
+    if not sources.is_spec(said):
+        return target
+    (*named, given), (*held, options) = sources.parse(target), sources.parse(said)
+    return content.source if named == held and given.items() <= options.items() else target
+
+
+def _collapsed(target: str, content: files.StateFile, weights: Path, recipe: Recipe | None) -> Network:
+    """A file of a collapsed network whose source the person names, since the file may not run its code."""
+    if recipe is not None:
+        raise UsageError(f"{weights} is of a collapsed network; leave out --block")
+    named = replace(content, metadata={**content.metadata, "source": target}, allow_options=True)
+    return Network(files.rebuild(named, weights), target, collapsed=True, shape=content.shape)
 
 
 def _which(content: files.StateFile, weights: Path) -> tuple[str, ...]:
@@ -127,13 +151,26 @@ def _which(content: files.StateFile, weights: Path) -> tuple[str, ...]:
     return (f"the weights are {content.key!r} of {weights}; --key takes others: {', '.join(content.others)}",)
 
 
-def _filled(shell: nn.Module, content: files.StateFile, weights: Path, source: str, recipe: Recipe | None) -> nn.Module:
-    problem = files.misfit(shell, content.tensors)
-    if not problem:
-        return files.load_into(shell, content, weights)
+def _filled(
+    shell: nn.Module, content: files.StateFile, weights: Path, source: str, recipe: Recipe | None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network with the file's tensors, and what was done to their names."""
+    try:
+        found = fitted(shell, content.tensors)
+    except files.FileError as error:
+        raise files.FileError(f"{weights}: {error}") from error
+    if found is not None:
+        return files.load_into(shell, replace(content, tensors=found.tensors), weights), found.notes
     what = source if recipe is None else f"{source} expanded with {recipe}"
-    hint = advice(sources.create(source).eval(), content.tensors)
-    raise files.FileError(f"{weights} does not fit {what}: {problem}" + (f". {hint}" if hint else ""))
+    tensors = without_prefix(shell, content.tensors)
+    if (classes := other_classes(shell, tensors)) is not None:
+        layer, held, own = classes
+        raise files.FileError(
+            f"{weights} is for {held} classes and {what} for {own} ({layer or 'the network'} has as many outputs); "
+            f"name the network for {held}, {source},num_classes={held} where it takes that option"
+        )
+    hint = advice(sources.create(source).eval(), tensors)
+    raise files.FileError(f"{weights} does not fit {what}: {misfit(shell, tensors)}" + (f". {hint}" if hint else ""))
 
 
 # ------------------------------------------------------------------------------------------------- advice
@@ -145,7 +182,7 @@ def advice(stock: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     Every registered block is tried, with its default options, at the first convolution that the file has a block for;
     what is then said to fit was tried on the whole network.
     """
-    if not files.misfit(stock, dict(tensors)):
+    if not misfit(stock, dict(tensors)):
         return "It holds the plain network: leave out --block"
     convs = find_convs(stock, linear=True)
     replaced = [each for each in convs if _children(tensors, each.path) and f"{each.path}.weight" not in tensors]
@@ -157,7 +194,7 @@ def advice(stock: nn.Module, tensors: Mapping[str, Tensor]) -> str:
         tops = list(dict.fromkeys(each.path.partition(".")[0] for each in replaced))
         for where in ([], [ALL], tops, [each.path for each in replaced]):
             fitting = Recipe(name, where=parse_where(where, (), None), form=form)
-            if not files.misfit(fitting.expand(stock), dict(tensors)):
+            if not misfit(fitting.expand(stock), dict(tensors)):
                 return f"It fits with {words}" + "".join(f" --where {pattern!r}" for pattern in where)
         looks = (
             looks or f"{replaced[0].path} looks expanded with {words}, but others do not: see --where, PATTERN=BLOCK"

@@ -165,6 +165,7 @@ def _read(path: Path) -> ir.Model:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
         _check_kept(path, proto)
         model = ir.from_proto(proto)
+        model.meta["told"] = files.told_in(proto)
     except (
         DecodeError,
         ValueError,
@@ -278,7 +279,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     if isinstance(source, Path) and _is_still(source, model):
         _copy(source, path, model)
     elif fits_one_message(model):
-        replace_file(path, lambda target: ir.save(model, target, format="protobuf"))
+        replace_file(path, lambda target: files.write(model, target))
     else:
         data, weights = _free(path, model), beside(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.edits.edit import Edit, made_by
+from passes.edits.carried import made_by
+from passes.edits.edit import Edit
 from passes.edits.errors import EditError
 from passes.edits.text import to_text
 from reparam.disk import FileError, replace_file, told
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 
 SAFE = (".safetensors",)
 TORCH = (".pt", ".pth")
-NOTE = ("source", "collapsed", "edits", "expanded", "shape", "reparam", "torch")
+NOTE = ("source", "class", "collapsed", "edits", "parts", "expanded", "shape", "reparam", "torch")
 """Keys of the note; any other key of a ``.safetensors`` file's metadata may be the name of a shared tensor."""
 
 
@@ -47,6 +49,7 @@ def save_model(
     collapsed: bool = False,
     expanded: Recipe | None = None,
     shape: Sequence[int] = (),
+    kind: str = "",
 ) -> Path:
     """Write the model's state dict to ``path``, atomically: a reader sees the old file or the whole new one.
 
@@ -58,6 +61,7 @@ def save_model(
             edits that made it are written down with it, so that it is read without folding anything.
         expanded: how ``model`` was expanded from ``source``; ``load_model`` then expands it the same way.
         shape: of one sample that the network was trained on, for images ``(C, H, W)``; empty if unknown.
+        kind: name of the network's class, where no spec rebuilds it (:func:`reparam.save`); its edits are then kept.
 
     Raises:
         RecipeError: ``expanded`` holds what a file cannot, a predicate for instance.
@@ -73,8 +77,14 @@ def save_model(
         note["shape"] = "x".join(map(str, shape))
     if expanded is not None:
         note["expanded"] = expanded.to_text()
-    if collapsed and (edits := made_by(model)) is not None:
+    if kind:
+        note["class"] = kind
+    if (collapsed or kind) and (edits := made_by(model)) is not None:
         note["edits"] = _edits_text(edits, target)
+    if kind:
+        inside = {name: made_by(part) for name, part in model.named_modules() if name}
+        parts = {name: _edits_text(edits, target) for name, edits in inside.items() if edits}
+        note |= {"parts": json.dumps(parts)} if parts else {}
     clash = sorted(set(NOTE) & set(aliases))
     if clash:
         raise FileError(f"{target}: the model has a shared tensor named {clash[0]!r}, which the file's note needs")

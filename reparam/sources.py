@@ -5,14 +5,14 @@ A source is any object with the two methods of :class:`Source`, announced under 
 ``import reparam`` nor a listing imports timm or torchvision, and another package can add a source of its own.
 
 A spec may carry keyword arguments of the model's constructor after commas, as Python literals:
-``timm:resnet18,num_classes=10``.
+``timm:resnet18,num_classes=10``. In the place of a source may stand a Python file or module of a person's own
+(:mod:`reparam.own_code`): ``./net.py:Net,width=2``.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
 import fnmatch
+import os
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, Protocol
@@ -20,25 +20,29 @@ from typing import Any, Protocol
 from torch import nn
 
 from reparam import ReparamError
+from reparam.naming import UnknownNameError, literal, near, split_commas
+from reparam.own_code import NAMED, Code, is_code, is_place, key
 
 __all__ = [
     "Source",
     "UnknownNameError",
     "create",
+    "is_named",
     "is_spec",
     "literal",
+    "name_code",
     "names",
     "near",
     "parse",
+    "runs_code",
     "sources",
+    "split",
     "split_commas",
+    "takes",
 ]
 
 GROUP = "reparam.sources"
 """Entry point group; the name is the part of a spec before the colon, the value an instance of a source."""
-
-SUGGESTIONS = 5
-"""Near names that an error message lists."""
 
 
 class Source(Protocol):
@@ -51,20 +55,51 @@ class Source(Protocol):
         """Build ``name``; without ``pretrained`` nothing may be downloaded."""
 
 
-class UnknownNameError(ReparamError):
-    """A spec that is not of the form ``source:name``, or that names an unknown source or model."""
-
-
 def sources() -> tuple[str, ...]:
     """Names of the installed sources, sorted."""
     return tuple(sorted(set(metadata.entry_points(group=GROUP).names)))
 
 
 def is_spec(text: str) -> bool:
-    """Whether ``text`` has the form ``source:name`` (the source need not exist)."""
+    """Whether ``text`` has the form ``source:name`` (the source need not exist), or names a person's own code."""
     head, colon, tail = text.partition(":")
     # One letter before the colon is a drive, not a source; a separator means a path.
-    return bool(colon and tail) and len(head) > 1 and head.replace("-", "_").isidentifier()
+    return is_code(text) or (bool(colon and tail) and len(head) > 1 and head.replace("-", "_").isidentifier())
+
+
+def split(spec: str) -> tuple[str, str]:
+    """The source, file or module of a spec, and the name behind it with its options."""
+    if not is_code(spec):
+        source, _, name = spec.partition(":")
+        return source, name
+    source = split_commas(spec)[0].rpartition(":")[0]
+    return source, spec[len(source) + 1 :]
+
+
+def runs_code(source: str) -> bool:
+    """Whether to build a network of ``source`` is to run a file or module that no source answers for."""
+    return is_place(source) or (source not in sources() and Code(source).exists())
+
+
+def is_named(spec: str) -> bool:
+    """Whether a person has named the code of a spec, with whatever options, in this command or context."""
+    source, name, _ = parse(spec)
+    return key(source, name) in NAMED.get()
+
+
+def name_code(spec: str) -> None:
+    """A person names this network: if it is of their own code, that is imported, and files of it may be rebuilt."""
+    if is_spec(spec) and runs_code(split(spec)[0]):
+        source, name, _ = parse(spec)
+        NAMED.set(NAMED.get() | {key(source, name)})
+        Code(source).load()
+
+
+def takes(spec: str, option: str) -> bool:
+    """Whether a network may be given an option: known of a person's own code, and said of all others."""
+    source, name, _ = parse(spec)
+    loaded = _load(source)
+    return loaded.takes(name, option) if isinstance(loaded, Code) else True
 
 
 def names(source: str, pattern: str = "*") -> list[str]:
@@ -81,7 +116,7 @@ def create(spec: str, *, pretrained: bool = False) -> nn.Module:
     """Build the network that ``spec`` (``source:name[,key=value...]``) names.
 
     Args:
-        spec: for example ``timm:repvgg_a0`` or ``torchvision:resnet18,num_classes=10``.
+        spec: for example ``timm:repvgg_a0``, ``torchvision:resnet18,num_classes=10`` or ``./net.py:Net``.
         pretrained: also load (download, where they are not cached) the source's trained weights.
 
     Raises:
@@ -90,6 +125,8 @@ def create(spec: str, *, pretrained: bool = False) -> nn.Module:
     """
     source, name, options = parse(spec)
     loaded = _load(source)
+    if isinstance(loaded, Code):
+        return loaded.create(name, pretrained=pretrained, **options)
     known = _names(source, loaded)
     # A name with a colon of its own (``hf-hub:...``) is the source's business: it is in no list.
     if name not in known and ":" not in name:
@@ -109,46 +146,31 @@ def create(spec: str, *, pretrained: bool = False) -> nn.Module:
 def parse(spec: str) -> tuple[str, str, dict[str, Any]]:
     """Split ``source:name,key=value`` into its three parts. Raises :class:`UnknownNameError` if it is malformed."""
     if not is_spec(spec):
-        raise UnknownNameError(f"{spec!r} is not of the form source:name, for example timm:repvgg_a0")
-    source, _, rest = spec.partition(":")
+        raise UnknownNameError(
+            f"{spec!r} is not of the form source:name, for example timm:repvgg_a0 or ./net.py:Net for code of your own"
+        )
+    source, rest = split(spec)
     name, *pairs = split_commas(rest)
     options: dict[str, Any] = {}
     for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip().isidentifier():
+        option, equals, value = pair.partition("=")
+        if not equals or not option.strip().isidentifier():
             raise UnknownNameError(f"{pair!r} in {spec!r} is not of the form key=value")
-        options[key.strip()] = literal(value.strip())
+        options[option.strip()] = literal(value.strip())
     if "pretrained" in options:
         raise UnknownNameError(f"{spec!r}: ask for trained weights with the argument `pretrained`, not in the name")
     return source, name, options
 
 
-def split_commas(text: str) -> list[str]:
-    """Split at the commas that stand outside brackets, so that ``img_size=(96,96)`` stays whole."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def literal(text: str) -> Any:
-    """A Python literal (number, tuple, True, None, quoted string), or else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # nested beyond what Python's parser takes
-        return text
-
-
-def _load(source: str) -> Source:
+def _load(source: str) -> Source | Code:
     """The source object behind a name; errors say what is known, or what to install."""
+    if runs_code(source):
+        return Code(source)
     found = metadata.entry_points(group=GROUP, name=source)
     if not found:
         known = sources()
         listing = f"; known sources: {', '.join(known)}" if known else "; no source is installed"
+        listing += f"; nor is there a module of that name, installed or in the folder {os.getcwd()}"
         raise UnknownNameError(f"unknown source {source!r}{near(source, known)}{listing}")
     try:
         loaded: Source = next(iter(found)).load()
@@ -167,10 +189,3 @@ def _names(source: str, loaded: Source) -> Sequence[str]:
 
 def _not_installed(source: str, error: ImportError) -> ReparamError:
     return ReparamError(f"source {source!r} is not available ({error}); install it with: pip install 'reparam[zoo]'")
-
-
-def near(name: str, known: Sequence[str]) -> str:
-    """``; did you mean a, b?`` with the nearest known names, or nothing."""
-    found = difflib.get_close_matches(name, known, n=SUGGESTIONS, cutoff=0.6)
-    found += [other for other in known if name and other.startswith(name) and other not in found]
-    return f"; did you mean {', '.join(found[:SUGGESTIONS])}?" if found else ""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import update_bn
 
+from passes.algebra.conv_form import ConvForm
 from passes.blocks.kit.layers import BranchSum, ChannelScale, is_block
+from passes.edits.carried import revise
 from passes.edits.edit import Block as BlockEdit
-from passes.edits.edit import revise
 from passes.expand import Plan, make_plan
 from passes.refusal import RefusalError, ReparamError
 from passes.training.equivalent import Reading
@@ -85,7 +86,7 @@ def expand(
         EquivalenceError: with ``strict`` a block does not hold; without, the network differs whatever is taken back.
     """
     planned = plan(
-        model, block, where=where, init=init, form=form, online=online, example_inputs=example_inputs, verify=verify,
+        model, block, where=where, init=init, form=form_of(form, online), example_inputs=example_inputs, verify=verify,
         strict=strict, inplace=inplace,
     )  # fmt: skip
     with undisturbed(model):
@@ -119,7 +120,7 @@ def plan(
             block,
             where=where,
             init=init,
-            form=_form(form, online),
+            form=form_of(form, online),
             example_inputs=example_inputs,
             verify=verify,
             strict=strict,
@@ -127,7 +128,7 @@ def plan(
         )
 
 
-def _form(form: str | Form | None, online: bool | None) -> Form | None:
+def form_of(form: str | Form | None, online: bool | None) -> Form | None:
     """The form that was asked for, by either name."""
     if online is None:
         return None if form is None else Form.of(form)
@@ -136,7 +137,7 @@ def _form(form: str | Form | None, online: bool | None) -> Form | None:
             f"online= is the former name of form=, got online={online!r} and form={form!r}; leave it out"
         )
     wanted = "online" if online else "branches"
-    warnings.warn(f"online={online} is now form={wanted!r}", DeprecationWarning, stacklevel=4)
+    warnings.warn(f"online={online} is now form={wanted!r}", DeprecationWarning, stacklevel=3)
     return Form(wanted)
 
 
@@ -212,7 +213,8 @@ def equivalent_conv(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     quantisation-aware training. Computed in float64 and given in the dtype of the module's parameters.
 
     Args:
-        module: a block of an expanded model, or any module that is one convolution.
+        module: a block of an expanded model, or any module that is one convolution; of a layer that does more in its
+            forward than convolve, what it convolves with.
 
     Returns:
         weight ``(out, in / groups, *kernel)``; bias ``(out,)``, or None where there is none.
@@ -226,10 +228,10 @@ def equivalent_conv(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     if first is None:
         raise ReparamError(f"{type(module).__name__} has no parameters: it has no kernel")
     try:
-        form = Reading(module).form()
+        form = Reading(module).layer()
     except RefusalError as error:
         raise ReparamError(f"{type(module).__name__} is not one convolution: {error}") from error
-    if any(u != 1 for u in form.up):
+    if isinstance(form, ConvForm) and any(u != 1 for u in form.up):
         raise ReparamError(f"{type(module).__name__} is a transposed convolution")
     bias = None if form.bias is None else form.bias.to(first.device, first.dtype)
     return form.weight.to(first.device, first.dtype), bias

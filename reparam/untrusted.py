@@ -2,6 +2,7 @@
 
 A file names its network by a spec. Its name comes from a list; but options of constructors open paths, download and
 make layers by the thousand, so of those only plain ones are taken, of plain sizes, unless the person allows the rest.
+No code of a person's own (:mod:`reparam.own_code`) is run because a file says so: the person names it, or allows that.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from reparam import ReparamError
 from reparam.disk import FileError
-from reparam.sources import parse
+from reparam.sources import is_named, parse, runs_code
 
-__all__ = ["ALLOWED", "check_names", "check_size", "check_spec", "odd_kind", "printable"]
+__all__ = ["ALLOWED", "CODE", "check_names", "check_size", "check_spec", "odd_kind", "printable"]
 
 ALLOWED: ContextVar[bool] = ContextVar("allow_options", default=False)
 """Whether files may ask for any network, where a call does not say."""
+CODE: ContextVar[bool] = ContextVar("allow_code", default=False)
+"""Whether files may name code to run, where a call does not say."""
 LONGEST_NAME = 1000
 """Characters of a tensor's name or of a spec; those of networks have below two hundred."""
 RATIO = 10
@@ -53,14 +56,22 @@ WORDS: dict[str, tuple[str, ...]] = {"global_pool": ("", "avg", "max", "avgmax",
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_spec(spec: str) -> None:
+def check_spec(spec: str, *, any_options: bool = False, any_code: bool = False) -> None:
     """Raise :class:`FileError` for a network that a file may only ask for where the person allows it."""
     if len(spec) > LONGEST_NAME:
         raise FileError(f"the file names its network in {len(spec)} characters; at most {LONGEST_NAME} are read")
     try:
-        _, name, options = parse(spec)
+        source, name, options = parse(spec)
     except ReparamError as error:
         raise FileError(f"the file does not name a network: {error}") from error
+    if runs_code(source) and not (any_code or is_named(spec)):
+        raise FileError(
+            f"its network is code, {source}:{name}, and none is run because a file says so: name the network as well, "
+            f"as in `{source}:{name} --weights FILE` or `--model {source}:{name}`, or trust the file: "
+            "`reparam --allow-code ...`, allow_code=True"
+        )
+    if any_options:
+        return
     if ":" in name:  # hf-hub:...
         raise FileError(f"the file asks for a network of another place, {name!r}; {_ALLOW}")
     for option, value in options.items():

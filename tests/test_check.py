@@ -656,6 +656,9 @@ X, Y = torch.zeros(2), torch.ones(3)
         (One(), {"image": X}, ({"image": X},), {}),
         (One(), ({"image": X},), ({"image": X},), {}),
         (One(), ((X,), {}), (X,), {}),
+        (One(), (X, {}), (X,), {}),
+        (One(), ([X, Y], {}), ([X, Y],), {}),
+        (Any2(), (X, {}), (X, {}), {}),
         (Listed(), [X, Y], ([X, Y],), {}),
         (Listed(), [X], ([X],), {}),
         (Listed(), ([X],), ([X],), {}),
@@ -687,6 +690,44 @@ def test_the_verbs_take_every_form() -> None:
         assert reparam.verify(model, result, inputs).ok
         assert len(reparam.explain(model, inputs).folds) == 1
         assert reparam.plan(model, "acb", example_inputs=inputs).per_sample
+
+
+def test_arguments_by_name_only_are_given_and_made_up() -> None:
+    class Named(ConvBN):
+        def forward(self, *, pixel_values: Tensor, scale: Tensor | None = None) -> Tensor:
+            out = super().forward(pixel_values)
+            return out if scale is None else out * scale
+
+    class Both(ConvBN):
+        def forward(self, x: Tensor, *, other: Tensor) -> Tensor:
+            return super().forward(x + other)
+
+    x = maps()
+    for model, inputs in ((Named(), {"pixel_values": x}), (Both(), ((x,), {"other": x})), (Both(), None)):
+        ready(model)
+        for given in (inputs, None):
+            collapsed, explanation = reparam.collapse_with_report(model, example_inputs=given)
+            assert "whole network" in str(explanation.checked)
+            assert reparam.verify(model, collapsed, given).ok
+            assert reparam.plan(model, "acb", example_inputs=given).expanded
+            with torch.no_grad():
+                collapsed.get_submodule("conv").weight.mul_(2)
+            assert not reparam.verify(model, collapsed, given).ok
+    args, kwargs = reparam.guess_inputs(Both())
+    assert [len(args), *kwargs] == [1, "other"]
+
+
+def test_a_list_of_one_image_is_what_the_model_takes() -> None:
+    class Detector(ConvBN):
+        def forward(self, images: Any) -> list[Tensor]:
+            return [super(Detector, self).forward(image[None]) for image in images]
+
+    model, image = ready(Detector()), maps()[0]
+    assert reparam.verify(model, reparam.collapse(model, example_inputs=[image]), [image]).ok
+    one = ready(ConvBN())
+    assert reparam.verify(one, one, [maps()]).ok
+    with pytest.raises(reparam.ReparamError, match="rejects example_inputs"):
+        reparam.verify(one, one, [torch.zeros(3)])
 
 
 def test_made_up_inputs() -> None:

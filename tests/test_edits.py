@@ -22,7 +22,8 @@ from torch.nn import functional as F
 import passes.edits.text
 import reparam
 from passes.edits.apply import apply
-from passes.edits.edit import Add, Block, Clear, Delete, Remove, Replace, Rewrite, made_by, remember
+from passes.edits.carried import made_by, remember
+from passes.edits.edit import Add, Block, Clear, Delete, Remove, Replace, Rewrite
 from passes.edits.errors import EditError
 from passes.edits.layer import Layer
 from passes.edits.program import Argument, Operation, Program, Value

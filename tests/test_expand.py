@@ -13,7 +13,7 @@ import timm
 import torch
 import torchvision
 from small_networks import WIDTH, ConvBN, Net, Residual, images, maps, ready, snapshot, unchanged
-from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d
+from timm.layers import BatchNormAct2d, StdConv2d
 from timm.layers.drop import DropBlock2d
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -430,10 +430,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str, Reason, str]] = {
         lambda: _wrapped(nn.utils.spectral_norm), "conv", Reason.COMPUTED, "weight_norm or spectral_norm",
     ),
     "standardised weight": (
-        lambda: nn.Sequential(StdConv2d(8, 8, 3, padding=1)), "0", Reason.OWN_FORWARD, "StdConv2d does more",
-    ),
-    "dynamic padding": (
-        lambda: nn.Sequential(Conv2dSame(8, 8, 3, 2)), "0", Reason.OWN_FORWARD, "Conv2dSame does more",
+        lambda: nn.Sequential(StdConv2d(8, 8, 3, padding=1)), "0", Reason.OWN_FORWARD, "StdConv2d computes the kernel",
     ),
     "patched forward": (_patched, "conv", Reason.OWN_FORWARD, "Conv2d does more"),
     "nothing calls it": (
@@ -864,7 +861,6 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "name of a model": (lambda: "resnet18", "expected a torch.nn.Module, got str"),
     "class": (lambda: ConvBN, "expected a torch.nn.Module, got type"),
     "state dict": (lambda: ConvBN().state_dict(), "expected a torch.nn.Module, got OrderedDict"),
-    "bare convolution": (conv3, "put it into torch.nn.Sequential"),
     "scripted": (_scripted, "expand first, then torch.jit.script"),
     "compiled": (lambda: torch.compile(ConvBN()), "expand first, then torch.compile"),
     "data parallel": (lambda: nn.DataParallel(ConvBN()), "expand the model inside first, then wrap it in DataPar"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -271,6 +272,100 @@ def test_modules_that_were_unflattened_fold_inside() -> None:
     result, report = reparam.collapse_with_report(torch.export.unflatten(program))
     assert len(report.folds) == 1
     assert torch.allclose(result(x), model(x), atol=1e-5)
+
+
+class Counting(nn.Module):
+    """A buffer that every call changes is no shift of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(C, C, 3), nn.BatchNorm2d(C)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        y: Tensor = self.norm(self.conv(x)) + self.calls
+        return y
+
+
+@pytest.mark.parametrize("core", [False, True])
+def test_a_buffer_that_a_program_writes_is_no_constant(core: bool) -> None:
+    model, x = ready(Counting()), maps()
+    program = export(model, (x,))
+    program = program.run_decompositions() if core else program
+    result, report = reparam.collapse_with_report(program, verify="folds")
+    assert len(report.folds) == 1
+    before, after = program.module(), result.module()
+    for _ in range(3):
+        assert torch.allclose(after(x), before(x), atol=1e-5)
+
+
+class Masked(nn.Module):
+    """Its kernel is seen through a mask that is made in each call; in place, or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.weight, self.norm, self.in_place = nn.Parameter(torch.randn(C, C, 3, 3)), nn.BatchNorm2d(C), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            mask = torch.zeros(1, C, C, 1, 1)
+            mask[0][0].fill_(1)
+            mask = mask[0] > 0.5
+        else:
+            mask = (torch.arange(C) >= torch.arange(C).unsqueeze(-1)).view(C, C, 1, 1)
+        y: Tensor = self.norm(F.conv2d(x, torch.where(mask, self.weight, 0.0)))
+        return y
+
+
+@pytest.mark.parametrize("dialect", ["training", "core"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_mask_that_is_made_in_each_call(in_place: bool, dialect: str) -> None:
+    model, x = ready(Masked(in_place)), maps()
+    program = export(model, (x,))
+    program = program.run_decompositions() if dialect == "core" else program
+    result, report = reparam.collapse_with_report(program, verify="folds")
+    assert torch.allclose(result.module()(x), model(x), atol=1e-5)
+    if not in_place:
+        assert len(report.folds) == 1
+        assert not any("arange" in call for call in calls(result))
+
+
+def test_what_was_unflattened_and_folded_stays_as_it_is() -> None:
+    model, x = build("two branches"), maps()
+    inner = nn.Sequential(model, nn.ReLU()).eval()
+    result = reparam.collapse(torch.export.unflatten(export(inner, (x,))), example_inputs=x)
+    again, report = reparam.collapse_with_report(result, example_inputs=x)
+    assert report.folds == []
+    assert torch.equal(again(x), result(x))
+
+
+class Scaled(nn.Module):
+    """A convolution that is no layer: only a new forward can fold it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(C, C, 3, 3)), nn.Parameter(torch.rand(C, 1, 1))
+        self.act, self.last = nn.ReLU(), nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.last(nn.functional.conv2d(x, self.weight) * self.scale))
+        return y
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), reparam.collapse])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_traced_module_with_a_new_forward_is_still_one(again: Callable[[nn.Module], nn.Module], inside: bool) -> None:
+    """Its graph says what it computes, and copies, files and another collapse keep that."""
+    traced, x = fx.symbolic_trace(Scaled().eval()), maps()
+    model = nn.Sequential(traced, nn.Identity()).eval() if inside else traced
+    result, report = reparam.collapse_with_report(model, example_inputs=x)
+    assert len(report.folds) == 1
+    kept = again(result)
+    assert torch.allclose(kept(x), model(x), atol=1e-4)
+    graph = kept[0].graph if inside else kept.graph
+    assert [str(node.target) for node in graph.nodes if node.op == "call_module"] == ["last", "act"]
+    assert reparam.explain(kept).folds == []
 
 
 def test_bad_input_gets_one_line() -> None:

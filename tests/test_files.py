@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import reparam
-from passes.edits.edit import Rewrite, made_by
+from passes.edits.carried import made_by
+from passes.edits.edit import Rewrite
 from reparam import Block, files, sources
 from reparam.recipe import Recipe, RecipeError, parse_blocks, parse_where
 

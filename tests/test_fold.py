@@ -57,11 +57,11 @@ TOLERANCE = 1e-12
 
 
 def holders(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that hold numbers, by path."""
+    """Modules that hold numbers, by path; what is left of a norm only answers as one."""
     return {
         path: m
         for path, m in model.named_modules()
-        if any(t is not None for t in [*m._parameters.values(), *m._buffers.values()])
+        if type(m) is not nn.Identity and any(t is not None for t in [*m._parameters.values(), *m._buffers.values()])
     }
 
 

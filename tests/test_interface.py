@@ -171,6 +171,7 @@ def test_wrapped_models_fold_inside() -> None:
     """Containers that torch brings, at the outside and inside; a compiled model stays one."""
     for wrap in (nn.DataParallel, lambda net: nn.Sequential(nn.DataParallel(net)), lambda net: nn.ModuleList([net])):
         assert Counts.of(reparam.collapse(wrap(ready(Net())))).norms == 0
+    torch._dynamo.reset()  # other tests may have compiled this code until torch gave it up
     compiled: Any = torch.compile(ready(Net()), backend="eager")
     plain = reparam.collapse(compiled)
     assert type(plain) is type(compiled)

@@ -189,8 +189,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def numbers(model: nn.Module, *, buffers: bool = False) -> int:
-    held = [*model.parameters(), *(model.buffers() if buffers else ())]
-    return sum(t.numel() for t in held)
+    """Those of its state dict, or of its parameters."""
+    return sum(t.numel() for t in (model.state_dict().values() if buffers else model.parameters()))
 
 
 def norms(model: nn.Module) -> int:

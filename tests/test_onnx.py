@@ -168,6 +168,50 @@ CASES |= {
 }  # fmt: skip
 
 
+TWO = np.array([1, 1, 2, 3], dtype=np.float32)
+RESIZED = {
+    "nearest": 'Resize <mode="nearest"> (a, , s)',
+    "nearest, from the corner": (
+        'Resize <mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"> (a, , s)'
+    ),
+    "linear": 'Resize <mode="linear"> (a, , s)',
+    "linear, between corners": 'Resize <mode="linear", coordinate_transformation_mode="align_corners"> (a, , s)',
+    "to a size": 'Resize <mode="nearest"> (a, , , z)',
+}
+UPSIZED = {"s": TWO, "z": np.array([2, C, 24, 36])}
+CASES |= {
+    f"behind a resize, {name}": (f"a = Conv <{PADS}> (x, w, b)\n u = {code}\n y = {BN.format('u', 'n')}",
+                                 {**CONVS, **norm("n"), **UPSIZED}, {"shape": "2,4,12,12"})
+    for name, code in RESIZED.items()
+}  # fmt: skip
+CASES["behind an upsampling of old"] = (
+    f"a = Conv <{PADS}> (x, w, b)\n u = Upsample <mode=\"nearest\"> (a, s)\n y = {BN.format('u', 'n')}",
+    {**CONVS, **norm("n"), "s": TWO}, {"opset": 9})  # fmt: skip
+CASES["behind a resize of operator set 10"] = (
+    f"a = Conv <{PADS}> (x, w, b)\n u = Resize <mode=\"nearest\"> (a, s)\n y = {BN.format('u', 'n')}",
+    {**CONVS, **norm("n"), "s": TWO}, {"opset": 10})  # fmt: skip
+CASES["behind an identity and a resize"] = (
+    f"a = Conv <pads=[0,1,2,1]> (x, w)\n i = Identity (a)\n u = Resize <mode=\"nearest\"> (i, , s)\n"
+    f" y = {BN.format('u', 'n')}", {**CONVS, **norm("n"), "s": TWO}, {})  # fmt: skip
+CASES["a product of rows, transposed"] = (
+    f"a = MatMul (x, m)\n t = Transpose <perm=[0,2,1]> (a)\n y = {BN.format('t', 'n')}",
+    {"m": array(6, C), **norm("n")}, {"shape": "N,7,6"})  # fmt: skip
+OPEN = "N,4,H,W"
+RULED = {
+    "padded by a rule": ('Conv <auto_pad="SAME_UPPER", strides=[2,2]>', 1, OPEN),
+    "padded by a rule, in groups": ('Conv <auto_pad="SAME_LOWER", strides=[2,1], group=2>', 2, OPEN),
+    "transposed, uneven": ("ConvTranspose <strides=[2,2], pads=[1,0,0,1], output_padding=[1,0]>", 1, OPEN),
+    "transposed by a rule": ('ConvTranspose <strides=[3,3], auto_pad="SAME_LOWER", group=2>', 2, OPEN),
+    "transposed to a size": ("ConvTranspose <strides=[2,2], output_shape=[24,23]>", 1, "N,4,12,12"),
+    "transposed in groups": ("ConvTranspose <strides=[2,2], group=2>", 2, OPEN),
+}
+CASES |= {
+    name: (f"a = {code} (x, w, b)\n y = {BN.format('a', 'n')}",
+           {"w": array(C, C // groups, 3, 3), "b": array(C), **norm("n")}, {"shape": shape})
+    for name, (code, groups, shape) in RULED.items()
+}  # fmt: skip
+
+
 def loaded(made: onnx.ModelProto, tmp_path: Path) -> Any:
     path = tmp_path / "model.onnx"
     onnx.save(made, path)
@@ -195,7 +239,11 @@ def test_a_region_becomes_one_operator(name: str, constants: bool, tmp_path: Pat
     assert report.checked is not None
     assert report.checked.verdict is Verdict.EQUAL
     kinds = operators(result)
-    movement = {"Transpose", "Pad", "GlobalAveragePool", "DepthToSpace"} if name in MOVED else set()
+    movement = (
+        {"Transpose", "Pad", "GlobalAveragePool", "DepthToSpace"}
+        if name == "a product of rows, transposed" or name in MOVED
+        else {"Resize", "Upsample", "Identity"}
+    )
     layers = [kind for kind in kinds if kind not in movement]
     assert layers in (["Conv"], ["ConvTranspose"], ["Gemm"], ["MatMul", "Add"]), kinds
     assert [v.name for v in result.graph.outputs] == ["y"]
@@ -623,3 +671,55 @@ def test_the_verb_for_modules_names_the_right_call() -> None:
     for wrong in ("model.onnx", Path("model.onnx"), make("two branches"), ir.from_proto(make("two branches"))):
         with pytest.raises(ReparamError, match=r"reparam\.onnx"):
             reparam.collapse(wrong)  # type: ignore[type-var]
+
+
+def test_a_file_tells_of_weights_what_it_told_before_and_no_more(tmp_path: Path) -> None:
+    """onnx-ir would tell the shape of every weight twice; new operators say nothing that is so anyway."""
+    made = make("two branches")
+    made.graph.node[-1].output[0] = "s"
+    made.graph.node.extend([helper.make_node("Conv", ["s", "u"], ["y"], name="last"),
+                            helper.make_node("Identity", ["s"], ["z"])])  # fmt: skip
+    made.graph.node[-2].name, made.graph.node[0].name = "last", "first"
+    made.graph.output.append(value("z"))
+    for name, shape in (("u", (C, C, 5, 5)), ("k", (3,))):
+        made.graph.initializer.append(numpy_helper.from_array(array(*shape), name))
+        if name == "u":
+            made.graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    onnx.save(made, tmp_path / "model.onnx")
+    reparam.onnx.save(reparam.onnx.collapse(tmp_path / "model.onnx"), tmp_path / "out.onnx")
+    got = onnx.load(tmp_path / "out.onnx")
+    assert {v.name for v in got.graph.value_info if v.name in {t.name for t in got.graph.initializer}} == {"u"}
+    assert [node.name for node in got.graph.node] == ["first", "last", ""], "a layer keeps the name of the one it was"
+    assert {a.name for a in got.graph.node[0].attribute} == {"kernel_shape", "pads"}
+    assert got.graph.node[1] == made.graph.node[-2]
+
+
+SMALL = {"q": np.ones((C, C, 3, 3), dtype=np.int8), "step": np.float32(0.1).reshape(())}
+LEFT = {
+    "a weight that is kept small": ("k = DequantizeLinear (q, step)\n a = Conv (x, k)", "N,4,12,12", "is no constant"),
+    "no weight of a known shape": ("k = other.Kernel (w)\n a = Conv (x, k)", "N,4,12,12", "the shape of its weight"),
+    "an operator of another domain": ("a = other.Conv (x, w)", "N,4,12,12", "this other.Conv is not read"),
+    "averages by a rule": ('a = AveragePool <kernel_shape=[3,3], strides=[2,2], auto_pad="SAME_UPPER"> (x)', OPEN,
+                           "depends on the size of its input"),
+    "another interpolation": ('c = Conv (x, w)\n a = Resize <mode="cubic"> (c, , s)', OPEN, "places pixels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_norm_behind_what_was_not_read_says_so(name: str, tmp_path: Path) -> None:
+    """That it follows no convolution is what nobody knows."""
+    code, shape, why = LEFT[name]
+    made = model(f"{code}\n y = {BN.format('a', 'n')}", {**CONVS, **norm("n"), "s": TWO, **SMALL}, shape=shape)
+    report = reparam.onnx.explain(loaded(made, tmp_path))
+    assert report.folds == []
+    (said,) = [refusal for refusal in report.refusals if refusal.layer == "y"]
+    assert said.message.startswith("it follows a, which is left alone: ")
+    assert why in said.message
+
+
+def test_a_convolution_that_pads_by_a_rule_keeps_it(tmp_path: Path) -> None:
+    result = reparam.onnx.collapse(loaded(make("padded by a rule, in groups"), tmp_path))
+    (node,) = result.graph
+    assert {name: each.value for name, each in node.attributes.items()} == {
+        "auto_pad": "SAME_LOWER", "strides": (2, 1), "group": 2,
+    }  # fmt: skip

@@ -272,5 +272,5 @@ def test_the_type_of_what_a_layer_returns_is_known() -> None:
 
     model = ready(Net(listed, stem=SamePadded(3, 3, 3), a=nn.Conv2d(3, C, 3), n=norm(2)))
     plan = reparam.plan(model, "acb")
-    assert [row.layer for row in plan.expanded] == ["a"]
-    assert plan.expanded[0].found.norm is not None
+    assert [row.layer for row in plan.expanded] == ["stem", "a"]
+    assert plan.expanded[1].found.norm is not None

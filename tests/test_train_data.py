@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import pickle
 import struct
 import urllib.error
@@ -20,8 +22,10 @@ from torch.nn import functional as F
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
+from reparam import ReparamError
 from zoo.train import data as module
 from zoo.train.data import Data, DataError, load_data
+from zoo.train.idx import PARTS, convert_json, read_idx
 
 # ------------------------------------------------------------------------------------------------- contents
 
@@ -340,3 +344,74 @@ def test_the_default_folder_is_the_persons_cache(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(DataError, match="mnist"):
         load_data("mnist")
     assert asked == [tmp_path / ".cache" / "reparam"]
+
+
+# ------------------------------------------------------------------------------------------------- IDX files
+
+
+def idx(folder: Path, part: str, labels: list[int], *, packed: bool = False) -> None:
+    """Images of 4x6 pixels, each as bright as its label."""
+    count = len(labels)
+    contents = {
+        "images-idx3": struct.pack(">IIII", 2051, count, 4, 6) + b"".join(bytes([20 * label]) * 24 for label in labels),
+        "labels-idx1": struct.pack(">II", 2049, count) + bytes(labels),
+    }
+    for name, content in contents.items():
+        path = folder / f"{part}-{name}-ubyte{'.gz' if packed else ''}"
+        path.write_bytes(gzip.compress(content) if packed else content)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_of_idx_files_is_read(tmp_path: Path, packed: bool) -> None:
+    idx(tmp_path, "train", [0, 2, 4], packed=packed)
+    idx(tmp_path, "t10k", [1, 3], packed=packed)
+    data = load_data(str(tmp_path))
+    assert (data.shape, data.classes, size(data, True), size(data, False)) == ((1, 4, 6), tuple("01234"), 3, 2)
+    assert [label for _, label in data.test] == [1, 3]
+    values = torch.tensor([image.mean() for image, _ in data.train])
+    assert torch.allclose(values, torch.tensor([-1.0, 0.0, 1.0]) * 1.5**0.5, atol=1e-5)
+
+
+def test_idx_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    idx(tmp_path, "train", [0, 2, 4])
+    with pytest.raises(DataError, match="lacks images or labels of 't10k'"):
+        load_data(str(tmp_path))
+    idx(tmp_path, "t10k", [1, 3])
+    labels = tmp_path / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(struct.pack(">II", 2049, 1) + bytes([1]))
+    with pytest.raises(DataError, match="do not fit"):
+        load_data(str(tmp_path))
+    labels.write_bytes(struct.pack(">II", 2049, 7) + bytes([1]))
+    with pytest.raises(ReparamError, match="t10k-labels-idx1-ubyte is no IDX file of 7 bytes"):
+        load_data(str(tmp_path))
+    labels.write_bytes(b"\0")
+    with pytest.raises(ReparamError, match="cannot be read as an IDX file"):
+        load_data(str(tmp_path))
+
+
+def test_the_json_of_npm_becomes_idx_files(tmp_path: Path) -> None:
+    """Every image comes back once, with its label, as bytes of the brightness that the file has in parts of one."""
+    digits = tmp_path / "package" / "src" / "digits"
+    digits.mkdir(parents=True)
+    for digit in range(10):
+        (digits / f"{digit}.json").write_text(json.dumps({"data": [digit / 10] * (784 * 3)}))
+    convert_json(tmp_path / "package", tmp_path / "idx", test=6)
+    found = [
+        (int(image), int(label))
+        for part in PARTS
+        for image, label in zip(
+            read_idx(tmp_path / "idx" / f"{part}-images-idx3-ubyte")[:, 0, 0],
+            read_idx(tmp_path / "idx" / f"{part}-labels-idx1-ubyte"),
+            strict=True,
+        )
+    ]
+    assert sorted(found) == sorted((round(25.5 * digit), digit) for digit in range(10) for _ in range(3))
+    data = load_data(str(tmp_path / "idx"))
+    assert (size(data, True), size(data, False), data.shape) == (24, 6, (1, 28, 28))
+    (digits / "7.json").write_text("{}")
+    with pytest.raises(ReparamError, match=r"7\.json: not the digits"):
+        convert_json(tmp_path / "package", tmp_path / "idx", test=6)
+    (digits / "7.json").write_text((digits / "8.json").read_text())
+    with pytest.raises(ReparamError, match="some have to be trained on"):
+        convert_json(digits, tmp_path / "other", test=30)
+    assert not (tmp_path / "other").exists()

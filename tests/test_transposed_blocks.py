@@ -18,7 +18,7 @@ import reparam
 from passes.algebra.geometry import TRANSPOSED, Geometry
 from passes.blocks.ecb import ScaledFilter
 from passes.edits.apply import apply
-from passes.edits.edit import made_by
+from passes.edits.carried import made_by
 from passes.training.build import rebuilt
 from reparam import Reason
 

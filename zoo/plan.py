@@ -32,7 +32,7 @@ def skeleton(spec: str) -> nn.Module:
     """
     try:
         with torch.device("meta"):
-            return sources.create(spec).eval()
+            return sources.create(spec).eval().to("meta")  # one that stood ready in a module has numbers
     # Some constructors compute their widths with tensors, and ask those for values: these need numbers for a moment.
     except ReparamError:
         return sources.create(spec).eval().to("meta")

@@ -20,6 +20,7 @@ from typing import Any
 
 from reparam import ReparamError, sources
 from reparam.networks import UsageError
+from reparam.own_code import Code
 from reparam.recipe import parse_block
 from zoo.job import FILES, Job, Settings, finished, versions
 from zoo.journal import Journal, JournalError
@@ -178,8 +179,13 @@ def select(
     """
     found: dict[tuple[str, str], None] = {}
     for text in names:
-        where, _, name = text.partition(":") if sources.is_spec(text) else (source, "", text)
+        where, name = sources.split(text) if sources.is_spec(text) else (source, text)
         pattern = any(c in name for c in "*?[") and "," not in name
+        if sources.runs_code(where):
+            sources.name_code(text)
+            Code(where).find(name.partition(",")[0])
+            found[where, name] = None
+            continue
         matches = sources.names(where, name) if pattern else [name]
         if not pattern and ":" not in name and name.partition(",")[0] not in (known := sources.names(where)):
             raise sources.UnknownNameError(f"unknown network {name!r} in source {where!r}{sources.near(name, known)}")

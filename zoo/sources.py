@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from torch import nn
 
@@ -27,10 +31,28 @@ class TimmSource:
         """``timm.create_model``; deprecated names are resolved silently."""
         import timm
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _from_cache_without_network() if pretrained else nullcontext():
             warnings.simplefilter("ignore")
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
         return model
+
+
+@contextmanager
+def _from_cache_without_network() -> Iterator[None]:
+    """Where no network is, let the hub's client look into its cache alone: it would try again for a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    host = urlsplit(constants.ENDPOINT).hostname
+    try:
+        if not getproxies():
+            socket.getaddrinfo(host, None)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 class TorchvisionSource:

@@ -12,14 +12,15 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from reparam import ReparamError
-from reparam.files import FileError, StateFile, is_file_name, load_into, load_state, misfit
+from reparam.files import FileError, StateFile, is_file_name, load_into, load_state
+from reparam.fitting import fitted
 from zoo.job import Ended
 from zoo.outcome import Refused
 
@@ -27,10 +28,6 @@ __all__ = ["UNTRAINED", "Shelf", "fill", "find_checkpoints", "is_trained", "no_w
 
 GENERIC = ("model", "pytorch_model", "open_clip_pytorch_model", "checkpoint", "model_best", "weights")
 """Names of files that say nothing; the folder's name or its ``config.json`` does."""
-PREFIXES = ("module.", "_orig_mod.", "model.", "model_ema.", "ema_model.", "ema.", "module_ema.")
-"""What training scripts put before every name; the averaged ones are tried like the others."""
-DEPTH = 3
-"""How many prefixes may stand one before the other."""
 OFFLINE = ("ConnectionError", "ConnectError", "URLError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "gaierror")
 """Errors of download libraries that mean that there is no network, by name: none of the libraries is imported here."""
 NO_WEIGHTS = ("No pretrained", "Invalid pretrained config", "no weights")
@@ -76,17 +73,11 @@ def fill(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         FileError: unreadable, not a state dict, or of another network; says what is missing.
     """
     content = load_state(path)
-    notes = _wrapper_notes(content)
-    for dropped, tensors in _variants(content.tensors):
-        if not misfit(model, tensors):
-            if dropped:
-                rest = len(content.tensors) - len(tensors)
-                besides = f", and left out {rest} tensors of other names" if rest else ""
-                notes.append(f"dropped the prefix {dropped!r}{besides}")
-            load_into(model, StateFile(tensors, content.metadata), path)
-            return notes
-    load_into(model, content, path)  # says what does not fit
-    return notes
+    found = fitted(model, content.tensors)
+    load_into(
+        model, content if found is None else replace(content, tensors=found.tensors), path
+    )  # says what does not fit
+    return _wrapper_notes(content) + list(found.notes if found is not None else ())
 
 
 def _names(path: Path, root: Path) -> Iterator[str]:
@@ -111,20 +102,6 @@ def _shortened(stem: str) -> Iterator[str]:
     yield stem
     yield stem.partition(".")[0]
     yield re.sub(r"-[0-9a-f]{8}$", "", stem)
-
-
-def _variants(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The tensors as they are, then those behind each chain of prefixes, without it."""
-    todo = [("", tensors)]
-    for _ in range(DEPTH + 1):
-        yield from todo
-        longer = []
-        for dropped, current in todo:
-            for prefix in PREFIXES:
-                inside = {name[len(prefix) :]: t for name, t in current.items() if name.startswith(prefix)}
-                if inside:
-                    longer.append((dropped + prefix, inside))
-        todo = longer
 
 
 def _wrapper_notes(content: StateFile) -> list[str]:

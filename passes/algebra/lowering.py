@@ -6,7 +6,6 @@ padding stands in front as a module of its own. The cast to the shipped dtype ha
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from passes.algebra.conv_form import ConvForm, Form, transposed_padding
 from passes.algebra.geometry import CONVS, PADS, TRANSPOSED
 from passes.algebra.kernels import swap_in_out
-from passes.algebra.opaque import OpaqueForm
+from passes.algebra.opaque import OpaqueForm, without_numbers
 from passes.algebra.scale_shift import ScaleShift
 from passes.refusal import Reason, RefusalError
 
@@ -50,8 +49,9 @@ def emit(form: Form, target: Target) -> nn.Module:
     assert weight is not None
     layer: nn.Module
     if isinstance(form, OpaqueForm):
-        layer = copy.copy(form.layer)
-        layer.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
+        layer = without_numbers(form.layer)
+        weight = _cast(form.own_weight, target, "weight")
+        assert weight is not None
     elif form.channelwise:
         assert bias is not None
         layer = ScaleShift(form.out_channels, form.n, device="meta")

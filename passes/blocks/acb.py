@@ -13,7 +13,7 @@ from passes.refusal import ReparamError
 __all__ = ["acb"]
 
 
-@block("acb", meant={"kernel": range(2, 7)})
+@block("acb", published=("AsymConvBlock", "ACBlock"), meant={"kernel": range(2, 7)})
 def acb(
     conv: Site, *, gamma: float = 1.0, bn: str = "branch", line: int | None = None
 ) -> Iterator[tuple[str, nn.Module]]:

@@ -13,7 +13,7 @@ from passes.refusal import ReparamError
 __all__ = ["conv3xc"]
 
 
-@block("conv3xc", meant={"kernel": 3})
+@block("conv3xc", published=("Conv3XC",), meant={"kernel": 3})
 def conv3xc(conv: Site, *, gain: int = 2) -> Iterator[tuple[str, nn.Module]]:
     """SPAN's block: the kernel + (1x1 -> kxk -> 1x1, ``gain`` times as wide) + 1x1.
 

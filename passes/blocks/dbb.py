@@ -12,7 +12,7 @@ from passes.blocks.kit.registry import block
 __all__ = ["dbb"]
 
 
-@block("dbb", meant={"kernel": range(2, 7)})
+@block("dbb", published=("DiverseBranchBlock",), meant={"kernel": range(2, 7)})
 def dbb(
     conv: Site, *, pointwise: bool = True, average: bool = True, sequence: bool = True, single: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:

@@ -17,7 +17,7 @@ _RING = (3, 0, 1, 6, 4, 2, 7, 8, 5)
 """The tap that each tap's weight is lessened by in the angular difference: its neighbour around the centre."""
 
 
-@block("difference", online=True, meant={"kernel": 3})
+@block("difference", published=("DEConv",), online=True, meant={"kernel": 3})
 def difference(conv: Site, *, theta: float = 1.0) -> Iterator[tuple[str, nn.Module]]:
     """Detail-enhanced convolution: 3x3 + kernels that see central, angular, horizontal and vertical differences.
 

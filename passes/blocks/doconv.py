@@ -18,7 +18,7 @@ INPUTS_AT_ONCE = 4
 """Input channels whose products with D are one matrix product; measured, on 64 to 512 channels."""
 
 
-@block("doconv")
+@block("doconv", published=("DOConv",))
 def doconv(conv: Site, *, depth: int | None = None) -> Iterator[tuple[str, nn.Module]]:
     """Depthwise over-parameterisation: one convolution with the kernel D o W; the batch norm stays where it is.
 

@@ -21,7 +21,7 @@ _FILTERS = {
 }
 
 
-@block("ecb", meant={"kernel": 3, "stride": 1})
+@block("ecb", published=("ECB",), meant={"kernel": 3, "stride": 1})
 def ecb(conv: Site, *, multiplier: float = 2.0, identity: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Edge-oriented block for super-resolution: 3x3 + (1x1 -> 3x3) + (1x1 -> scaled Sobel x, Sobel y, Laplacian).
 

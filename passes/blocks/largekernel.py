@@ -39,7 +39,7 @@ _TABLES: dict[str, dict[int, tuple[tuple[int, int], ...]]] = {
 _SIZES = sorted({size for table in _TABLES.values() for size in table})
 
 
-@block("largekernel", meant={"depthwise": True, "kernel": _SIZES, "stride": 1})
+@block("largekernel", published=("DilatedReparamBlock",), meant={"depthwise": True, "kernel": _SIZES, "stride": 1})
 def largekernel(conv: Site, *, table: str = "unireplknet") -> Iterator[tuple[str, nn.Module]]:
     """Large depthwise kernel + dilated smaller ones, each with its batch norm.
 

@@ -13,7 +13,7 @@ from passes.refusal import ReparamError
 __all__ = ["mobileone"]
 
 
-@block("mobileone", meant=({"depthwise": True}, {"kernel": 1}))
+@block("mobileone", published=("MobileOneBlock",), meant=({"depthwise": True}, {"kernel": 1}))
 def mobileone(conv: Site, *, n: int = 4, affine: str | None = None) -> Iterator[tuple[str, nn.Module]]:
     """MobileOne: ``n`` convolutions of the same kernel + 1x1 (if k > 1) + identity, each with its batch norm.
 

@@ -16,7 +16,7 @@ from passes.refusal import ReparamError
 __all__ = ["frequency_prior", "orepa"]
 
 
-@block("orepa", online=True, meant={"kernel": range(2, 7)})
+@block("orepa", published=("OREPA",), online=True, meant={"kernel": range(2, 7)})
 def orepa(conv: Site, *, expansion: int = 8, width: int = 1) -> Iterator[tuple[str, nn.Module]]:
     """OREPA: six linear branches, each times a vector, one batch norm behind; trained as one convolution.
 

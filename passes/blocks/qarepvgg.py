@@ -15,7 +15,7 @@ __all__ = ["qarepvgg"]
 
 
 @block(
-    "qarepvgg", exact_in_training=False, meant={"kernel": 3}
+    "qarepvgg", published=("QARepVGGBlock",), exact_in_training=False, meant={"kernel": 3}
 )  # a norm behind a norm: up to eps, and other statistics
 def qarepvgg(conv: Site, *, average: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """QARepVGG, made for int8: BN(kxk-BN + 1x1 with bias + identity); the network's own batch norm is the outer one.

@@ -12,7 +12,7 @@ from passes.blocks.kit.registry import block
 __all__ = ["repvgg"]
 
 
-@block("repvgg", meant={"kernel": 3})
+@block("repvgg", published=("RepVGGBlock",), meant={"kernel": 3})
 def repvgg(conv: Site, *, identity: bool = True, alpha: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """RepVGG: kxk + 1x1 + identity (where shapes allow), each with its batch norm.
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.algebra.geometry import CONVS
-from passes.edits.edit import Add, Block, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite, Substitute
+from passes.edits.edit import Add, Block, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite, Settle, Substitute
 from passes.edits.errors import EditError
 from passes.edits.holders import Holder, holders, substituted
 from passes.edits.layer import GEOMETRY
-from passes.edits.rewritten import Remainder, rewrite
+from passes.edits.rewritten import Remainder, rewrite, settle
 from passes.graph.attributes import carry_attributes
 from passes.graph.leaf import makes_weight
 
@@ -116,6 +117,13 @@ class _Editor:
                 _check_targets(module, edit)
                 self.undo.touch(module)
                 rewrite(module, edit.program, edit.method, edit.folded)
+            case Settle():
+                module = self._module(edit.path)
+                missing = [name for name in edit.methods if name == "forward" or not hasattr(module, name)]
+                if missing:
+                    raise EditError(f"{edit}: there is no such method")
+                self.undo.touch(module)
+                settle(module, edit.methods)
             case Substitute():
                 raise EditError(f"{edit}: this is an edit of a graph of calls, and no module's")
 
@@ -197,8 +205,18 @@ def remainder(old: nn.Module, edit: Remove) -> nn.Module:
         if name not in getattr(old, table) or hasattr(left, name):
             raise EditError(f"{edit}: there is no such tensor")
         getattr(left, table)[name] = getattr(old, table)[name]
+    if edit.answering and isinstance(old, _BatchNorm) and old.running_var is not None:
+        _answer(left, old, old.running_var)
     left.training = old.training
     return left
+
+
+def _answer(left: nn.Module, old: _BatchNorm, like: Tensor) -> None:
+    """Let what is left of a batch norm answer as one that changes nothing, exactly, in no state dict."""
+    left.eps = 0.0  # type: ignore[assignment]
+    for name, value in (("running_mean", 0.0), ("running_var", 1.0), ("weight", 1.0), ("bias", 0.0)):
+        if getattr(old, name) is not None:
+            left.register_buffer(name, like.new_full(like.shape, value), persistent=False)
 
 
 def _inherit(old: nn.Module, new: nn.Module) -> None:

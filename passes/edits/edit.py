@@ -1,24 +1,21 @@
 """The edits that the compilers make to a model, as plain data; :mod:`passes.edits.apply` carries them out.
 
-``collapse`` emits ``Replace``, ``Remove``, ``Add``, ``Delete``, ``Clear`` and ``Rewrite``; with ``like=``, ``Replace``
-for what goes back into the places of blocks; ``expand`` emits ``Block`` and ``Remove``. Numbers are no part of an edit:
-new layers come with theirs, or are made without any.
+``collapse`` emits ``Replace``, ``Remove``, ``Add``, ``Delete``, ``Clear``, ``Rewrite`` and ``Settle``; with ``like=``,
+``Replace`` for what goes back into the places of blocks; ``expand`` emits ``Block`` and ``Remove``. Numbers are no part
+of an edit: new layers come with theirs, or are made without any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from passes.edits.layer import Layer
 from passes.edits.program import Program, check_name
 
 __all__ = [
-    "Add", "Block", "Clear", "Delete", "Edit", "Fill", "Remove", "Replace", "Rewrite", "Substitute", "made_by",
-    "remember",
+    "Add", "Block", "Clear", "Delete", "Edit", "Fill", "Remove", "Replace", "Rewrite", "Settle",
+    "Substitute",
 ]  # fmt: skip
 
 
@@ -42,12 +39,15 @@ class Remove:
         leaving: names of its children that go on, in order.
         keeping: names of its tensors that other code reads.
         program: what goes on where that is no chain of children.
+        answering: whether what stays answers as a batch norm that changes nothing: a library that folds this norm once
+            more (``fuse()``) reads its statistics, and gets the layer before it back.
     """
 
     path: str
     leaving: tuple[str, ...] = ()
     keeping: tuple[str, ...] = ()
     program: Program | None = None
+    answering: bool = False
 
     def __str__(self) -> str:
         names = self.leaving
@@ -124,6 +124,26 @@ class Rewrite:
 
 
 @dataclass(frozen=True)
+class Settle:
+    """Let methods of the module at ``path`` do nothing and return it: what they would fold and delete is folded.
+
+    Args:
+        path: of the module.
+        methods: their names.
+    """
+
+    path: str
+    methods: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            check_name(method)
+
+    def __str__(self) -> str:
+        return f"let {', '.join(self.methods)} of {self.path or 'the model'} return it as it is"
+
+
+@dataclass(frozen=True)
 class Block:
     """Put a training block in the place of a convolution.
 
@@ -178,44 +198,4 @@ class Substitute:
         return f"compute {self.path} from {self.source} by {self.layer}"
 
 
-Edit = Replace | Remove | Add | Fill | Delete | Clear | Rewrite | Block | Substitute
-
-
-def made_by(model: nn.Module) -> tuple[Edit, ...] | None:
-    """The edits that made a network what it is, from the one that its constructor builds; None if there were none."""
-    edits: tuple[Edit, ...] | None = vars(model).get(_ATTRIBUTE)
-    return edits
-
-
-def remember(model: nn.Module, edits: Iterable[Edit]) -> None:
-    """Let a network carry the edits that were made to it, so that its file can; those that no longer show are left out.
-
-    They lie in a plain attribute of the outermost module: copies and pickles have them too.
-    """
-    whole = [*(made_by(model) or ()), *edits]
-    if whole:
-        vars(model)[_ATTRIBUTE] = tuple(reversed([*_showing(reversed(whole))]))
-
-
-def revise(model: nn.Module, revised: Callable[[Edit], Edit]) -> None:
-    """Let a network remember its edits in another way."""
-    if _ATTRIBUTE in vars(model):
-        vars(model)[_ATTRIBUTE] = tuple(map(revised, vars(model)[_ATTRIBUTE]))
-
-
-_ATTRIBUTE = "reparam_edits"
-
-
-def _showing(backwards: Iterable[Edit]) -> Iterator[Edit]:
-    """The edits of which something is left: no later module took the place of what they changed."""
-    replaced, deleted = set[str](), set[str]()
-    for edit in backwards:
-        names = edit.path.split(".")
-        inside = any(".".join(names[:i]) in replaced for i in range(1, len(names)))
-        itself = edit.path in replaced and isinstance(edit, (Replace, Block, Rewrite))
-        if not (inside or itself or (edit.path in deleted and isinstance(edit, Block))):
-            yield edit
-        if isinstance(edit, Replace) and "like" not in str(edit.layer.kind):
-            replaced.add(edit.path)
-        elif isinstance(edit, Delete):
-            deleted.add(edit.path)
+Edit = Replace | Remove | Add | Fill | Delete | Clear | Rewrite | Settle | Block | Substitute

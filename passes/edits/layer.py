@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import CONVS, PADS
+from passes.algebra.opaque import without_numbers
 from passes.algebra.scale_shift import ScaleShift
 from passes.edits.errors import EditError
 from passes.graph.opset import operation_of_layer
@@ -154,9 +154,8 @@ def _relative(original: nn.Module, bias: bool) -> nn.Module:
     deformable = operation is not None and operation.id == "deform_conv2d"
     if not isinstance(original, _ConvNd) and not deformable:
         raise EditError(f"a {type(original).__name__} is no convolution whose numbers can be folded")
-    layer: Any = copy.copy(original)
-    layer.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
-    layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"))
+    layer: Any = without_numbers(original)
+    layer.weight = nn.Parameter(torch.empty_like(original.weight, device="meta"))  # type: ignore[arg-type]
     empty = nn.Parameter(torch.empty(layer.out_channels, device="meta")) if bias else None
     layer.register_parameter("bias", empty)
     made: nn.Module = layer.eval()
@@ -174,7 +173,7 @@ def _is_option(name: str, value: Any) -> bool:
         return value is None or isinstance(value, (int, float))
     if name == "padding_mode":
         return value in _PADDING_MODES
-    if name == "padding" and value == "same":
+    if name == "padding" and value in ("same", "valid"):
         return True
     if name == "dims":
         return type(value) is int and 0 <= value <= 3

@@ -259,10 +259,15 @@ class _Writer:
     def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
         if not self.core:
             return self.call(aten.linear.default, x, weight, bias)
+        value = x.meta.get("val")
+        leading = list(value.shape[:-1]) if isinstance(value, Tensor) else [-1]
+        open_ = [i for i, size in enumerate(leading) if not isinstance(size, int)]
+        sizes = [self.call(aten.sym_size.int, x, i) if i in open_ else size for i, size in enumerate(leading)]
+        rows = x if len(sizes) == 1 else self.call(aten.view.default, x, [-1, weight.meta["val"].shape[1]])
         turned = self.call(aten.permute.default, weight, [1, 0])
-        if bias is None:
-            return self.call(aten.mm.default, x, turned)
-        return self.call(aten.addmm.default, bias, x, turned)
+        product = aten.mm.default if bias is None else aten.addmm.default
+        made = self.call(product, *([] if bias is None else [bias]), rows, turned)
+        return made if rows is x else self.call(aten.view.default, made, [*sizes, weight.meta["val"].shape[0]])
 
     def pad(self, x: fx.Node, amounts: list[int], mode: str, value: float = 0.0) -> fx.Node:
         if mode == "zeros":

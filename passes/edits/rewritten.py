@@ -18,7 +18,7 @@ from passes.edits.program import Program
 from passes.graph.generated import forget_with
 from passes.refusal import ReparamError
 
-__all__ = ["Remainder", "Rewritten", "function_of", "plain_class", "rewrite"]
+__all__ = ["Remainder", "Rewritten", "function_of", "plain_class", "rewrite", "settle"]
 
 
 class Rewritten:
@@ -28,24 +28,30 @@ class Rewritten:
     _folded: frozenset[str]
     _plain: type[nn.Module]
     _read: frozenset[str]
+    _settled: tuple[str, ...]
 
     def __init_subclass__(cls) -> None:
         """A class that keeps a register of its subclasses, or asks them for something, is not told of this one."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         own = getattr(self._plain, "__deepcopy__", None)
-        if own is not None:
+        if own is not None and not issubclass(self._plain, fx.GraphModule):  # which makes its forward of its graph
             return own(self, memo)
-        if any(getattr(self._plain, name, None) is not getattr(nn.Module, name, None) for name in _COPYING):
+        differs = any(getattr(self._plain, name, None) is not getattr(nn.Module, name, None) for name in _COPYING)
+        if differs and not issubclass(self._plain, fx.GraphModule):
             return copy._reconstruct(self, memo, *self.__reduce__())  # type: ignore[attr-defined]
-        new = self.__class__.__new__(self.__class__)
+        new = object.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _restore, (self._plain, dict(self._programs), self._folded), state
+        plain = self._plain
+        if issubclass(plain, fx.GraphModule):  # each has a class of its own, and a graph that the program makes again
+            plain = next(kind for kind in plain.__mro__ if not kind.__qualname__.endswith("GraphModuleImpl"))
+            state = {name: value for name, value in self.__dict__.items() if name not in _MADE}
+        return _restore, (plain, dict(self._programs), self._folded, self._settled), state
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The new code no longer calls what is set here, or calls it for several layers: not to be ignored in silence.
@@ -71,17 +77,44 @@ def rewrite(module: nn.Module, program: Program, method: str = "forward", folded
 
     ``folded`` are names of children that are no longer what they were.
     """
-    earlier = module if isinstance(module, Rewritten) else None
-    programs = {**(earlier._programs if earlier is not None else {}), method: program}
-    _swap(module, plain_class(module), programs, frozenset(folded) | (earlier._folded if earlier else frozenset()))
+    programs, before, settled = _changes(module)
+    settled = tuple(name for name in settled if name != method)
+    _swap(module, plain_class(module), {**programs, method: program}, frozenset(folded) | before, settled)
     module.__dict__.pop(method, None)  # one replaced on the instance would go first
+    _show(module)
 
 
-def _swap(module: nn.Module, plain: type[nn.Module], programs: Mapping[str, Program], folded: frozenset[str]) -> None:
+def settle(module: nn.Module, methods: Iterable[str]) -> None:
+    """Let methods do nothing and return the module: what they would fold and delete is folded already."""
+    programs, folded, settled = _changes(module)
+    _swap(module, plain_class(module), programs, folded, tuple(dict.fromkeys((*settled, *methods))))
+
+
+def _changes(module: nn.Module) -> tuple[Mapping[str, Program], frozenset[str], tuple[str, ...]]:
+    """What was rewritten before."""
+    if isinstance(module, Rewritten):
+        return module._programs, module._folded, module._settled
+    return {}, frozenset(), ()
+
+
+def _as_it_is(module: nn.Module) -> nn.Module:
+    """Nothing is left to fold."""
+    return module
+
+
+def _swap(
+    module: nn.Module,
+    plain: type[nn.Module],
+    programs: Mapping[str, Program],
+    folded: frozenset[str],
+    settled: tuple[str, ...],
+) -> None:
     constants = {name: tensor for program in programs.values() for name, tensor in program.constants.items()}
     members = {
         **constants,
         **{method: function_of(program, method) for method, program in programs.items()},
+        **dict.fromkeys(settled, _as_it_is),
+        "_settled": settled,
         "_programs": programs,
         "_folded": folded,
         "_plain": plain,
@@ -93,6 +126,16 @@ def _swap(module: nn.Module, plain: type[nn.Module], programs: Mapping[str, Prog
     object.__setattr__(module, "__class__", type(plain.__name__, (Rewritten, plain), members))
 
 
+def _show(module: nn.Module) -> None:
+    """Let a module that has a graph say what it computes now."""
+    program = vars(type(module))["_programs"].get("forward")
+    if isinstance(module, fx.GraphModule) and program is not None:
+        graph = program.graph()
+        graph.owning_module = module
+        module.__dict__.update(_graph=graph, _code=graph.python_code("self").src)
+
+
+_MADE = frozenset(("_graph", "_code", "_wrapped_call", "_tracer_cls"))
 _COPYING = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
 """How a class may say what is copied of it."""
 
@@ -129,8 +172,11 @@ def function_of(program: Program, name: str) -> FunctionType:
     return made
 
 
-def _restore(plain: type[nn.Module], programs: dict[str, Program], folded: frozenset[str]) -> nn.Module:
+def _restore(
+    plain: type[nn.Module], programs: dict[str, Program], folded: frozenset[str], settled: tuple[str, ...] = ()
+) -> nn.Module:
     module = plain.__new__(plain)
     nn.Module.__init__(module)
-    _swap(module, plain, programs, folded)
+    _swap(module, type(module), programs, folded, settled)
+    _show(module)
     return module

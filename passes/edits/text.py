@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.edits.edit import Add, Block, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite, Substitute
+from passes.edits.edit import Add, Block, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite, Settle, Substitute
 from passes.edits.errors import EditError
 from passes.edits.layer import Layer
 from passes.edits.operations import ATTRIBUTES, function_of, is_method
@@ -35,7 +35,7 @@ MOST = 1000
 """No block has so many branches; a file that asks for more wants the memory."""
 _FORMER: dict[type, set[str]] = {Block: {"online"}}
 """Fields of older files."""
-_EDITS = (Add, Block, Clear, Delete, Fill, Remove, Replace, Rewrite, Substitute)
+_EDITS = (Add, Block, Clear, Delete, Fill, Remove, Replace, Rewrite, Settle, Substitute)
 _CLASSES: dict[str, type] = {c.__name__: c for c in (*_EDITS, Layer, Program, Argument, Operation, Value)}
 _KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "dtype": (torch.dtype, {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}),

@@ -16,14 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import CONVS
-from passes.edits.edit import Add, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite
+from passes.edits.edit import Add, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite, Settle
 from passes.edits.layer import Layer, describe
 from passes.edits.program import Program, Value
+from passes.edits.rewritten import plain_class
 from passes.fold.candidates import Candidate, Key, Tie
 from passes.fold.folds import Fold
 from passes.fold.forward import new_forward
 from passes.fold.layout import Layout
-from passes.fold.methods import needed_elsewhere, parts_used
+from passes.fold.methods import folded_from_outside, folding_again, needed_elsewhere, parts_used
 from passes.fold.placement import Rewrite as Change
 from passes.graph.capture import Call, call_of, join
 from passes.graph.methods import MethodCall
@@ -80,6 +81,7 @@ class _Writer:
             self._note_methods(slots)
         for call, mine in _merged(changes).items():
             self._rewrite(call, mine)
+        self._settle()
         return self.done
 
     def _slots_together(self) -> list[dict[str, bool]]:
@@ -104,9 +106,24 @@ class _Writer:
         full = join(self.unit.path, path)
         if region is None:
             keeping = tuple(sorted(name[len(path) + 1 :] for name in self.layout.read(path)))
-            self.done.edits.append(Remove(full, keeping=keeping))
+            norm = isinstance(self.unit.root.get_submodule(path), _BatchNorm)
+            answering = norm and not keeping and folded_from_outside(self.unit.root, path)
+            self.done.edits.append(Remove(full, keeping=keeping, answering=answering))
         else:
             self._place(full, region, Replace(full, self._description(region)))
+
+    def _settle(self) -> None:
+        """Methods that would fold once more what is folded have nothing left to do."""
+        inside = len(self.unit.path) + 1 if self.unit.path else 0
+        folded: dict[str, set[str]] = {}
+        for edit in self.done.edits:
+            path = edit.path[inside:]
+            for owner in _around(path) if path else ():
+                folded.setdefault(owner, set()).add(_child(path, owner))
+        for owner, names in folded.items():
+            methods = folding_again(plain_class(self.unit.root.get_submodule(owner)), names)
+            if methods:
+                self.done.edits.append(Settle(join(self.unit.path, owner), methods))
 
     def _place(self, full: str, region: Candidate, edit: Edit) -> None:
         self.done.edits.append(edit)
@@ -282,6 +299,12 @@ def _child(target: str, path: str) -> str:
     """The name of what ``target`` is, or lies in, below ``path``; empty if it stands elsewhere."""
     inside = target.startswith(path + ".") if path else True
     return target[len(path) + 1 if path else 0 :].split(".")[0] if inside else ""
+
+
+def _around(path: str) -> list[str]:
+    """Paths of the modules around a module, the outermost first."""
+    names = path.split(".")
+    return [".".join(names[:i]) for i in range(len(names))]
 
 
 def _below(path: str, other: str) -> bool:

@@ -21,7 +21,7 @@ from torch import nn
 from passes.edits.rewritten import plain_class
 from passes.graph.methods import methods_of
 
-__all__ = ["asked_of_others", "needed_elsewhere", "parts_used"]
+__all__ = ["asked_of_others", "folded_from_outside", "folding_again", "needed_elsewhere", "parts_used"]
 
 _LOADS = {"LOAD_ATTR", "LOAD_METHOD"}
 
@@ -51,10 +51,63 @@ def parts_used(module: nn.Module, names: frozenset[str]) -> list[tuple[str, froz
     return [(name, some) for name, some in used if some and some != names]
 
 
-def _reached(methods: Mapping[str, FunctionType]) -> set[str]:
-    """The methods that ``forward`` calls, and those that they call."""
-    reached: set[str] = set()
-    todo = ["forward"] if "forward" in methods else []
+def folding_again(kind: type[nn.Module], folded: set[str]) -> tuple[str, ...]:
+    """Methods that fold children and delete them (``reparameterize``, ``switch_to_deploy``), where those are folded.
+
+    They are known by what they do: the forward does not use them, they ask for nothing, they or what they call read
+    running statistics, and they delete attributes of their own object that are among ``folded``, or hold what is.
+    """
+    methods = _all_methods(kind)
+    besides = [name for name in methods.keys() - _reached(methods) - {"forward"} if _deleted(methods[name]) & folded]
+    return tuple(sorted(name for name in besides if any(_statistics(methods[m]) for m in _reached(methods, name))))
+
+
+def folded_from_outside(model: nn.Module, path: str) -> bool:
+    """Whether a library may know a norm by its owner's class, to fold it, and is right to take a bias before it.
+
+    In torch's containers no one looks for it, and a module around it that folds it by a method of its own may count on
+    a layer without a bias.
+    """
+    names = path.split(".")
+    kinds = [plain_class(model.get_submodule(".".join(names[:i]))) for i in range(len(names))]
+    own = any(_statistics(function) for kind in kinds for function in _all_methods(kind).values())
+    return not own and not kinds[-1].__module__.startswith("torch.nn.")
+
+
+def _all_methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
+    """The methods of a class, static ones included."""
+    bases = [base for base in reversed(kind.__mro__) if not base.__module__.startswith("torch.nn.modules")]
+    static = [(name, value.__func__) for base in bases for name, value in vars(base).items() if _is_static(value)]
+    return {**{name: function for name, function in static if isinstance(function, FunctionType)}, **methods_of(kind)}
+
+
+def _is_static(value: Any) -> bool:
+    return isinstance(value, staticmethod)
+
+
+def _statistics(function: FunctionType) -> bool:
+    used = _used(function)
+    return bool({"running_mean", "running_var"} & (used.own | used.others))
+
+
+@functools.lru_cache(maxsize=4096)
+def _deleted(function: FunctionType) -> frozenset[str]:
+    """Names of attributes that a method without arguments deletes from its own object."""
+    whole = inspect.unwrap(function)
+    parameters = list(inspect.signature(whole).parameters.values())[1:]
+    if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return frozenset()
+    code = whole.__code__
+    by_name = {"delattr", "__delattr__"} & set(code.co_names)
+    named = {value for value in code.co_consts if isinstance(value, str)} if by_name else set()
+    straight = {str(step.argval) for step in dis.get_instructions(code) if step.opname == "DELETE_ATTR"}
+    return frozenset(named | straight)
+
+
+def _reached(methods: Mapping[str, FunctionType], first: str = "forward") -> set[str]:
+    """The methods that ``forward``, or another one, calls, and those that they call; another one itself as well."""
+    reached: set[str] = set() if first == "forward" else {first}
+    todo = [first] if first in methods else []
     while todo:
         for name in (_used(methods[todo.pop()]).own & methods.keys()) - reached:
             reached.add(name)

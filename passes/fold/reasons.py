@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import fx
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
+from passes.fold.candidates import Key
 from passes.fold.selection import Selection
-from passes.graph.dataflow import Flow
+from passes.graph.dataflow import Constants, Flow
 from passes.graph.opset import Kind, argument, base_operation
-from passes.refusal import Reason, Refusal
+from passes.laws.layouts import is_conv
+from passes.refusal import Reason, Refusal, RefusalError
 
 __all__ = ["worth_saying"]
 
@@ -23,10 +25,10 @@ FAR = 8
 """Operations that are looked through for what makes a norm's place unknown."""
 
 
-def worth_saying(flow: Flow, selection: Selection, failed: Iterable[Refusal] = ()) -> list[Refusal]:
+def worth_saying(flow: Flow, selection: Selection, failed: Mapping[Key, Refusal]) -> list[Refusal]:
     """One refusal per layer that stays: those of the laws, and for every batch norm why it is still there.
 
-    ``failed`` says why folds were not made that had been selected.
+    ``failed`` says why folds were not made that had been selected; a norm in one of them stays for that reason.
     """
     dead = {n for candidate, _ in selection.chosen for n in candidate.dying}
     # Two operations of one module may have one name: it is gone when both are.
@@ -35,11 +37,20 @@ def worth_saying(flow: Flow, selection: Selection, failed: Iterable[Refusal] = (
     for refusal in selection.refusals:
         if refusal.reason not in _QUIET and refusal.layer not in gone:
             said.setdefault(refusal.layer, refusal)
-    why = _Why(flow, [*failed, *selection.refusals])
+    known = [refusal for refusal in failed.values() if refusal.reason is not Reason.TAKEN_BACK]
+    why = _Why(flow, [*known, *selection.refusals])
+    lost = {node: refusal for (_, _, dying), refusal in failed.items() if refusal in known for node in dying}
     for node in flow.nodes:
         if node not in dead and node not in flow.constant and _is_norm(flow, node):
-            said.setdefault(flow.unit.name(node), why.stays(node))
+            name = flow.unit.name(node)
+            found = why.stays(node)
+            fails = node in lost and found.reason in (Reason.NOT_SELECTED, Reason.LAYOUT)
+            said.setdefault(name, _lost(lost[node], name) if fails else found)
     return list(said.values())
+
+
+def _lost(failed: Refusal, name: str) -> Refusal:
+    return Refusal(failed.reason, f"its fold fails: {failed.message}", name)
 
 
 def _is_norm(flow: Flow, node: fx.Node) -> bool:
@@ -117,6 +128,10 @@ class _Why:
             node, reader = sources[0], node
             if node.op == "placeholder":
                 return Refusal(Reason.NO_CONVOLUTION, f"{Reason.NO_CONVOLUTION.value}: it follows the input")
+            alone = self._left_alone(node)
+            if alone is not None:
+                told_of = f"it follows {self._named(node)}, which is left alone: {alone.message}"
+                return Refusal(alone.reason, told_of)
             base = self._conv(node)
             if (node not in self.flow.affine and not base) or self._normalises(node):
                 return self._follows(node)
@@ -131,6 +146,21 @@ class _Why:
                 told = Refusal(found.reason, f"it follows {self._named(node)}: {found.message}")
             between.append(self._named(node))
         return self._follows(node)
+
+    def _left_alone(self, node: fx.Node) -> Refusal | None:
+        """Why something that may well be a convolution is none here: it was not read, or its weight is not known."""
+        if "refusal" in node.meta:
+            return self.flow.refused[node]
+        weight = argument(node, 1, "weight")
+        if node.op != "call_function" or not is_conv(self.flow, node) or not isinstance(weight, fx.Node):
+            return None
+        if weight not in self.flow.constant:
+            return Refusal(Reason.COMPUTED, "its weight is no constant")
+        try:
+            Constants(self.flow, None).value(weight)
+        except RefusalError as error:
+            return error.refusal
+        return None
 
     def _follows(self, node: fx.Node) -> Refusal:
         if self._normalises(node):

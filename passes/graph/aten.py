@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from passes.graph.opset import operation_of
 from passes.graph.shapes import Known
+from passes.refusal import Reason, Refusal
 
 __all__ = ["CONVS", "TRANSPOSED", "Translated", "is_aten", "is_idle", "retarget", "translated"]
 
@@ -64,21 +65,28 @@ def translated(source: fx.Graph, weights: Mapping[str, str]) -> Translated:
     new: dict[fx.Node, fx.Node] = {}
     origin: dict[fx.Node, fx.Node] = {}
     unread = Counter[str]()
+    refusals: dict[fx.Node, Refusal] = {}
     constants: dict[str, Tensor] = {}
-    inner = _inner_graphs(source)
+    # Where something is written, what is read depends on when.
+    compute = _nothing if any(_is_changing(node.target) for node in source.nodes) else _computed
+    inner, parts = _inner_graphs(source), _parts_of_rows(source)
     for node in source.nodes:
-        if _is_guard(node) or node in inner or is_idle(node):
+        if _is_guard(node) or node in inner or node in parts or is_idle(node):
             continue
+        rows = _rows(node)
         if node.op == "placeholder" and node.name in weights:
             made = graph.get_attr(weights[node.name])
-        elif (constant := _filled(node)) is not None:
+        elif (constant := _filled(node)) is not None or (constant := compute(node, constants)) is not None:
             constants[node.name] = constant
             made = graph.get_attr(node.name)
+        elif rows is not None:
+            made = _linear_of_rows(graph, *rows, new)
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: None if n in inner else new[n])
             made = _call(graph, node, args, kwargs)
             if operation_of(made) is None and made.target is not operator.getitem:
                 unread[str(node.target)] += 1
+                refusals[made] = Refusal(Reason.NOT_AFFINE, f"{node.target} is not read")
         else:
             made = graph.node_copy(node, new.__getitem__)
         new[node] = made
@@ -88,7 +96,51 @@ def translated(source: fx.Graph, weights: Mapping[str, str]) -> Translated:
         else:  # the first of several results, which is the value itself
             origin[made] = node
             made.meta["known"] = _known(node)
+        if made in refusals:
+            made.meta["refusal"] = refusals[made]
     return Translated(graph, origin, unread, constants)
+
+
+_VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default")
+_PRODUCTS = ("aten.mm.default", "aten.addmm.default")
+
+
+def _rows(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The product of rows behind which a map of more dimensions is put together again, and the map before.
+
+    Core aten has no linear layer for those: it lays all positions in one dimension, whatever their number is.
+    """
+    product = node.args[0] if str(node.target) in _VIEWS else None
+    if not isinstance(product, fx.Node) or str(product.target) not in _PRODUCTS:
+        return None
+    flat = product.args[-2]
+    if not isinstance(flat, fx.Node) or str(flat.target) not in _VIEWS or product.kwargs:
+        return None
+    whole = flat.args[0]
+    assert isinstance(whole, fx.Node)
+    before, between, after = (_shape(each) for each in (whole, flat, node))
+    alike = len(before) > 2 and before[:-1] == after[:-1] and before[-1:] == between[1:]
+    return (whole, product) if alike else None
+
+
+def _shape(node: fx.Node) -> tuple[str, ...]:
+    """Sizes as they are written, since open ones must not be asked."""
+    value = node.meta.get("val")
+    return tuple(map(str, value.shape)) if isinstance(value, Tensor) else ()
+
+
+def _linear_of_rows(graph: fx.Graph, whole: fx.Node, product: fx.Node, new: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    *bias, _, weight = product.args
+    turned = graph.call_function(torch.transpose, (fx.map_arg(weight, new.__getitem__), 0, 1))
+    return graph.call_function(F.linear, (new[whole], turned, *fx.map_arg(bias, new.__getitem__)))
+
+
+def _parts_of_rows(graph: fx.Graph) -> set[fx.Node]:
+    """The calls that are only there for such products."""
+    products = {rows[1] for node in graph.nodes if (rows := _rows(node)) is not None}
+    parts = {node for node in products if all(_rows(user) is not None for user in node.users)}
+    flat = {node.args[-2] for node in parts}
+    return parts | {n for n in flat if isinstance(n, fx.Node) and parts.issuperset(n.users)}
 
 
 def retarget(graph: fx.Graph) -> None:
@@ -140,6 +192,32 @@ def _filled(node: fx.Node) -> Tensor | None:
     return torch.full(tuple(value.shape), number, dtype=value.dtype, device=value.device)
 
 
+def _computed(node: fx.Node, constants: Mapping[str, Tensor]) -> Tensor | None:
+    """What a call gives that reads nothing but such tensors, or nothing: core aten makes identities and masks so."""
+    value, target = node.meta.get("val"), node.target
+    if not isinstance(target, torch._ops.OpOverload) or not isinstance(value, Tensor):
+        return None
+    fixed = all(isinstance(size, int) for size in value.shape) and value.numel() <= MOST
+    if (
+        torch.Tag.nondeterministic_seeded in target.tags
+        or not fixed
+        or not all(source.name in constants for source in node.all_input_nodes)
+    ):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: constants[source.name])
+    with torch.no_grad():
+        made = target(*args, **kwargs)
+    return made if isinstance(made, Tensor) and not made.is_meta else None
+
+
+def _nothing(node: fx.Node, constants: Mapping[str, Tensor]) -> None:
+    return None
+
+
+def _is_changing(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
 def _known(node: fx.Node) -> Known | None:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
@@ -185,7 +263,7 @@ def _alone(function: Any) -> Rule:
 
 def _convolution(
     graph: fx.Graph, node: fx.Node, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int,
+    transposed: bool, output_padding: Any, groups: int, *_: Any,
 ) -> fx.Node | None:  # fmt: skip
     n = len(stride)
     if n not in CONVS:
@@ -283,7 +361,7 @@ def _rank(node: fx.Node) -> int | None:
 _RULES: dict[str, Rule] = {
     **{f"aten.conv{n}d.{name}": _same(function) for n, function in CONVS.items() for name in ("default", "padding")},
     **{f"aten.conv_transpose{n}d.{'default' if n == 1 else 'input'}": _same(f) for n, f in TRANSPOSED.items()},
-    "aten.convolution.default": _convolution,
+    **dict.fromkeys(("aten.convolution.default", "aten._convolution.default"), _convolution),
     "aten.linear.default": _same(F.linear),
     "aten.matmul.default": _same(torch.matmul),
     "aten.mm.default": _mm,

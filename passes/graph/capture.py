@@ -31,6 +31,7 @@ from passes.graph.leaf import SCRIPT, has_hooks, inherits_forward, is_based_on_l
 from passes.graph.marks import Snapshot, no_mark
 from passes.graph.patches import patched
 from passes.graph.tracer import Tracer
+from passes.graph.within import Alone, Within, arounds
 from passes.refusal import UNREAD, Reason, Refusal
 
 __all__ = [
@@ -67,9 +68,13 @@ class Unit:
     """ids of modules whose class the code looks at."""
     others: tuple[Unit, ...] = ()
     """The unit as it is for sizes that answer a question the other way."""
+    leaves: Mapping[int, Refusal] = field(default_factory=dict)
+    """ids of modules that were to be one call each."""
     replay: Callable[[list[dict[fx.Node, Any]], fx.Node], list[tuple[Any, float]]] | None = None
     """What computes the value of the second node from those of the first, in float64, and the largest magnitude on the
     way; None where the nodes themselves can be run."""
+    sizes: Callable[[fx.Node], tuple[int, ...] | None] | None = None
+    """The shape of a node's value for which its readers were written, where those may take no other."""
 
     def attribute(self, target: str) -> Any:
         """What a ``get_attr`` node reads."""
@@ -130,7 +135,9 @@ def trace_units(
         numbers: whether the numbers of parameters may decide which way the code goes; not while training.
         leaves: modules that are one call each, whatever their forward does.
     """
-    whole = {id(leaf): Refusal(Reason.UNTRACEABLE, "") for leaf in leaves}
+    named = {id(leaf): Refusal(Reason.UNTRACEABLE, "") for leaf in leaves}
+    # Around a block a layer's forward runs without its weight: it says nothing by itself.
+    whole = named | {layer: Refusal(Reason.UNTRACEABLE, "") for layer in arounds(model.modules())}
     units: list[Unit] = []
     untraced: list[Refusal] = []
     seen: set[int] = set()
@@ -154,8 +161,12 @@ def trace_units(
             if not _has_forward(module):
                 queue += _children(path, module)
                 continue
+            if isinstance(module, Within) and module.inside is not None and path:
+                path, _, name = path.rpartition(".")
+                module = Alone(name, module)
             try:
                 unit = _trace_unit(path, module, snapshot, None if path else inputs, numbers, whole)
+                unit.leaves = named
             # Any exception at all may come out of user code that runs on proxies; it becomes a refusal.
             except Exception as error:
                 untraced.append(replace(refusal_of(error), layer=path))
@@ -175,7 +186,7 @@ def trace_variant(unit: Unit, given: Mapping[str, Any]) -> Unit:
     Raises whatever the forward raises on proxies.
     """
     with no_mark(unit.root) as snapshot:
-        return _trace_unit(unit.path, unit.root, snapshot, None, True, given=dict(given))
+        return _trace_unit(unit.path, unit.root, snapshot, None, True, unit.leaves, dict(given))
 
 
 def _trace_unit(

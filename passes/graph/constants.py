@@ -91,6 +91,8 @@ class Constants:
             return node.target(*args, **kwargs)
         # User code on constants may fail in any way, on meta tensors above all; then the weight is not known.
         except Exception as error:
+            if self.dtype is None:  # masks and indices are real, and do not mix
+                return self._cast(Constants(self.flow, torch.float64).value(node))
             raise RefusalError(Reason.NOT_AFFINE, f"weight expression failed: {error}".splitlines()[0]) from error
 
     def _cast(self, value: Any) -> Any:
@@ -109,6 +111,8 @@ class Constants:
 
 def holder_tensors(held: Any) -> list[Tensor]:
     """Floating-point parameters and buffers of a layer, or a tensor that is read by itself."""
+    if type(held) is nn.Identity:  # what it holds only answers questions (passes.edits.apply)
+        return []
     tensors: list[Any] = [*held.parameters(), *held.buffers()] if isinstance(held, nn.Module) else [held]
     return [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
 

@@ -48,7 +48,7 @@ class Flow:
         shapes = shapes_of(self.nodes, self.operations, self.modules, self.held, self.constant, ranks)
         self.rank, self.channels, self.dtype = shapes.rank, shapes.channels, shapes.dtype
         self.refused = self._refused(written)
-        self.affine = {n for n in self.nodes if self._has_law(n) or self._may_be_probed(n)}
+        self.affine = {n for n in self.nodes if self._has_law(n) or self._may_be_probed(n) or self._is_unread_layer(n)}
 
     def sharers(self, node: fx.Node) -> set[fx.Node]:
         """Nodes that hold one of the weights that ``node`` holds."""
@@ -85,6 +85,10 @@ class Flow:
         alone = len(node.args) == 1 and not node.kwargs
         return refusal is not None and refusal.reason in PROBED and alone
 
+    def _is_unread_layer(self, node: fx.Node) -> bool:
+        """Whether this is a layer with options that no law knows, which is worth saying."""
+        return "refusal" in node.meta and node.meta["refusal"].reason is not Reason.NOT_AFFINE
+
     def _written(self) -> set[fx.Node]:
         """Values made of weights that the forward changes, and those read under an older name after a change."""
         found: set[fx.Node] = set()
@@ -101,10 +105,12 @@ class Flow:
 
     def _refused(self, written: set[fx.Node]) -> dict[fx.Node, Refusal]:
         """What must not be folded although it has a law: casts, promotions, weights that the forward changes."""
-        refused: dict[fx.Node, Refusal] = {}
+        refused: dict[fx.Node, Refusal] = {n: n.meta["refusal"] for n in self.nodes if "refusal" in n.meta}
         changed = {id(self.held[n]) for n in written if n in self.held}
         for node in self.nodes:
             operation = self.operations.get(node)
+            if node in refused:
+                continue
             if changed and any(id(t) in changed for t in self.tensors.get(node, ())):
                 refused[node] = Refusal(Reason.IN_PLACE, "its weights are changed by a forward")
             elif operation is not None and operation.kind is Kind.CAST and not self._is_no_cast(node, operation):

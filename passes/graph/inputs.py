@@ -75,14 +75,18 @@ def as_example(inputs: Any, model: nn.Module) -> Example | None:
     """The caller's ``example_inputs`` as a call; None if there are none."""
     if inputs is None or isinstance(inputs, Example):
         return inputs
-    return Example(*as_call(inputs, model))
+    args, kwargs = as_call(inputs, model)
+    # A list of one tensor is mostly that tensor, but a detector takes a list of one image: running it tells.
+    if type(inputs) is list and args and args[0] is inputs[0] and not _takes(model, args) and _takes(model, (inputs,)):
+        args = (inputs,)
+    return Example(args, kwargs)
 
 
 def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments, from whichever form a person writes them in.
 
     - a tuple holds positional arguments; one whose last part is a dict of parameters' names ends in keyword arguments,
-      also written ``(args, kwargs)`` as ``torch.export`` takes them;
+      also written ``(args, kwargs)`` as ``torch.export`` takes them; a dict without content may stand there as well;
     - a mapping from parameters' names holds keyword arguments, any other is one argument;
     - a list is one argument, unless it has just as many parts as the forward has arguments without a default: a list of
       one tensor or one list is that argument;
@@ -95,7 +99,8 @@ def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
         if inputs and isinstance(last, Mapping):
             if len(args) == 1 and isinstance(args[0], tuple) and _binds(model, args[0], last):
                 return args[0], dict(last)
-            if last and _names(last, model) and _binds(model, args, last):
+            names = _names(last, model) if last else not _binds(model, inputs, {})
+            if names and _binds(model, args, last):
                 return tuple(args), dict(last)
         return inputs, {}
     if type(inputs) is list and _spreads(inputs, model):
@@ -167,6 +172,13 @@ def _positional(model: nn.Module) -> list[inspect.Parameter]:
     return [] if signature is None else [p for p in signature.parameters.values() if p.kind in kinds]
 
 
+def _keywords(model: nn.Module) -> list[str]:
+    """Arguments that a forward asks for by name only."""
+    signature = _signature(model)
+    every = [] if signature is None else signature.parameters.values()
+    return [p.name for p in every if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+
+
 def _names(inputs: Mapping[Any, Any], model: nn.Module) -> bool:
     """Whether all keys are names of parameters of the forward."""
     signature = _signature(model)
@@ -185,6 +197,17 @@ def _binds(model: nn.Module, args: Any, kwargs: Mapping[Any, Any]) -> bool:
     try:
         signature.bind(*args, **kwargs)
     except TypeError:
+        return False
+    return True
+
+
+def _takes(model: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether a copy of the model runs on these arguments."""
+    # It is user code, which may fail in any way.
+    try:
+        with torch.no_grad(), kept_generators():
+            deep_copy(model).eval()(*copied(args))
+    except Exception:
         return False
     return True
 
@@ -214,14 +237,17 @@ def likely(model: nn.Module, batch: int = BATCH) -> Iterator[Example]:
     if isinstance(layer, nn.Embedding):
         ids = torch.randint(layer.num_embeddings, (batch, TOKENS), generator=generator, device="cpu").to(device)
         yield Example((ids,), made_up=True)
-    count = input_count(model)
+    names = _keywords(model)
+    positional = [p for p in _positional(model) if p.default is p.empty]
+    count = len(positional) if names else input_count(model)
     for shape in dict.fromkeys(likely_shapes(model)):
-        parts = (
-            torch.randn((batch, *shape), generator=generator, dtype=torch.float32, device="cpu") for _ in range(count)
-        )
-        yield Example(tuple(part.to(device, dtype) for part in parts), made_up=True)
+        parts = [
+            torch.randn((batch, *shape), generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
+            for _ in range(count + len(names))
+        ]
+        yield Example(tuple(parts[:count]), dict(zip(names, parts[count:], strict=True)), made_up=True)
     some = next(likely_shapes(model), None)
-    if count == 1 and some is not None:  # or a list of them
+    if count == 1 and not names and some is not None:  # or a list of them
         pair = [torch.randn((batch, *some), generator=generator, dtype=torch.float32, device="cpu") for _ in range(2)]
         yield Example(([part.to(device, dtype) for part in pair],), made_up=True)
 

@@ -12,6 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from passes.graph.nodes import LAYERS
 from passes.graph.opset import Kind, base_operation, operation_of_layer
+from passes.graph.within import Within
 from passes.refusal import Reason, Refusal
 
 __all__ = [
@@ -79,6 +80,8 @@ def leaf_refusal(module: nn.Module, leaf_types: tuple[type, ...]) -> Refusal | N
         return Refusal(Reason.HOOK, told)
     if plain:
         return Refusal(Reason.UNTRACEABLE, "")
+    if isinstance(module, Within) and module.inside is not None:
+        return Refusal(Reason.UNTRACEABLE, f"a block inside the forward of {type(module.around).__name__}")
     if isinstance(module, torch.jit.ScriptModule):
         return Refusal(Reason.UNTRACEABLE, SCRIPT)
     if isinstance(module, leaf_types) and not is_based_on_layer(module):

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from passes.graph.opset import Kind, Operation, is_shape_query, is_torch
+from passes.graph.within import Within
 
 __all__ = ["Memory", "memory_of", "shared_by", "written_by"]
 
@@ -83,6 +84,7 @@ def memory_of(
             continue
         hidden = operation is None and not is_torch(node)
         hidden = hidden or (node.op == "call_module" and str(node.target) in opaque)
+        hidden = hidden and not isinstance(modules.get(node), Within)  # seen to give a new tensor
         if hidden:
             memory.hidden.add(node)
         changed = node.all_input_nodes if hidden else written_by(node, operation, modules.get(node))

@@ -19,6 +19,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from passes.algebra.by_rule import BY_RULE
+
 __all__ = [
     "OPERATIONS", "Kind", "Operation", "Rank", "argument", "base_operation", "is_shape_query", "is_torch", "named",
     "operation_of", "operation_of_function", "operation_of_layer", "pure", "table",
@@ -176,6 +178,8 @@ def _conv(n: int, module: type[nn.Module], transposed: type[nn.Module]) -> tuple
             affine=True,
         ),
         Operation(back, Kind.CONV_TRANSPOSE, (transposed, getattr(F, back), overload), n=n, rank=rank, affine=True),
+        Operation(f"{conv}_by_rule", Kind.CONV, (BY_RULE[n, False],), n=n, rank=rank, affine=True),
+        Operation(f"{back}_by_rule", Kind.CONV_TRANSPOSE, (BY_RULE[n, True],), n=n, rank=rank, affine=True),
     )
 
 

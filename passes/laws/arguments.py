@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from passes.algebra.conv_form import ConvForm
+from passes.algebra.conv_form import Form
 from passes.laws.values import Dim, Signal, settle
 from passes.refusal import Reason, RefusalError
 
@@ -31,12 +31,12 @@ def read(x: Any, n: int) -> Signal:
     return value
 
 
-def then(x: Signal, outer: ConvForm, conv: bool = False) -> Signal:
+def then(x: Signal, outer: Form, conv: bool = False) -> Signal:
     """``outer`` applied to a signal in canonical layout."""
     if outer.in_channels != x.form.out_channels:
         raise RefusalError(Reason.CHANNELS, f"a layer for {outer.in_channels} channels reads {x.form.out_channels}")
     bias = 0 if outer.bias is None else outer.out_channels
-    form = outer if x.untouched else x.form.then(outer)
+    form: Form = outer if x.untouched else x.form.then(outer)
     return x.with_form(form, work=outer.weight.numel(), conv=conv, bias=bias)
 
 

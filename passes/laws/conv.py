@@ -16,15 +16,17 @@ from typing import Any
 
 from torch import Tensor
 
+from passes.algebra.by_rule import ConvByRule
 from passes.algebra.conv_form import ConvForm
 from passes.algebra.geometry import paddings
+from passes.algebra.opaque import OpaqueForm
 from passes.laws.arguments import constant, integers, read, signal, then
 from passes.laws.values import Signal, settle
 from passes.refusal import Reason, RefusalError
 
 __all__ = [
-    "addmm", "contraction", "conv", "conv_arguments", "conv_transpose", "conv_transpose_arguments", "einsum", "linear",
-    "matmul",
+    "addmm", "by_rule", "contraction", "conv", "conv_arguments", "conv_transpose", "conv_transpose_arguments", "einsum",
+    "linear", "matmul",
 ]  # fmt: skip
 
 Law = Callable[..., Any]
@@ -92,6 +94,18 @@ def conv_transpose_arguments(m: Any, weights: Weights) -> tuple[Any, ...]:
         m.groups,
         m.dilation,
     )
+
+
+def by_rule(n: int) -> Law:
+    """The law of a convolution that pads by a rule: per-channel maps behind it go into its numbers."""
+
+    def law(x: Any, weight: Any, bias: Any, layer: ConvByRule, *, groups: int) -> Signal:
+        value = read(x, n)
+        kernel = constant(weight, value)
+        outer = OpaqueForm.of(layer, kernel, None if bias is None else constant(bias, value))
+        return then(value, outer, conv=True)
+
+    return law
 
 
 def linear(x: Any, weight: Any, bias: Any = None) -> Signal:

@@ -20,10 +20,12 @@ from passes.algebra.opaque import OpaqueForm
 from passes.algebra.sparse_form import SparseForm
 from passes.graph.dataflow import Constants, Flow
 from passes.graph.opset import Kind
+from passes.graph.within import Within
 from passes.laws.laws import law_of
 from passes.laws.probe import ProbedForms
 from passes.laws.regions import Contraction, Region, Spread
-from passes.laws.values import Dim, Signal, View
+from passes.laws.values import Dim, Signal, View, settle
+from passes.laws.within import InnerGraph, around_form
 from passes.refusal import PROBED, Reason, Refusal, RefusalError
 
 __all__ = ["Interpreter", "Share", "deformed", "form_of", "shares_of", "sources_of"]
@@ -263,7 +265,24 @@ class Interpreter:
     def _probed(self, node: fx.Node, refusal: Refusal) -> Callable[..., Any]:
         if refusal.reason not in PROBED:
             raise RefusalError(refusal.reason, refusal.message)
-        return lambda x: ProbedForms.of(self.flow.unit).apply(self.flow.modules[node], x)
+        module = self.flow.modules[node]
+        if isinstance(module, Within):
+            return lambda x: self._within(module, x)
+        return lambda x: ProbedForms.of(self.flow.unit).apply(module, x)
+
+    def _within(self, module: Within, x: Any) -> Signal:
+        """The value of a block inside a layer's own forward."""
+        inside = module.inside
+        assert inside is not None
+        view = View(inside.geometry.n)
+        if not isinstance(x, Signal) or settle(x).view != view:
+            raise RefusalError(Reason.LAYOUT)
+        own = InnerGraph.of(self.flow.unit, module)
+        value = Interpreter(own.graph, own.entry, view, inside.geometry.in_channels, self.dtype).value(own.result)
+        if isinstance(value, Refusal):
+            raise RefusalError(value.reason, value.message, value.layer)
+        form = around_form(module, value.form)
+        return x.with_form(form if x.untouched else settle(x).form.then(form), work=form.weight.numel(), conv=True)
 
     def _input(self, node: fx.Node) -> Any:
         value = self._values[node]

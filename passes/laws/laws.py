@@ -29,6 +29,7 @@ from passes.laws.channelwise import (
 )
 from passes.laws.conv import (
     addmm,
+    by_rule,
     conv,
     conv_arguments,
     conv_transpose,
@@ -63,6 +64,8 @@ Weights = Callable[[nn.Module, str], "Tensor | None"]
 LAWS: dict[str, Law] = {
     **{f"conv{n}d": conv(n) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": conv_transpose(n) for n in (1, 2, 3)},
+    **{f"conv{n}d_by_rule": by_rule(n) for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d_by_rule": by_rule(n) for n in (1, 2, 3)},
     "linear": linear,
     "einsum": einsum,
     "matmul": matmul,

@@ -8,6 +8,7 @@ from torch import fx
 
 from passes.graph.dataflow import Constants, Flow
 from passes.graph.opset import Kind, Operation, argument, base_operation
+from passes.graph.within import Within
 from passes.laws.conv import contraction
 from passes.laws.probe import ProbedForms
 from passes.laws.regions import Contraction
@@ -79,6 +80,8 @@ def _demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[View, in
         refusal = flow.unit.opaque.get(str(node.target))
         if refusal is None or refusal.reason not in PROBED:  # one with a hook must not be run
             return None
+        if isinstance(module, Within) and module.inside is not None:
+            return View(module.inside.geometry.n), module.inside.geometry.in_channels
         operation = base_operation(module)  # what it computes is tried, how it reads its input is told by its base
         if operation is None or operation.kind not in (Kind.CONV, Kind.CONV_TRANSPOSE):
             return ProbedForms.of(flow.unit).demand(module)

@@ -236,14 +236,14 @@ def _opaque(module: _ConvNd, runner: _Runner) -> OpaqueForm:
     channels = int(module.out_channels)
     scale, shift = torch.randn(channels, dtype=torch.float64), torch.randn(channels, dtype=torch.float64)
     assert isinstance(own, _ConvNd)
-    weight, bias = own.weight.clone(), None if own.bias is None else own.bias.clone()
-    own.weight = nn.Parameter(weight * scale.reshape(-1, *(1,) * (n + 1)))
-    own.bias = nn.Parameter(shift if bias is None else bias * scale + shift)
+    form = OpaqueForm.of(module, own.weight.clone(), None if own.bias is None else own.bias.clone())
+    tried = form.affine(scale, shift)
+    own.weight, own.bias = nn.Parameter(tried.own_weight), nn.Parameter(tried.bias)  # type: ignore[arg-type]
     tail = (1, -1, *(1,) * n)
     for x, y in zip(inputs, before, strict=True):
         if not _close(runner(x), y * scale.reshape(tail) + shift.reshape(tail)):
             raise RefusalError(Reason.NOT_A_CONVOLUTION, "probed: not linear in its weight")
-    return OpaqueForm(module, weight, bias)
+    return form
 
 
 def _close(got: Tensor, wanted: Tensor) -> bool:

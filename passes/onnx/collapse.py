@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ShapeInferencePass
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from passes.compiler import clock
 from passes.edits.edit import Substitute
@@ -104,6 +105,7 @@ class _Compilation(Compilation[ir.Model]):
             if any(all(str(value.name) not in gone for value in node.outputs) for node in uses):
                 return Refusal(Reason.SHARED, f"the kind or the shape of {name} is asked for")
         linear = candidate.form.n == 0 and not self._is_matrix(candidate) and candidate.spread is None
+        linear = linear and not any(node.target is F.batch_norm for node in candidate.dying)
         if linear and len(candidate.convs) == 1 and len(candidate.dying) <= 1 + (candidate.form.bias is not None):
             return Refusal(Reason.LAYOUT, "it is written in as few operators already")
         return None
@@ -130,6 +132,13 @@ class _Compilation(Compilation[ir.Model]):
                     gone.add(node)
                     todo.append(node)
         return tuple(str(node.outputs[0].name) for node in self.model.graph if node in gone)
+
+    def sizes(self, name: str) -> tuple[int, ...] | None:
+        """``Resize`` and ``Reshape`` may have sizes that stand in the file; the batch's is two where it is open."""
+        shape = self.constants.shape(self.values[name])
+        if not shape or any(size is None for size in shape[1:]):
+            return None
+        return (shape[0] or 2, *(size or 0 for size in shape[1:]))
 
     def replay(self, given: Sequence[Mapping[str, Tensor]], result: str) -> list[tuple[Tensor, float]]:
         region = Region(self.model, self.constants, [self.values[name] for name in given[0]], self.values[result])

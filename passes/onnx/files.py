@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
-__all__ = ["fits_one_message", "graphs_of", "in_memory", "names_of", "tensors_of", "write_beside"]
+__all__ = ["fits_one_message", "graphs_of", "in_memory", "names_of", "tensors_of", "told_in", "write", "write_beside"]
 
 LARGEST = 2 << 30
 """Bytes of one protobuf message; what is larger has its weights in a file beside it."""
@@ -60,9 +61,34 @@ def in_memory(model: ir.Model) -> int:
     return sum(each.nbytes for _, each in tensors_of(model) if not isinstance(each, ir.ExternalTensor))
 
 
+def told_in(model: onnx.ModelProto) -> frozenset[str]:
+    """The values of which a file tells kind and shape: of weights it need not, but onnx-ir would for each of them."""
+    return frozenset(value.name for graph in _graphs_in(model.graph) for value in graph.value_info)
+
+
+def write(model: ir.Model, path: Path) -> None:
+    """Write a model as one message, which tells of weights what the file told that it is from, and no more."""
+    proto, told = ir.to_proto(model), model.meta.get("told")
+    for graph in [] if told is None else _graphs_in(proto.graph):
+        weights = {tensor.name for tensor in graph.initializer}.difference(told or ())
+        kept = [v for v in graph.value_info if v.name not in weights or v.doc_string or v.metadata_props]
+        if len(kept) < len(graph.value_info):
+            del graph.value_info[:]
+            graph.value_info.extend(kept)
+    path.write_bytes(proto.SerializeToString())
+
+
+def _graphs_in(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for attribute in (a for node in graph.node for a in node.attribute):
+        for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+            yield from _graphs_in(inner)
+
+
 def write_beside(model: ir.Model, path: Path, weights: Path, location: str) -> None:
     """Write a model to ``path`` and its weights to ``weights``, which the model will find under ``location``."""
     copy = model.clone()
+    copy.meta.update(model.meta)
     found = {id(each): each for _, each in tensors_of(copy) if _goes_out(each)}
     written = ir.external_data.convert_tensors_to_external(list(found.values()), weights.parent, weights.name)
     new = {}
@@ -72,7 +98,7 @@ def write_beside(model: ir.Model, path: Path, weights: Path, location: str) -> N
             doc_string=old.doc_string, metadata_props=dict(old.metadata_props),
         )  # fmt: skip
     _replace(copy, new)
-    ir.save(copy, path, format="protobuf")
+    write(copy, path)
 
 
 def _goes_out(tensor: ir.TensorProtocol) -> bool:

@@ -15,18 +15,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from passes.algebra.by_rule import BY_RULE, ConvByRule, Rule
 from passes.graph.aten import CONVS, TRANSPOSED
 from passes.graph.opset import pure
 from passes.graph.shapes import Known
 from passes.onnx.constants import Constants
+from passes.onnx.pads import attribute as _attribute
+from passes.onnx.pads import pads_of, rule_of, transposed_rule
+from passes.onnx.resize import interpolation
+from passes.refusal import Reason, Refusal
 
-__all__ = ["Read", "inner_values", "read", "tensor_of", "with_pads"]
+__all__ = ["Read", "inner_values", "read", "tensor_of"]
 
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
@@ -91,7 +95,7 @@ def inner_values(node: ir.Node) -> Iterator[ir.Value]:
 
 
 class _Unread(Exception):
-    """An operator with options that the laws do not know."""
+    """An operator with options that the laws do not know; says which."""
 
 
 class _Reader:
@@ -119,14 +123,13 @@ class _Reader:
         rule = _RULES.get(node.op_type) if not node.domain and not inner else None
         try:
             if rule is None or used != list(node.outputs[: len(used)]):
-                raise _Unread
+                raise _Unread("")
             if len(used) > 1 and node.op_type not in _SEVERAL:  # the mask of a dropout
-                raise _Unread
+                raise _Unread("another of its results is used")
             made = rule(self, node)
-        except (_Unread, KeyError, TypeError, ValueError, IndexError, RuntimeError):
+        except (_Unread, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             made = self.call(pure, [self.value(v) for v in [*node.inputs, *inner] if v is not None])
-            if node.domain or node.op_type not in KNOWN:
-                self.read.unread[f"{node.domain}.{node.op_type}" if node.domain else node.op_type] += 1
+            self._say(node, made, error)
             results = (
                 [made]
                 if len(node.outputs) == 1
@@ -136,6 +139,18 @@ class _Reader:
             results = made if isinstance(made, list) else [made]
         for value, result in zip(node.outputs, results, strict=False):
             self._enter(value, result, node)
+
+    def _say(self, node: ir.Node, made: fx.Node, why: Exception) -> None:
+        """Why an operator is not read; a layer with weights is told of, and others where a norm stands behind them."""
+        kind = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        layer = not node.domain and node.op_type in _LAYERS
+        if node.domain or node.op_type not in KNOWN or layer:
+            self.read.unread[kind] += 1
+        elif node.op_type not in _RULES:
+            return
+        said = str(why) if isinstance(why, _Unread) else "an option is not understood"
+        reason = Reason.ATTRIBUTE if layer else Reason.NOT_AFFINE
+        made.meta["refusal"] = Refusal(reason, f"this {kind} is not read{f': {said}' if said else ''}")
 
     def _enter(self, value: ir.Value, node: fx.Node, made: ir.Node | None = None) -> None:
         self.new[value] = node
@@ -168,7 +183,7 @@ class _Reader:
     def rank(self, value: ir.Value) -> int:
         shape = self.shape(value)
         if shape is None:
-            raise _Unread
+            raise _Unread(f"the number of dimensions of {value.name} is not known")
         return len(shape)
 
     def integers(self, value: ir.Value | None) -> list[int] | None:
@@ -177,7 +192,7 @@ class _Reader:
             return None
         number = self.constants.of(value)
         if number is None:
-            raise _Unread
+            raise _Unread(f"{value.name} is no constant")
         return [int(i) for i in np.atleast_1d(number.numpy())]
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
@@ -187,11 +202,6 @@ class _Reader:
         return [None if value is None else self.value(value) for value in node.inputs]
 
 
-def _attribute(node: ir.Node, name: str, default: Any = None) -> Any:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.value
-
-
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if len(node.inputs) > index else None
 
@@ -199,70 +209,64 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 # ------------------------------------------------------------------ operators
 
 
-def _pads(node: ir.Node, constants: Constants, kernel: Sequence[int]) -> list[int]:
-    """Leading, then trailing pads of each dimension."""
-    n = len(kernel)
-    auto = _attribute(node, "auto_pad", "NOTSET")
-    if auto == "NOTSET":
-        return list(_attribute(node, "pads", [0] * 2 * n))
-    if auto == "VALID":
-        return [0] * 2 * n
-    strides, dilations = (_attribute(node, name, [1] * n) for name in ("strides", "dilations"))
-    total = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
-    if any(stride != 1 for stride in strides):  # then it depends on the input's size, which a file may fix
-        sizes = (constants.shape(node.inputs[0]) or [])[2:]  # type: ignore[arg-type]
-        known = [size for size in sizes if size is not None]
-        if not constants.fixed or len(known) != n:
-            raise _Unread
-        total = [max(t - (size - 1) % stride, 0) for t, size, stride in zip(total, known, strides, strict=True)]
-    less, more = [t // 2 for t in total], [t - t // 2 for t in total]
-    return less + more if auto == "SAME_UPPER" else more + less
-
-
-def with_pads(node: ir.Node, constants: Constants) -> onnx.NodeProto:
-    """An operator with the pads that it has at the sizes of the file, where those decide about them."""
-    proto = ir.to_proto(node)
-    if node.domain or node.op_type not in ("Conv", "AveragePool") or "strides" not in node.attributes:
-        return proto
-    if _attribute(node, "auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
-        weight = None if node.op_type == "AveragePool" else constants.shape(node.inputs[1])  # type: ignore[arg-type]
-        pads = _pads(node, constants, weight[2:] if weight else _attribute(node, "kernel_shape"))  # type: ignore[arg-type]
-        kept = [attribute for attribute in proto.attribute if attribute.name != "auto_pad"]
-        del proto.attribute[:]
-        proto.attribute.extend([*kept, onnx.helper.make_attribute("pads", pads)])
-    return proto
-
-
 def _conv(reader: _Reader, node: ir.Node) -> fx.Node:
     x, weight, *bias = reader.arguments(node)
-    shape = reader.shape(node.inputs[1])  # type: ignore[arg-type]
-    if shape is None or None in shape:
-        raise _Unread
-    kernel = [int(size or 0) for size in shape[2:]]
+    kernel = _kernel(reader, node)
     n = len(kernel)
+    pads, group = pads_of(node, reader.constants, kernel), _attribute(node, "group", 1)
+    if pads is None:
+        return _by_rule(reader, node, rule_of(node, kernel))
     strides, dilations = (list(_attribute(node, name, [1] * n)) for name in ("strides", "dilations"))
-    pads, group = _pads(node, reader.constants, kernel), _attribute(node, "group", 1)
     paired = tuple(zip(pads[:n], pads[n:], strict=True))
     return reader.call(CONVS[n], x, weight, bias[0] if bias else None, strides, paired, dilations, group)
 
 
 def _conv_transpose(reader: _Reader, node: ir.Node) -> fx.Node:
     x, weight, *bias = reader.arguments(node)
-    n = reader.rank(node.inputs[1]) - 2  # type: ignore[arg-type]
+    kernel = _kernel(reader, node)
+    n = len(kernel)
     strides, dilations = (list(_attribute(node, name, [1] * n)) for name in ("strides", "dilations"))
     pads, more = list(_attribute(node, "pads", [0] * 2 * n)), list(_attribute(node, "output_padding", [0] * n))
-    if _attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID") or "output_shape" in node.attributes:
-        raise _Unread
-    if pads[:n] != pads[n:]:
-        raise _Unread
+    auto = _attribute(node, "auto_pad", "NOTSET")
+    pads = pads if auto == "NOTSET" else [0] * 2 * n
+    many = any(m >= max(s, d) for m, s, d in zip(more, strides, dilations, strict=True))  # torch has no such layer
+    if (
+        many
+        or auto not in ("NOTSET", "VALID")
+        or "output_shape" in node.attributes
+        or pads[:n] != pads[n:]
+        or min(pads) < 0
+    ):
+        return _by_rule(reader, node, transposed_rule(node, kernel))
     group = _attribute(node, "group", 1)
     return reader.call(TRANSPOSED[n], x, weight, bias[0] if bias else None, strides, pads[:n], more, group, dilations)
+
+
+def _kernel(reader: _Reader, node: ir.Node) -> list[int]:
+    shape = reader.shape(node.inputs[1])  # type: ignore[arg-type]
+    if shape is None or None in shape:
+        raise _Unread("the shape of its weight is not known")
+    if len(shape) - 2 not in CONVS:
+        raise _Unread(f"it has {len(shape) - 2} spatial dimensions")
+    return [int(size or 0) for size in shape[2:]]
+
+
+def _by_rule(reader: _Reader, node: ir.Node, rule: Rule) -> fx.Node:
+    """A convolution of which only the numbers can change: all else about it is a matter of its operator."""
+    x, weight, *bias = reader.arguments(node)
+    shape = [int(size or 0) for size in reader.shape(node.inputs[1]) or []]  # type: ignore[arg-type]
+    n, transposed, group = len(shape) - 2, node.op_type == "ConvTranspose", int(_attribute(node, "group", 1))
+    strides, dilations = (_attribute(node, name, [1] * n) for name in ("strides", "dilations"))
+    more = _attribute(node, "output_padding", [0] * n) if transposed else ()
+    layer = ConvByRule(torch.empty(shape, device="meta"), rule, strides, dilations, group, transposed, more)
+    args: tuple[Any, ...] = (x, weight, bias[0] if bias else None, layer)
+    return reader.out.call_function(BY_RULE[n, transposed], args, {"groups": group})
 
 
 def _gemm(reader: _Reader, node: ir.Node) -> fx.Node:
     x, weight, *bias = reader.arguments(node)
     if _attribute(node, "transA", 0) or reader.constants.of(node.inputs[1]) is None:
-        raise _Unread
+        raise _Unread("its input is transposed, or its weight is no constant")
     if not _attribute(node, "transB", 0):
         weight = reader.call(torch.transpose, weight, 0, 1)
     alpha, beta = _attribute(node, "alpha", 1.0), _attribute(node, "beta", 1.0)
@@ -280,14 +284,14 @@ def _gemm(reader: _Reader, node: ir.Node) -> fx.Node:
 def _matmul(reader: _Reader, node: ir.Node) -> fx.Node:
     x, weight = reader.arguments(node)
     if reader.constants.of(node.inputs[1]) is None or reader.rank(node.inputs[1]) != 2:  # type: ignore[arg-type]
-        raise _Unread
+        raise _Unread("its second input is no constant of two dimensions")
     return reader.call(F.linear, x, reader.call(torch.transpose, weight, 0, 1))
 
 
 def _batch_norm(reader: _Reader, node: ir.Node) -> list[fx.Node]:
     x, scale, shift, mean, var = reader.arguments(node)
     if not _attribute(node, "spatial", 1):
-        raise _Unread
+        raise _Unread("it normalises each position by itself")
     eps = float(np.float32(_attribute(node, "epsilon", 1e-5)))
     several = [value for value in node.outputs[1:] if value.name]
     # Before operator set 14, whoever names its other results wants it to train.
@@ -301,7 +305,7 @@ def _batch_norm(reader: _Reader, node: ir.Node) -> list[fx.Node]:
 def _binary(function: Callable[..., Any]) -> Callable[[_Reader, ir.Node], fx.Node]:
     def rule(reader: _Reader, node: ir.Node) -> fx.Node:
         if reader.opset < 7 and _attribute(node, "broadcast", 0):
-            raise _Unread
+            raise _Unread("it depends on the size or the kind of its input")
         return reader.call(function, *reader.arguments(node))
 
     return rule
@@ -321,9 +325,9 @@ def _same(reader: _Reader, node: ir.Node) -> fx.Node:
 def _dropout(reader: _Reader, node: ir.Node) -> fx.Node:
     training = _input(node, 2)
     if training is not None and any(reader.integers(training) or [1]):
-        raise _Unread
+        raise _Unread("an option is not understood")
     if reader.opset < 7 and not _attribute(node, "is_test", 0):
-        raise _Unread
+        raise _Unread("an option is not understood")
     return _same(reader, node)
 
 
@@ -336,10 +340,12 @@ def _average_pool(reader: _Reader, node: ir.Node) -> fx.Node:
     kernel = list(_attribute(node, "kernel_shape"))
     n = len(kernel)
     strides, dilations = (list(_attribute(node, name, [1] * n)) for name in ("strides", "dilations"))
-    pads = _pads(node, reader.constants, kernel)
+    pads = pads_of(node, reader.constants, kernel)
     counted, ceil = bool(_attribute(node, "count_include_pad", 0)), bool(_attribute(node, "ceil_mode", 0))
+    if pads is None:
+        raise _Unread("its padding depends on the size of its input")
     if any(d != 1 for d in dilations) or ceil or (any(pads) and not counted):
-        raise _Unread
+        raise _Unread("its windows are not all of one size")
     x = reader.arguments(node)[0]
     if pads[:n] != pads[n:]:
         x, pads = reader.call(F.pad, x, _torch_pads(pads[:n], pads[n:])), [0] * 2 * n
@@ -354,14 +360,14 @@ def _pad(reader: _Reader, node: ir.Node) -> fx.Node:
     value = reader.constants.of(_input(node, 2))
     number = _attribute(node, "value", 0.0) if value is None else float(np.ravel(value.numpy())[0])
     if _input(node, 2) is not None and value is None:
-        raise _Unread
+        raise _Unread("an option is not understood")
     axes = reader.integers(_input(node, 3)) or list(range(rank))
     half = len(axes)
     lead, trail = [0] * rank, [0] * rank
     for axis, first, last in zip(axes, given[:half], given[half:], strict=True):
         lead[axis], trail[axis] = first, last
     if any([*lead[:2], *trail[:2]]):
-        raise _Unread
+        raise _Unread("an option is not understood")
     mode = MODES[_attribute(node, "mode", "constant")]
     amounts = _torch_pads(lead[2:], trail[2:])
     return reader.call(F.pad, reader.arguments(node)[0], amounts, mode, number if mode == "constant" else None)
@@ -382,7 +388,7 @@ def _split(reader: _Reader, node: ir.Node) -> list[fx.Node]:
     if sizes is None:
         size = (reader.shape(node.inputs[0]) or [])[axis]  # type: ignore[arg-type]
         if size is None:
-            raise _Unread
+            raise _Unread("it depends on the size or the kind of its input")
         each = -(-size // count)
         sizes = [each] * (count - 1) + [size - each * (count - 1)]
     made = reader.call(torch.split, reader.arguments(node)[0], sizes, axis)
@@ -401,7 +407,7 @@ def _slice(reader: _Reader, node: ir.Node) -> fx.Node:
     index = [slice(None)] * rank
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step < 0:
-            raise _Unread
+            raise _Unread("it depends on the size or the kind of its input")
         index[axis] = slice(start or None, None if end >= 1 << 31 - 1 else end, None if step == 1 else step)
     return reader.call(operator.getitem, reader.arguments(node)[0], tuple(index))
 
@@ -409,11 +415,11 @@ def _slice(reader: _Reader, node: ir.Node) -> fx.Node:
 def _gather(reader: _Reader, node: ir.Node) -> fx.Node:
     x, axis, number = reader.arguments(node)[0], _attribute(node, "axis", 0), reader.constants.of(node.inputs[1])
     if number is None:
-        raise _Unread
+        raise _Unread("an option is not understood")
     if not len(number.shape):
         return reader.call(torch.select, x, axis, int(number.numpy()))
     if len(number.shape) != 1:
-        raise _Unread
+        raise _Unread("an option is not understood")
     size = (reader.shape(node.inputs[0]) or [])[axis]  # type: ignore[arg-type]
     chosen = [int(i) + (size or 0) * (i < 0) for i in number.numpy()]
     index = f"{node.outputs[0].name}:index"
@@ -430,19 +436,19 @@ def _reshape(reader: _Reader, node: ir.Node) -> fx.Node:
     x = reader.arguments(node)[0]
     wanted = list(_attribute(node, "shape", [])) or reader.integers(_input(node, 1)) or []
     if _attribute(node, "allowzero", 0) and 0 in wanted:
-        raise _Unread
+        raise _Unread("an option is not understood")
     given = reader.shape(node.inputs[0]) or []  # type: ignore[arg-type]
     sizes: list[Any] = [reader.out.call_method("size", (x, i)) if size == 0 else size for i, size in enumerate(wanted)]
     if wanted[:1] and wanted[0] > 0:  # the batch that the file was made for; what is read must hold for any
         if given[:1] != wanted[:1]:
-            raise _Unread
+            raise _Unread("it depends on the size or the kind of its input")
         sizes[0] = reader.out.call_method("size", (x, 0))
     return reader.call(torch.reshape, x, sizes)
 
 
 def _flatten(reader: _Reader, node: ir.Node) -> fx.Node:
     if _attribute(node, "axis", 1) != 1:
-        raise _Unread
+        raise _Unread("an option is not understood")
     return reader.call(torch.flatten, reader.arguments(node)[0], 1)
 
 
@@ -450,7 +456,7 @@ def _axes(function: Callable[..., Any]) -> Callable[[_Reader, ir.Node], fx.Node]
     def rule(reader: _Reader, node: ir.Node) -> fx.Node:
         axes = list(_attribute(node, "axes", [])) or reader.integers(_input(node, 1))
         if not axes or len(axes) != 1:
-            raise _Unread
+            raise _Unread("it depends on the size or the kind of its input")
         return reader.call(function, reader.arguments(node)[0], axes[0])
 
     return rule
@@ -462,14 +468,27 @@ def _mean(reader: _Reader, node: ir.Node) -> fx.Node:
         return reader.call(torch.mean, reader.arguments(node)[0], list(range(2, rank)), True)
     axes = list(_attribute(node, "axes", [])) or reader.integers(_input(node, 1))
     if not axes:
-        raise _Unread
+        raise _Unread("an option is not understood")
     return reader.call(torch.mean, reader.arguments(node)[0], axes, bool(_attribute(node, "keepdims", 1)))
 
 
 def _depth_to_space(reader: _Reader, node: ir.Node) -> fx.Node:
     if _attribute(node, "mode", "DCR") != "CRD":
-        raise _Unread
+        raise _Unread("an option is not understood")
     return reader.call(F.pixel_shuffle, reader.arguments(node)[0], _attribute(node, "blocksize"))
+
+
+def _resize(reader: _Reader, node: ir.Node) -> fx.Node:
+    given = reader.shape(node.inputs[0])  # type: ignore[arg-type]
+    at = 1 if reader.opset < 11 or node.op_type == "Upsample" else 2
+    number = reader.constants.of(_input(node, at))
+    scales = list(_attribute(node, "scales", [])) or ([] if number is None else [float(s) for s in number.numpy()])
+    sizes = reader.integers(_input(node, 3)) if not scales else None
+    found = None if given is None else interpolation(node, reader.opset, scales, sizes, given)
+    if found is None:
+        raise _Unread("its factors are not whole, or it places pixels as torch does not")
+    factors, mode, corners = found
+    return reader.call(F.interpolate, reader.arguments(node)[0], None, factors, mode, corners)
 
 
 _RULES: dict[str, Callable[[_Reader, ir.Node], Any]] = {
@@ -492,6 +511,8 @@ _RULES: dict[str, Callable[[_Reader, ir.Node], Any]] = {
     "GlobalAveragePool": _mean,
     "ReduceMean": _mean,
     "DepthToSpace": _depth_to_space,
+    "Resize": _resize,
+    "Upsample": _resize,
     "Concat": _concat,
     "Split": _split,
     "Slice": _slice,
@@ -503,6 +524,7 @@ _RULES: dict[str, Callable[[_Reader, ir.Node], Any]] = {
     "Unsqueeze": _axes(torch.unsqueeze),
 }
 
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "BatchNormalization")
 _SEVERAL = ("Split", "BatchNormalization")
 """Operators whose other results are read as well."""
 
@@ -512,7 +534,7 @@ KNOWN = frozenset(
         *("Constant", "Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Sigmoid", "HardSigmoid", "Tanh"),
         *("HardSwish", "Mish", "Softplus", "Softmax", "LogSoftmax", "Clip", "Exp", "Log", "Sqrt", "Pow", "Abs", "Erf"),
         *("MaxPool", "GlobalMaxPool", "ReduceSum", "ReduceMax", "ReduceMin", "Max"),
-        *("Min", "LayerNormalization", "InstanceNormalization", "GroupNormalization", "Resize", "Upsample", "Shape"),
+        *("Min", "LayerNormalization", "InstanceNormalization", "GroupNormalization", "Shape"),
         *("ConstantOfShape", "Expand", "Tile", "Where", "Equal", "Less", "Greater", "Not", "And", "Or", "ArgMax"),
         *("ArgMin", "TopK", "NonMaxSuppression", "SpaceToDepth", "Einsum", "Range", "NonZero", "Floor"),
         *("Ceil", "Round", "Reciprocal", "Swish", "Attention", "LSTM", "GRU", "RNN", "LRN", "LpNormalization"),

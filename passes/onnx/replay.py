@@ -17,7 +17,7 @@ from torch import Tensor
 
 from passes.onnx.constants import Constants
 from passes.onnx.files import fits_one_message, write_beside
-from passes.onnx.read import with_pads
+from passes.onnx.pads import transposed_pads, with_pads
 from passes.programs import needed_for
 
 __all__ = ["Region", "run_file"]
@@ -35,7 +35,37 @@ class _Norm(OpRun):
         return (scale * (x - mean) / np.sqrt(var + epsilon) + shift,)
 
 
-_Norm.__name__ = "BatchNormalization"  # by which the evaluator finds it
+class _Transposed(OpRun):
+    """A transposed convolution: the evaluator takes neither groups nor a wanted size without a rule."""
+
+    op_domain = ""
+
+    def _run(self, x: Any, weight: Any, bias: Any = None, **given: Any) -> Any:
+        options = {name: value for name, value in given.items() if value is not None}
+        kernel, sizes, groups = weight.shape[2:], x.shape[2:], options.get("group", 1)
+        n = len(kernel)
+        ones, zeros = [1] * n, [0] * n
+        defaults = {"strides": ones, "dilations": ones, "output_padding": zeros, "pads": None, "output_shape": None}
+        options = {**defaults, "auto_pad": "NOTSET", **options}
+        strides, steps = options["strides"], options["dilations"]
+        whole = [s * (size - 1) + d * (k - 1) + 1 for s, size, d, k in zip(strides, sizes, steps, kernel, strict=True)]
+        made = np.zeros((x.shape[0], weight.shape[1] * groups, *whole))
+        parts, kernels = np.split(x, groups, 1), np.split(weight, groups, 0)
+        for tap in np.ndindex(*kernel):
+            at: Any = (..., *tap)
+            each = [np.einsum("ni...,io->no...", part, k[at]) for part, k in zip(parts, kernels, strict=True)]
+            steps_to = zip(tap, steps, strides, sizes, strict=True)
+            spans: Any = (..., *(slice(t * d, t * d + s * (size - 1) + 1, s) for t, d, s, size in steps_to))
+            made[spans] += np.concatenate(each, 1)
+        lead, trail = transposed_pads(kernel, options, sizes)
+        more = [extra - crop for extra, crop in zip(options["output_padding"], trail, strict=True)]
+        for i in range(n):
+            made = np.pad(made, [(0, max(more[i], 0)) if axis == i + 2 else (0, 0) for axis in range(n + 2)])
+            made = made.take(range(lead[i], made.shape[i + 2] + min(more[i], 0)), i + 2)
+        return (made if bias is None else made + bias.reshape(-1, *(1,) * n),)
+
+
+_Norm.__name__, _Transposed.__name__ = "BatchNormalization", "ConvTranspose"  # by which the evaluator finds them
 
 
 class Region:
@@ -64,7 +94,9 @@ class Region:
         )
         versions = {**model.opset_imports, "": constants.opset}
         opsets = [onnx.helper.make_opsetid(name, version) for name, version in versions.items()]
-        self._evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets), new_ops=[_Norm])
+        self._evaluator = ReferenceEvaluator(
+            onnx.helper.make_model(graph, opset_imports=opsets), new_ops=[_Norm, _Transposed]
+        )
 
     def run(self, given: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         """The result's value, and the largest magnitude on the way."""
@@ -86,7 +118,14 @@ def _number(number: ir.TensorProtocol) -> Any:
 
 
 def _in_double(proto: onnx.NodeProto) -> onnx.NodeProto:
-    """The operator among others in float64: a cast from one kind of floats to another is none."""
+    """The operator among others in float64: a cast from one kind of floats to another is none.
+
+    The evaluator takes the ``Resize`` of operator set 10 for a later one, which has one more input.
+    """
+    if proto.op_type == "Resize" and len(proto.input) == 2:
+        proto.input.insert(1, "")
+        options = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        proto.attribute.extend(onnx.helper.make_attribute(*each) for each in options.items())
     for attribute in proto.attribute:
         if proto.op_type == "Cast" and attribute.name == "to" and ir.DataType(attribute.i) in _FLOATS:
             attribute.i = onnx.TensorProto.DOUBLE

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from passes.algebra.by_rule import ConvByRule
 from passes.algebra.geometry import PADS
 from passes.edits.edit import Substitute
 from passes.onnx.constants import opset_of
@@ -30,6 +31,11 @@ _MODES = {
 }
 
 
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_DEFAULT = {"dilations": 1, "strides": 1, "pads": 0, "output_padding": 0}
+"""What operators have in each dimension where nothing is said."""
+
+
 def substitute(
     model: ir.Model, edits: Iterable[tuple[Substitute, nn.Module]], matrices: Collection[str] = ()
 ) -> ir.Model:
@@ -38,6 +44,7 @@ def substitute(
     ``matrices`` names the values of two dimensions that layers read: there a linear layer is one operator.
     """
     result = model.clone()
+    told = model.meta.get("told")
     result.meta.clear()  # it is no longer what is in the file
     graph = result.graph
     values = {str(v.name): v for v in [*graph.inputs, *graph.initializers.values()]}
@@ -52,7 +59,7 @@ def substitute(
         removed = [producer, *(node for node in reversed(gone) if node is not None)]
         if edit.end:
             values[edit.end].replace_all_uses_with(values[edit.moved], replace_graph_outputs=True)
-        writer = _Writer(graph, producer, values, taken, edit, edit.source in matrices)
+        writer = _Writer(graph, producer, values, taken, edit, edit.source in matrices, _name_of(edit, removed))
         new = writer.layer(layer, values[edit.source])
         _describe(new, old)
         old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -66,7 +73,17 @@ def substitute(
         listed = (model.ir_version or 0) < 4  # where initialisers are listed among the inputs
         _drop(graph, idle, values, listed)
         writer.register(listed)
+        told = None if told is None else told.difference(str(value.name) for value in writer.new)
+    if told is not None:
+        result.meta["told"] = told
     return result
+
+
+def _name_of(edit: Substitute, removed: Iterable[ir.Node]) -> str:
+    """The name that a layer takes over: that of the one that had the weight, or else of another that goes."""
+    layers = [node for node in removed if node.op_type in _LAYERS and not node.domain]
+    own = [node for node in layers if any(v is not None and v.name == edit.weight for v in node.inputs)]
+    return next((str(node.name) for node in [*own, *reversed(layers)] if node.name), "")
 
 
 def _describe(new: ir.Value, old: ir.Value) -> None:
@@ -121,9 +138,10 @@ class _Writer:
         taken: set[str],
         edit: Substitute,
         matrix: bool,
+        name: str,
     ) -> None:
         self.graph, self.before, self.values, self.taken, self.edit = graph, before, values, taken, edit
-        self.matrix = matrix
+        self.matrix, self.name = matrix, name
         self.new: list[ir.Value] = []
 
     def register(self, listed: bool) -> None:
@@ -153,7 +171,17 @@ class _Writer:
         if isinstance(layer, nn.Linear):
             return self.linear(layer, x)
         assert isinstance(layer, _ConvNd)
+        if isinstance(layer, ConvByRule):
+            return self.same(layer, x)
         return self.conv(layer, x, pads)
+
+    def same(self, layer: ConvByRule, x: ir.Value) -> ir.Value:
+        """The operator that a layer is like, with other numbers."""
+        of = self.values[dict(self.edit.layer.options)["path"]].producer()
+        assert of is not None
+        bias = [] if layer.bias is None else [self.weight(self.edit.bias, layer.bias)]
+        options = {name: attribute.value for name, attribute in of.attributes.items()}
+        return self.node(of.op_type, [x, self.weight(self.edit.weight, layer.weight), *bias], options)
 
     def conv(self, layer: _ConvNd, x: ir.Value, pads: list[int] | None) -> ir.Value:
         n = len(layer.kernel_size)
@@ -165,8 +193,8 @@ class _Writer:
                 mode = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[layer.padding_mode]
                 x, pads = self.pad(x, pads, mode), [0] * 2 * n
         options: dict[str, Any] = {
-            "dilations": list(layer.dilation), "group": layer.groups, "kernel_shape": list(layer.kernel_size),
-            "pads": pads, "strides": list(layer.stride),
+            "dilations": list(layer.dilation), "kernel_shape": list(layer.kernel_size), "pads": pads,
+            "strides": list(layer.stride), **({"group": layer.groups} if layer.groups > 1 else {}),
         }  # fmt: skip
         if layer.transposed:
             options["output_padding"] = list(layer.output_padding)
@@ -191,9 +219,12 @@ class _Writer:
         return self.node("Pad", [x, self.initializer(f"{self.edit.weight}_pads", np.array(whole))], {"mode": mode})
 
     def node(self, kind: str, inputs: list[ir.Value], options: dict[str, Any]) -> ir.Value:
-        name = fresh(f"{self.before.name or self.edit.path}/{kind}", self.taken)
-        self.taken.add(name)
-        node = ir.node(kind, inputs, options, name=name)
+        told = {key: given for key, given in options.items() if key not in _DEFAULT or {*given} != {_DEFAULT[key]}}
+        name = self.name if kind in _LAYERS else ""
+        if name == "" and self.name:
+            name = fresh(f"{self.name}/{kind}", self.taken)
+            self.taken.add(name)
+        node = ir.node(kind, inputs, told, name=name or None)
         node.outputs[0].name = fresh(f"{self.edit.path}/{kind}", self.taken)
         self.taken.add(node.outputs[0].name)
         node.outputs[0].type = self.before.outputs[0].type

@@ -18,16 +18,19 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.lowering import target_of
 from passes.blocks.kit.builder import Site
+from passes.blocks.kit.kernel_conv import KernelConv
 from passes.blocks.kit.layers import BranchSum, silence, stand_in
 from passes.blocks.kit.registry import Block
 from passes.blocks.kit.transposed import site_at
 from passes.edits.edit import Block as BlockEdit
-from passes.graph.leaf import without_hooks
+from passes.graph.leaf import inherits_forward, without_hooks
 from passes.graph.modes import kept_modes
+from passes.graph.within import Inner, Within
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.training.discovery import Found, Norm, plain_norm
 from passes.training.equivalent import Reading
 from passes.training.forms import Form, scales_for_norms, train_as
+from passes.training.inside import inside_of, plain_conv, sizes_for
 
 __all__ = ["Cost", "build", "check_preserved", "rebuilt", "signature", "site_of", "try_on_meta"]
 
@@ -53,7 +56,11 @@ def site_of(model: nn.Module, found: Found, preserve: bool, form: Form) -> Site:
         held = model.get_submodule(found.norm.path)
         assert isinstance(held, _BatchNorm)
         norm = plain_norm(held, conv.weight.dim() - 2)
-    return site_at(conv, norm, preserve=preserve, online=form.online)
+    if found.inside is None:
+        return site_at(conv, norm, preserve=preserve, online=form.online)
+    assert isinstance(conv, _ConvNd)
+    plain = plain_conv(conv, found.inside)
+    return Site(plain, norm, preserve=preserve, online=form.online, layer=conv, inside=found.inside)
 
 
 def build(layer: str, site: Site, block: Block, form: Form, *, recorded: bool = True) -> nn.Module:
@@ -71,6 +78,7 @@ def build(layer: str, site: Site, block: Block, form: Form, *, recorded: bool = 
     except Exception as error:
         why = str(error).partition("\n")[0]
         raise ReparamError(f"{layer}: {block} cannot be built, {type(error).__name__}: {why}") from error
+    _check_one_kernel(site, branches)
     others = list(branches.values())[1:]
     if site.preserve:
         for branch in others:
@@ -90,15 +98,29 @@ def build(layer: str, site: Site, block: Block, form: Form, *, recorded: bool = 
             if layout.channels_last and parameter.dim() == conv.weight.dim() and parameter.dim() in (4, 5):
                 last = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
                 parameter.data = parameter.data.contiguous(memory_format=last)
-    if len(branches) == 1 and not (recorded and form.online):
+    computed = site.inside is not None and site.inside.computed
+    recorded = recorded or (computed and form.online)
+    if len(branches) == 1 and site.layer is None and not (recorded and form.online):
         (alone,) = branches.values()
         stand_in(alone, str(block), conv)
         return alone
-    module = BranchSum(str(block), branches, conv)
+    module = BranchSum(str(block), branches, conv, site.layer, site.inside)
     module.training = conv.training
     if recorded:
         train_as(module, form)
     return module
+
+
+def _check_one_kernel(site: Site, branches: dict[str, nn.Module]) -> None:
+    """A layer that computes with its weight is given a kernel, in whose place no sum of maps can stand."""
+    if site.inside is None or not site.inside.computed or site.online:
+        return
+    if len(branches) > 1 or not all(isinstance(branch, (KernelConv, _ConvNd)) for branch in branches.values()):
+        raise RefusalError(
+            Reason.OWN_FORWARD,
+            f"{type(site.layer).__name__} computes the kernel that it convolves with from its weight, which no sum of "
+            "branches goes through: a block that is one kernel does (doconv, or any with form='online')",
+        )
 
 
 def rebuilt(model: nn.Module, edit: BlockEdit) -> nn.Module:
@@ -106,7 +128,8 @@ def rebuilt(model: nn.Module, edit: BlockEdit) -> nn.Module:
     conv = model.get_submodule(edit.path)
     if not isinstance(conv, (_ConvNd, nn.Linear)):
         raise ReparamError(f"{edit.path} is no convolution and no linear layer, so it cannot get a block")
-    found = Found(edit.path, conv, Norm(edit.norm, edit.rest) if edit.norm else None)
+    inside = inside_of(conv) if isinstance(conv, _ConvNd) and not inherits_forward(conv) else None
+    found = Found(edit.path, conv, Norm(edit.norm, edit.rest) if edit.norm else None, inside=inside)
     form = Form.of(edit.form)
     site = site_of(model, found, edit.preserve, form)
     return build(edit.path, site, Block(edit.block, **dict(edit.options)), form)
@@ -116,10 +139,15 @@ def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, fo
     """Build the block without numbers and fold it: what it costs, or why it cannot be used here."""
     real = site_of(model, found, preserve, form)
     norm_on_meta = None if real.norm is None else _on_meta(real.norm)
-    site = site_at(_on_meta(real.conv), norm_on_meta, preserve=preserve, online=form.online)
+    bare = _on_meta(real.conv)
+    if real.layer is None:
+        site = site_at(bare, norm_on_meta, preserve=preserve, online=form.online)
+    else:
+        site = Site(bare, norm_on_meta, preserve=preserve, online=form.online, layer=real.layer, inside=real.inside)
     try:
         built = build(found.path, site, block, Form(), recorded=False)
-        reading = Reading(built)
+        # What a class of its own does around its convolution is left out: it is the same before and after.
+        reading = Reading(Inner(built) if isinstance(built, Within) else built)
         folded = reading.form(None)
     except RefusalError as error:
         return Refusal(error.refusal.reason, error.refusal.message)
@@ -156,33 +184,37 @@ def signature(site: Site, block: Block, form: Form) -> Any:
     """What decides whether and how a block fits: equal for layers that need to be tried only once."""
     norm = site.norm
     kind = None if norm is None else (type(norm), norm.affine, norm.eps, norm.momentum)
-    return block, site.geometry, kind, site.conv.bias is None, site.shift, form, site.conv.weight.dtype
+    around = None if site.layer is None else (type(site.layer), site.inside)
+    return block, site.geometry, kind, site.conv.bias is None, site.shift, form, site.conv.weight.dtype, around
 
 
 def check_preserved(layer: str, site: Site, module: nn.Module) -> None:
     """Run the block and the layers that it replaces on the smallest random input that every tap reads.
 
-    On the meta device there is nothing to compare.
+    A layer with a forward of its own runs on several sizes. On the meta device there is nothing to compare.
     """
     g, weight = site.geometry, site.conv.weight
     if weight.is_meta:
         return
     reach = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
     pads = [sorted(pair) for pair in zip(g.lead, g.trail, strict=True)]
-    sizes = [max(r - p[0], p[1] + 1) + s for r, p, s in zip(reach, pads, g.stride, strict=True)]
+    least = tuple(max(r - p[0], p[1] + 1) + s for r, p, s in zip(reach, pads, g.stride, strict=True))
     if g.transposed:  # as many of the pixels that are so far apart
-        sizes = [size // s + 2 for size, s in zip(sizes, g.stride, strict=True)]
+        least = tuple(size // s + 2 for size, s in zip(least, g.stride, strict=True))
     random = torch.Generator().manual_seed(0)
-    x = torch.randn((1, g.in_channels, *sizes), generator=random, device="cpu").to(weight)
-    with kept_modes(site.conv, module), torch.no_grad():
-        wanted = site.conv(x)
-        if site.norm_taken and site.norm is not None:
-            wanted = site.norm(wanted)
-        got = module(x)
-    allowed = torch.finfo(weight.dtype).eps ** 0.5 * max(float(wanted.abs().max()), 1.0)
-    gap = float((got - wanted).abs().max())
-    if not gap <= allowed:
-        raise ReparamError(
-            f"{layer}: {module.reparam_block} does not start as the function that it replaces (off by {gap:.3g}); let "
-            "every added branch end in a convolution, a batch norm or a module with silence(), or pass init='paper'"
-        )
+    own: Any = site.layer or site.conv
+    for sizes in [least] if site.layer is None else sizes_for(site.layer):
+        x = torch.randn((1, g.in_channels, *sizes), generator=random, device="cpu").to(weight)
+        with kept_modes(own, module), torch.no_grad():
+            wanted = own(x)
+            if site.norm_taken and site.norm is not None:
+                wanted = site.norm(wanted)
+            got = module(x)
+        allowed = torch.finfo(weight.dtype).eps ** 0.5 * max(float(wanted.abs().max()), 1.0)
+        gap = float((got - wanted).abs().max())
+        if not gap <= allowed:
+            raise ReparamError(
+                f"{layer}: {module.reparam_block} does not start as the function that it replaces (off by {gap:.3g}); "
+                "let every added branch end in a convolution, a batch norm or a module with silence(), or pass "
+                "init='paper'"
+            )

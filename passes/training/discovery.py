@@ -26,8 +26,10 @@ from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
 from passes.graph.outside import speaks_of_weights
 from passes.graph.variants import own_calls, variants
-from passes.refusal import UNREAD, Reason, Refusal
+from passes.graph.within import Inside, arounds
+from passes.refusal import UNREAD, Reason, Refusal, RefusalError
 from passes.training.hooks import hook_refusal, sees_result
+from passes.training.inside import inside_of
 
 __all__ = ["Found", "Norm", "find_convs", "plain_norm"]
 
@@ -45,7 +47,8 @@ class Found:
     """A layer that may get a block: its path, the norm that alone reads it, or the reason why it must be left alone.
 
     ``norm_stays`` says why a norm that reads it does not belong to it; ``always``, whether each call with defaults runs
-    it, in evaluation or in training; ``unread``, why the graphs do not show how it is used: then a run has to.
+    it, in evaluation or in training; ``unread``, why the graphs do not show how it is used: then a run has to;
+    ``inside``, where a class with a forward of its own convolves.
     """
 
     path: str
@@ -55,6 +58,7 @@ class Found:
     norm_stays: Refusal | None = None
     always: bool = False
     unread: Refusal | None = None
+    inside: Inside | None = None
 
 
 def find_convs(model: nn.Module, *, linear: bool = False) -> list[Found]:
@@ -73,9 +77,11 @@ _Kinds = tuple[type[nn.Module], ...]
 def _found(model: nn.Module, kinds: _Kinds) -> list[Found]:
     seen: list[_Uses] = []
     other: list[_Uses] = []
+    inside = _insides(model)
+    leaves = [layer for layer, where in inside.items() if isinstance(where, Inside)]
     for training in (False, True):
         with kept_modes(model, training=training):
-            units, untraced = trace_units(model, numbers=not training)
+            units, untraced = trace_units(model, numbers=not training, leaves=leaves)
             seen.append(_Uses(kinds, units, untraced, "in training" if training else "in evaluation"))
             other += [uses for unit in units for uses in _other_calls(kinds, unit)]
     places = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
@@ -83,24 +89,42 @@ def _found(model: nn.Module, kinds: _Kinds) -> list[Found]:
     found = []
     for path, module in model.named_modules():
         if isinstance(module, (_ConvNd, nn.Linear)) and isinstance(module, kinds):
-            refusal = _intrinsic(module, places, owners) or _usage(path, module, seen, other)
+            where = inside.get(module)
+            around = where if isinstance(where, Inside) else None
+            refusal = _intrinsic(module, places, owners) or (where if isinstance(where, Refusal) else None)
+            refusal = refusal or _usage(path, module, seen, other)
             if refusal is not None:
                 found.append(Found(path, module, refusal=refusal.at(path)))
                 continue
             if (unread := _unread(path, module, seen)) is not None:
                 speaking = _speaks(path, model, seen)
-                found.append(Found(path, module, refusal=speaking, unread=None if speaking else unread.at(path)))
+                unread = None if speaking else unread.at(path)
+                found.append(Found(path, module, refusal=speaking, unread=unread, inside=around))
                 continue
             always = any(u.calls[id(module)] and not u.unit_of[id(module)].path for u in seen)
             norm = None if isinstance(module, nn.Linear) else _norm_of(module, [*seen, *other])
             if isinstance(norm, Norm) and sees_result(module):
                 norm = Refusal(Reason.HOOK, "it has a hook, which sees its result before the norm")
             if isinstance(norm, Norm):
-                norm = _stays(model.get_submodule(norm.path), places, owners) or norm
+                norm = _stays(model.get_submodule(norm.path), places, owners, around) or norm
             if isinstance(norm, Refusal):
-                found.append(Found(path, module, norm_stays=norm.at(path), always=always))
+                found.append(Found(path, module, norm_stays=norm.at(path), always=always, inside=around))
             else:
-                found.append(Found(path, module, norm, always=always))
+                found.append(Found(path, module, norm, always=always, inside=around))
+    return found
+
+
+def _insides(model: nn.Module) -> dict[nn.Module, Inside | Refusal]:
+    """Where convolutions of a class with a forward of its own convolve, or why that cannot be said."""
+    found: dict[nn.Module, Inside | Refusal] = {}
+    around = arounds(model.modules())
+    for conv in model.modules():
+        if not isinstance(conv, _ConvNd) or inherits_forward(conv) or id(conv) in around or _computed(conv):
+            continue
+        try:
+            found[conv] = inside_of(conv)
+        except RefusalError as error:
+            found[conv] = error.refusal
     return found
 
 
@@ -126,18 +150,25 @@ def _other_calls(kinds: _Kinds, unit: Unit) -> list[_Uses]:
 
 def _intrinsic(conv: Any, places: Counter[int], owners: Counter[int]) -> Refusal | None:
     """What speaks against a convolution whatever surrounds it."""
+    if (computed := _computed(conv)) is not None:
+        return computed
+    if (hooked := hook_refusal(conv)) is not None:
+        return hooked
+    if places[id(conv)] > 1 or any(owners[id(p)] > 1 for p in conv._parameters.values() if p is not None):
+        return Refusal(Reason.SHARED, "it, or its weight, is registered in more than one place")
+    if isinstance(conv, nn.Linear) and not inherits_forward(conv):
+        return Refusal(Reason.OWN_FORWARD, f"{type(conv).__name__} does more in its forward than a linear layer")
+    return None
+
+
+def _computed(conv: _ConvNd) -> Refusal | None:
+    """Why the tensor that it convolves with is none of its parameters."""
     if hasattr(conv, "parametrizations"):
         return Refusal(Reason.COMPUTED, f"{Reason.COMPUTED.value}: remove it first (torch.nn.utils.parametrize)")
     if is_pruned(conv):
         return Refusal(Reason.COMPUTED, "it is pruned: make that permanent first (torch.nn.utils.prune.remove)")
     if "weight" not in conv._parameters:
         return Refusal(Reason.COMPUTED, "its weight is computed by weight_norm or spectral_norm: remove it first")
-    if (hooked := hook_refusal(conv)) is not None:
-        return hooked
-    if places[id(conv)] > 1 or any(owners[id(p)] > 1 for p in conv._parameters.values() if p is not None):
-        return Refusal(Reason.SHARED, "it, or its weight, is registered in more than one place")
-    if not inherits_forward(conv):
-        return Refusal(Reason.OWN_FORWARD, f"{type(conv).__name__} does more in its forward than convolve")
     return None
 
 
@@ -214,8 +245,10 @@ def _norm_of(conv: nn.Module, ways: list[_Uses]) -> Norm | Refusal | None:
 _NORM_HOOKED = Refusal(Reason.HOOK, "its norm has a hook")
 
 
-def _stays(norm: nn.Module, places: Counter[int], owners: Counter[int]) -> Refusal | None:
-    """Why a norm may not be moved."""
+def _stays(norm: nn.Module, places: Counter[int], owners: Counter[int], inside: Inside | None) -> Refusal | None:
+    """Why a norm may not be moved into the block of a convolution that its layer does ``inside`` of more."""
+    if inside is not None and not inside.takes_norm:
+        return Refusal(Reason.OWN_FORWARD, "its class does more behind the convolution, or has no place for a bias")
     own = [*norm._parameters.values(), *norm._buffers.values()]
     if not isinstance(norm, _BatchNorm) or norm.running_var is None:
         return Refusal(Reason.BATCH_STATISTICS, "its norm has no running statistics")

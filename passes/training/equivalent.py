@@ -59,8 +59,13 @@ class Reading:
 
     def form(self, dtype: torch.dtype | None = torch.float64) -> ConvForm:
         """The map with its numbers in ``dtype``; shapes only with None. Differentiable where gradients are on."""
-        form: Form = self._signal(dtype)[0].form
+        form = self.layer(dtype)
         return form.refuse() if isinstance(form, OpaqueForm) else form
+
+    def layer(self, dtype: torch.dtype | None = torch.float64) -> Form:
+        """The same of a layer that pads by a rule of its own too."""
+        form: Form = self._signal(dtype)[0].form
+        return form
 
     def multiply_adds(self) -> float:
         """Multiply-adds of all layers inside, per output position."""
@@ -146,12 +151,12 @@ class KernelProgram:
         recorded = make_fx(functional, tracing_mode="fake")(*example)
         forget_with(type(recorded).forward)
         for node in recorded.graph.nodes:
-            if node.target is torch.ops.aten.clone.default and not node.kwargs:
+            if node.target in _COPIES and not node.kwargs:
                 node.replace_all_uses_with(node.args[0])  # nothing is changed in place: no copy is needed
             # A view is recorded for the layout that the weights have now; channels_last may come or go later.
             if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
                 node.target = torch.ops.aten.reshape.default
-        _follow_the_device(recorded.graph)
+        _follow_the_device(recorded)
         recorded.graph.eliminate_dead_code()
         recorded.recompile()
         forget_with(type(recorded).forward)
@@ -175,8 +180,12 @@ class KernelProgram:
         return self  # it holds code, no weights
 
 
-def _follow_the_device(graph: fx.Graph) -> None:
-    """Let recorded code make its tensors where its weights are, wherever those were when it was recorded."""
+def _follow_the_device(recorded: fx.GraphModule) -> None:
+    """Let recorded code make its tensors where its weights are, wherever those were when it was recorded.
+
+    Constants are written as numbers, so that the code has no tensors of its own.
+    """
+    graph = recorded.graph
     inputs = graph.find_nodes(op="placeholder")
     with graph.inserting_after(inputs[-1]):
         device = graph.call_function(getattr, (inputs[0], "device"))
@@ -184,11 +193,14 @@ def _follow_the_device(graph: fx.Graph) -> None:
         if node.op == "call_function" and node.kwargs.get("device") is not None:
             node.kwargs = {**node.kwargs, "device": device}
         elif node.op == "get_attr":
-            node.prepend(device)
-            with graph.inserting_after(node):
-                there = graph.call_method("to", (node, device))
-            node.replace_all_uses_with(there, delete_user_cb=lambda user, there=there: user is not there)
+            held = getattr(recorded, node.target)
+            with graph.inserting_after(device):
+                made = graph.call_function(torch.tensor, (held.tolist(),), {"dtype": held.dtype, "device": device})
+            node.replace_all_uses_with(made)
+            graph.erase_node(node)
 
+
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default)
 
 _PROGRAMS: WeakValueDictionary[Any, KernelProgram] = WeakValueDictionary()
 """By the structure of the module, for as long as some block runs it: a network has few kinds of layers."""

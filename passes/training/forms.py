@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.blocks.kit.layers import BranchSum, ChannelScale
+from passes.blocks.kit.registry import Block
 from passes.refusal import Reason, RefusalError, ReparamError
 from passes.training.equivalent import KernelProgram
 
@@ -82,6 +83,11 @@ class Form:
             options[key] = _fraction(value) if key == "fraction" else value
         return Form(name.strip(), **options)
 
+    @staticmethod
+    def meant(block: Block) -> Form:
+        """The form that a block is meant to train in."""
+        return Form("online" if block.info.online else "branches")
+
     @property
     def online(self) -> bool:
         """Whether norms of branches are factors."""
@@ -124,8 +130,9 @@ class Folded:
 
     def _record(self, block: BranchSum) -> None:
         self.dtype = next(block.parameters()).dtype
-        plain = copy.copy(block)
-        plain.folded = None
+        plain = copy.copy(block)  # the sum alone, whatever is around it and however it trains
+        plain._modules = {"around": None, **block.branches()}
+        plain.folded, plain.inside, plain.form = None, None, BranchSum.form
         self.geometry = block.geometry
         self.program = KernelProgram.of(plain, self.dtype)
         self.norms = tuple(path for path, m in block.named_modules() if isinstance(m, _BatchNorm))
@@ -138,18 +145,25 @@ class Folded:
         if self._statistics is not None and any(_at(block, path.split(".")).training for path in self.norms):
             sample = self._sample(x)
             if sample is None:
-                return block.branches(x)
+                return block.summed(x)
             found = self._statistics(block, sample)
             for path, (mean, var) in zip(self.norms, found, strict=True):
                 measured[f"{path}.running_mean"], measured[f"{path}.running_var"] = mean, var
+        return self.geometry.convolve(x, *self._kernel(block, measured))
+
+    def numbers(self, block: BranchSum) -> tuple[Tensor, Tensor | None]:
+        """Kernel and bias with running statistics."""
+        self.made(block)
+        return self._kernel(block, {})
+
+    def _kernel(self, block: BranchSum, measured: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         values = [
             measured[name] if name in measured else _at(block, path)
             for name, path in zip(self.program.names, self._paths, strict=True)
         ]
         # An optimizer's small steps are lost in bfloat16: the kernel is computed in the parameters' own dtype.
-        with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-            weight, bias = self.program(values)
-        return self.geometry.convolve(x, weight, bias)
+        with torch.autocast(values[0].device.type if isinstance(values[0], Tensor) else "cpu", enabled=False):
+            return self.program(values)
 
     def made(self, block: BranchSum) -> None:
         """Record the code anew if this comes out of a pickle."""

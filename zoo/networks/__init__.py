@@ -59,6 +59,8 @@ def find_spec(name: str) -> str:
     """
     if is_spec(name):
         return name
+    if name.endswith(".py"):
+        raise UnknownNameError(f"{name} is code: name the network in it, {name}:Net for example")
     bare = split_commas(name)[0]
     known: list[str] = []
     for place in ORDER:

@@ -15,6 +15,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 import reparam
 from reparam import sources
@@ -49,11 +50,31 @@ def stock(config: Config, data: Data) -> nn.Module:
     """The network without blocks, with the weights of the configuration's seed and its first batch norm weights."""
     torch.manual_seed(config.seed)
     model = sources.create(spec(config, data)).train()
+    _check_answer(model, config, data)
     if config.gamma is not None:
         for module in model.modules():
             if isinstance(module, _BatchNorm) and module.affine:
                 nn.init.constant_(module.weight, config.gamma)
     return model
+
+
+def _check_answer(model: nn.Module, config: Config, data: Data) -> None:
+    """Raise :class:`ConfigError` for a network that does not take the images, or has no logit for each class."""
+    images = torch.zeros(2, *data.shape)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            logits = model.eval()(images)
+    # A network may refuse images in any way.
+    except Exception as error:
+        raise ConfigError(f"{config.model} does not take the images of {data.name}, {data.shape}: {error}") from error
+    finally:
+        model.train()
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (2, len(data.classes)):
+        raise ConfigError(
+            f"{config.model} answers two images of {data.name}, which has {len(data.classes)} classes, with {shape}; "
+            f"it has to be (2, {len(data.classes)}): see its number of classes"
+        )
 
 
 def recipe(config: Config) -> Recipe | None:
@@ -65,7 +86,11 @@ def recipe(config: Config) -> Recipe | None:
 
 def load(config: Config) -> Data:
     """The data of a configuration, in colours for networks that take nothing else. Raises as :func:`load_data` does."""
-    channels = 3 if find_spec(config.model).startswith(PHOTOGRAPHS) else None
+    name = find_spec(config.model)
+    channels = 3 if name.startswith(PHOTOGRAPHS) else None
+    if channels is None and not sources.takes(name, "in_chans"):
+        first = next((m for m in sources.create(name).modules() if isinstance(m, _ConvNd)), None)
+        channels = first.in_channels if first is not None and first.in_channels in (1, 3) else None
     return load_data(config.data, size=config.size, augment=config.augment, channels=channels, root=config.root)
 
 
@@ -75,8 +100,9 @@ def spec(config: Config, data: Data) -> str:
     options = {"num_classes": len(data.classes)}
     if not name.startswith(PHOTOGRAPHS):
         options["in_chans"] = data.shape[0]
-    given = {part.partition("=")[0].strip() for part in sources.split_commas(name)[1:]}
-    return ",".join([name, *(f"{key}={value}" for key, value in options.items() if key not in given)])
+    given = sources.parse(name)[2]
+    wanted = {key: value for key, value in options.items() if key not in given and sources.takes(name, key)}
+    return ",".join([name, *(f"{key}={value}" for key, value in wanted.items())])
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -18,6 +18,7 @@ from torch import distributed
 
 from reparam.commands import Online, form_of
 from reparam.networks import UsageError
+from reparam.sources import name_code
 from zoo.networks import find_spec
 from zoo.render import console
 from zoo.train.config import PLAIN, Config, ConfigError, override
@@ -53,7 +54,11 @@ def train(
     online: Online = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="digits, cifar10, cifar100, mnist, synthetic, or a folder.", rich_help_panel=WHAT),
+        typer.Option(
+            "--data",
+            help="digits, cifar10, cifar100, mnist, synthetic, or a folder of images or IDX files.",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     root: Annotated[
         Path | None, typer.Option("--root", help="Where downloaded data sets lie.", rich_help_panel=WHAT)
@@ -126,6 +131,7 @@ def _configuration(recipe_name: str | None, fields: dict[str, Any], settings: li
     try:
         if "model" in given:
             given["model"] = find_spec(given["model"])
+            name_code(given["model"])  # which may register blocks
         config = Config() if recipe_name is None else recipe(recipe_name, given.get("model"))
         if given.get("block") in (PLAIN, "none"):
             given["block"] = None

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from reparam import ReparamError
 from reparam.sources import near
+from zoo.train.idx import PARTS, find_idx, read_idx
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -107,6 +108,7 @@ def load_data(
     - ``digits``: 1,797 handwritten digits that scikit-learn ships, 1,500 to train on; grey, upscaled from 8x8 to 32x32.
     - ``cifar10``, ``cifar100``, ``mnist``: downloaded by torchvision when they are not there.
     - ``synthetic``: noise over one pattern per class, ten classes, 32x32; made anew each time, always the same.
+    - a folder with the four IDX files of MNIST or of a data set in its format, packed or not.
     - a folder with ``train/`` and ``val/`` or ``test/``, each with one folder of images per class, as for ImageNet.
 
     Args:
@@ -132,6 +134,8 @@ def load_data(
         raise DataError(
             f"{name!r} is neither a folder nor a data set{near(name, DATA_SETS)}; data sets: {', '.join(DATA_SETS)}"
         )
+    if find_idx(folder, PARTS[0], "images") is not None:
+        return _idx(folder, view)
     return _folder(folder, view)
 
 
@@ -359,6 +363,28 @@ def _fetched(kind: Any, name: str, root: Path, train: bool) -> Any:
             f"{name} is not in {root} and cannot be downloaded ({reason}); fetch {files} by other means into {where} "
             "(unpacked or not), or name with root a folder that has it; the data set 'digits' needs no download"
         ) from error
+
+
+# ------------------------------------------------------------------------------------------------- IDX files
+
+
+def _idx(folder: Path, view: _View) -> Data:
+    from PIL import Image
+
+    parts: list[list[tuple[Image.Image, int]]] = []
+    arrays: list[Any] = []
+    for part in PARTS:
+        paths = [find_idx(folder, part, kind) for kind in ("images", "labels")]
+        if None in paths:
+            raise DataError(f"{folder} lacks images or labels of {part!r}: it takes the four IDX files of a data set")
+        images, labels = (read_idx(path) for path in paths if path is not None)
+        if images.ndim != 3 or labels.shape != images.shape[:1]:
+            raise DataError(f"{folder}: {images.shape} images and {labels.shape} labels of {part!r} do not fit")
+        parts.append([(Image.fromarray(image), int(label)) for image, label in zip(images, labels, strict=True)])
+        arrays.append(images)
+    pixels = _Pixels((float(arrays[0].mean()) / 255,), (float(arrays[0].std()) / 255,))
+    classes = [str(label) for label in range(1 + max(label for part in parts for _, label in part))]
+    return view.data(folder.resolve().name, classes, (parts[0], parts[1]), (1, *arrays[0].shape[1:]), pixels)
 
 
 # ------------------------------------------------------------------------------------------------- folders

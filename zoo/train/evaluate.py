@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from reparam import ReparamError
 from reparam.commands import Blocks, FormName, Online, Pretrained, Where, form_of
 from reparam.networks import UsageError
+from reparam.sources import name_code
 from reparam.tables import show
 from zoo.render import console, markdown_table, provenance, rich_table, write_text
 from zoo.train.data import Data
@@ -181,6 +182,8 @@ def evaluate(
 
     --model, --block, --where and --form describe files that do not say which network they are of.
     """
+    for target in targets:
+        name_code(target)
     recipe = expansion(block, where, form_of(form, online))
     subjects = [find(target, model=model, recipe=recipe, ema=ema, pretrained=pretrained) for target in targets]
     tell(subjects)

@@ -1,4 +1,4 @@
-"""``reparam study``: training dynamics, and a finished comparison as a page of the documentation."""
+"""``reparam study``: training dynamics, images for it, and a finished comparison as a page of the documentation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from zoo.train.dynamics import dynamics
+from zoo.train.idx import convert_json
 from zoo.train.report import write_documentation
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="What happens in training, and what comparisons say.")
 app.command()(dynamics)
+app.command("mnist")(convert_json)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from reparam.commands import errors
 from reparam.files import AVERAGED, FileError, StateFile, is_file_name, load_state, rebuild
 from reparam.networks import Network, UsageError, load
 from reparam.recipe import Recipe, parse_blocks, parse_where
+from reparam.sources import is_named, name_code, split
 from zoo.networks import find_spec
 from zoo.train.checkpoint import Folder
 from zoo.train.config import Config
@@ -94,6 +95,8 @@ def find(
     """
     path = Path(target)
     notes: tuple[str, ...] = ()
+    for spec in filter(None, (target, model)):
+        name_code(spec)
     if path.is_dir():
         path, notes = _best(Folder(path), ema)
         ema = None
@@ -104,7 +107,8 @@ def find(
     content = load_state(path)
     if not content.source:
         return _foreign(target, content, model, recipe, ema)
-    _refuse(target, "says itself which network it is of", model=model, block=recipe)
+    same = model is not None and split(model)[0] == split(content.source)[0] and is_named(content.source)
+    _refuse(target, "says itself which network it is of", model=None if same else model, block=recipe)
     if "settings" in content.metadata:
         content, notes = _part(target, content, ema)
     else:

@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from passes.algebra.conv_form import Ints
 from passes.algebra.geometry import CONVS, PADS, Geometry, Layer, flat_pads
 from passes.blocks.kit.layers import ChannelScale, IdentityConv, SumBefore, WindowMean, silence
+from passes.graph.within import Inside
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Site"]
@@ -36,6 +37,8 @@ class Site:
 
     Args:
         conv: the convolution; it becomes the main branch, or gives it its kernel.
+        layer: the layer that the block replaces, if ``conv`` is only what its forward does in the middle of more.
+        inside: where that forward convolves.
         norm: the batch norm that alone reads it, or None.
         preserve: whether the block starts as the function that it replaces; else with its published initialisation.
         online: whether it is trained as one convolution: then the norm stays where it is, behind the sum, and those of
@@ -48,9 +51,16 @@ class Site:
     """
 
     def __init__(
-        self, conv: Layer, norm: _BatchNorm | None = None, *, preserve: bool = True, online: bool = False
+        self,
+        conv: Layer,
+        norm: _BatchNorm | None = None,
+        *,
+        preserve: bool = True,
+        online: bool = False,
+        layer: _ConvNd | None = None,
+        inside: Inside | None = None,
     ) -> None:
-        self.conv = conv
+        self.conv, self.layer, self.inside = conv, layer, inside
         self.norm = norm
         self.preserve = preserve
         self.geometry = Geometry.of(conv)

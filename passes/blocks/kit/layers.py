@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import Geometry, Layer
 from passes.blocks.kit.kernel_conv import KernelConv
+from passes.graph.within import Inside, Within, bare
 from passes.refusal import Reason, RefusalError, ReparamError
 
 __all__ = [
@@ -131,13 +132,15 @@ class SumBefore(nn.Module):
         return behind
 
 
-class BranchSum(nn.Module):
+class BranchSum(Within):
     """The sum of all branches over the same input: a block in training.
 
     Args:
         block: the block with its options, for ``print(model)``.
         branches: modules by name, the main branch first.
         conv: the convolution that it stands for.
+        layer, inside: the layer that it stands for, and where that convolves, if ``conv`` is only what a class with a
+            forward of its own does in the middle of it.
 
     Attributes:
         form: how it trains; see :mod:`passes.training.forms`.
@@ -146,38 +149,79 @@ class BranchSum(nn.Module):
 
     form = "branches"
 
-    def __init__(self, block: str, branches: dict[str, nn.Module], conv: Layer) -> None:
+    def __init__(
+        self,
+        block: str,
+        branches: dict[str, nn.Module],
+        conv: Layer,
+        layer: _ConvNd | None = None,
+        inside: Inside | None = None,
+    ) -> None:
         super().__init__()
-        stand_in(self, block, conv)
+        stand_in(self, block, layer or conv)
         self.geometry = Geometry.of(conv)
         self.folded: Any = None
         for name, branch in branches.items():
             if hasattr(self, name):
                 raise ReparamError(f"a branch of {block} cannot be named {name!r}: torch uses that name")
             self.add_module(name, branch)
+        if layer is not None:
+            self.around, self.inside = bare(layer), inside
 
-    def forward(self, input: Tensor) -> Tensor:  # called by keyword as torch's layers are
+    def branches(self) -> dict[str, nn.Module]:
+        """Modules by name, the main branch first."""
+        return {name: module for name, module in self._modules.items() if module is not None and name != "around"}
+
+    def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self.branches(input)
+            return self.scripted(input)
         else:
-            return self.branches(input) if self.folded is None else self.folded(self, input)
+            return Within.forward(self, input)
 
-    def branches(self, input: Tensor) -> Tensor:
-        """What every branch gives, added up."""
+    def scripted(self, input: Tensor) -> Tensor:
+        """The sum in words that TorchScript takes."""
+        assert self.around is None, "TorchScript cannot stand in the middle of a forward: collapse first"
         y = input
         for i, branch in enumerate(self.children()):
-            if i < 2:
-                y = y + branch(input) if i else branch(input)
+            y = y + branch(input) if i else branch(input)
+        return y
+
+    def inner(self, input: Tensor) -> Tensor:
+        y: Tensor = self.summed(input) if self.folded is None else self.folded(self, input)
+        return y
+
+    def summed(self, input: Tensor) -> Tensor:
+        """What every branch gives, added up."""
+        main, *others = self.branches().values()
+        y: Tensor = main(input)
+        for i, branch in enumerate(others):
+            if i == 0:
+                y = y + branch(input)
             else:  # the sum is a tensor of its own by now, which nothing else reads: no need for another
                 y += branch(input)
         return y
+
+    def numbers(self) -> tuple[Tensor, Tensor | None]:
+        if self.folded is not None:
+            return self.folded.numbers(self)  # type: ignore[no-any-return]
+        (alone,) = self.branches().values()
+        kernel = alone.kernel() if isinstance(alone, KernelConv) else alone.weight
+        return kernel, alone.bias  # type: ignore[return-value]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"the block {self.reparam_block} has no weight of its own: what a library folds or exports is "
+                "the collapsed network, reparam.collapse(model, like=plain); reparam.equivalent_conv has its kernel"
+            )
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return f"block={self.reparam_block}" + ("" if self.form == "branches" else f", {self.form}")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BranchSum:
         """Move or cast; recorded code computes in one dtype."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.folded is not None:
             self.folded.follow(self)
         return self

@@ -36,6 +36,7 @@ class BlockInfo:
             tap. What a caller asks for by name or kernel size it may take all the same.
         linear: whether it takes linear layers too.
         adapter: whether its branches are trained beside a layer that is frozen; those of others are frozen with it.
+        published: what its publication calls the layer, without a number of dimensions (:mod:`reparam.layers`).
     """
 
     name: str
@@ -47,6 +48,7 @@ class BlockInfo:
     meant: tuple[Filters, ...] = ()
     linear: bool = False
     adapter: bool = False
+    published: tuple[str, ...] = ()
 
     def suits(self, geometry: Geometry) -> bool:
         """Whether it is meant for a layer of this geometry."""
@@ -76,6 +78,7 @@ def block(
     meant: Filters | Sequence[Filters] = (),
     linear: bool = False,
     adapter: bool = False,
+    published: tuple[str, ...] = (),
 ) -> Callable[[Declaration], Declaration]:
     """Register a block under ``name``.
 
@@ -92,6 +95,7 @@ def block(
             with a kernel of more than one tap.
         linear: whether linear layers can have it as well; their :class:`Site` has no dimensions.
         adapter: train its branches also where the layer itself is frozen.
+        published: names under which :mod:`reparam.layers` has it besides its own: those of its publication.
     """
     if not isinstance(name, str) or not name:
         raise ReparamError(f'a block is registered with @block("name"), got {name!r}')
@@ -109,7 +113,10 @@ def block(
                 raise ReparamError(f"block {name!r}: option {parameter.name!r} must be keyword-only, with a default")
             options[parameter.name] = parameter.default
         summary = (inspect.getdoc(declare) or "").partition("\n")[0]
-        _BLOCKS[name] = BlockInfo(name, declare, summary, options, online, exact_in_training, choices, linear, adapter)
+        info = BlockInfo(
+            name, declare, summary, options, online, exact_in_training, choices, linear, adapter, published
+        )
+        _BLOCKS[name] = info
         return declare
 
     return register

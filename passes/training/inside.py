@@ -1,0 +1,251 @@
+"""Where the forward of a class of its own convolves: found by running it, never by its name.
+
+A copy of the layer runs on the CPU with a weight that is none (:func:`passes.graph.within.bare`). Every operation that
+it calls is seen. It must convolve with just that weight, once, in the same way for every size and in both modes, and do
+nothing else with it: then the rest of its code is before, behind and around the convolution, and stays as it is.
+
+Whatever else it does with its weight, it does the same with another tensor that it is given in that place. This too is
+seen by running it, with both.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from passes.algebra.conv_form import Ints, per_dim
+from passes.algebra.geometry import CONVS, Geometry
+from passes.graph.copies import deep_copy
+from passes.graph.generators import kept_generators
+from passes.graph.leaf import without_hooks
+from passes.graph.modes import has_own_modes
+from passes.graph.within import CONVOLUTIONS, Given, Inside, Options, bare, convolution
+from passes.laws.watch import watched
+from passes.refusal import Reason, RefusalError
+
+__all__ = ["inside_of", "plain_conv", "sizes_for"]
+
+_ASKED = ("shape", "size", "dim", "ndim", "dtype", "device", "numel", "requires_grad", "is_floating_point", "stride")
+"""What may be asked of a weight beside its numbers."""
+
+
+def inside_of(layer: _ConvNd) -> Inside:
+    """Where ``layer``, whose class has a forward of its own, convolves.
+
+    Nothing about the layer changes. Raises :class:`RefusalError` where it does more with its weight than convolve, or
+    cannot be run.
+    """
+    name = type(layer).__name__
+    own: Any = without_hooks(layer)  # they see what the layer sees, and go on as those of the block
+    layer = own
+    if isinstance(layer, _ConvTransposeNd):
+        raise _refusal(f"{name} does more in its forward than convolve, and is a transposed convolution")
+    if has_own_modes(layer):
+        raise _refusal(f"{name} does more in its forward than convolve, and its own train() may change its weight")
+    if "forward" in vars(layer):
+        raise _refusal(f"{name} does more in its forward than convolve: that was replaced on this one layer")
+    if len(inspect.signature(layer.forward).parameters) != 1:
+        raise _refusal(f"{name} does more in its forward than convolve: it takes more than one input")
+    why: RefusalError | None = None
+    for biased in (True, False) if layer.bias is None else (True,):
+        try:
+            return _seen(layer, biased=biased)
+        except RefusalError as error:
+            why = why or error
+    assert why is not None
+    return _given(layer, why)
+
+
+def _seen(layer: _ConvNd, *, biased: bool) -> Inside:
+    """What is seen at several sizes and in both modes, with a bias to be used or without."""
+    found: set[Inside] = set()
+    with torch.no_grad(), kept_generators():
+        torch.manual_seed(0)
+        for training in (False, True):
+            for sizes in sizes_for(layer):
+                found.add(_run(layer, sizes, training, biased))
+    if len(found) > 1:
+        raise _refusal(f"{type(layer).__name__} convolves in another way for another size, or in training")
+    (inside,) = found
+    if biased and not inside.biased:
+        raise _refusal(f"{type(layer).__name__} does more in its forward than convolve: it leaves its bias out")
+    return inside
+
+
+def _given(layer: _ConvNd, why: RefusalError) -> Inside:
+    """Of a layer that does more with its weight: it does that with a tensor given in its place, or ``why``."""
+    with torch.no_grad(), kept_generators():
+        torch.manual_seed(0)
+        for training in (False, True):
+            for sizes in sizes_for(layer):
+                if not _same_given(layer, sizes, training):
+                    raise why
+    options = tuple(layer.stride), (0,) * len(layer.kernel_size), tuple(layer.dilation), layer.groups
+    return Inside(_geometry(layer.weight.shape, options), options, layer.bias is not None, False, computed=True)
+
+
+def _same_given(layer: _ConvNd, sizes: Ints, training: bool) -> bool:
+    """Whether a layer computes the same with numbers of its own and with these given to it, and changes nothing."""
+    own = _on_cpu(bare(layer)).train(training)
+    around = _shown(deep_copy(own), layer.bias is not None)
+    numbers = {name: torch.randn(t.shape) for name in ("weight", "bias") if (t := vars(own)[name]) is not None}
+    vars(own).update({name: t.clone() for name, t in numbers.items()})
+    pairs: list[tuple[Any, Any]] = [(vars(around)[name], t.clone()) for name, t in numbers.items()]
+    before, x = _plain(own), torch.randn(2, layer.in_channels, *sizes)
+    kept, results = x.clone(), list[Any]()
+    for each, mode in ((own, nullcontext()), (around, Given(pairs))):
+        torch.manual_seed(1)
+        try:
+            with mode:
+                results.append(each(x))
+        # User code may fail in any way on an input it was not made for.
+        except Exception:
+            return False
+    wanted, got = results
+    unchanged = [(kept, x), *((vars(own)[name], t) for name, t in numbers.items())]
+    return (
+        isinstance(wanted, Tensor)
+        and isinstance(got, Tensor)
+        and torch.equal(wanted, got)
+        and wanted.untyped_storage()._cdata != x.untyped_storage()._cdata
+        and _plain(own) == before
+        and all(torch.equal(a, b) for a, b in unchanged)
+    )
+
+
+def _geometry(shape: torch.Size, options: Options) -> Geometry:
+    """Of a convolution with a kernel of this shape."""
+    stride, padding, dilation, groups = options
+    n = len(shape) - 2
+    conv = CONVS[n - 1](
+        shape[1] * groups, shape[0], tuple(shape[2:]), stride=stride, padding=padding, dilation=dilation,
+        groups=groups, device="meta",
+    )  # fmt: skip
+    return Geometry.of(conv)
+
+
+def sizes_for(layer: _ConvNd) -> Iterator[Ints]:
+    """Sizes of inputs that show what a layer does at the border: all remainders of a stride of two, and larger."""
+    n = len(layer.kernel_size)
+    steps = zip(layer.kernel_size, per_dim(layer.dilation, n), per_dim(layer.stride, n), strict=True)
+    least = [d * (k - 1) + 1 + 2 * s for k, d, s in steps]
+    for more in ((0, 1, 2), (1, 0, 1), (8, 9, 11)):
+        yield tuple(size + extra for size, extra in zip(least, more, strict=False))
+
+
+def plain_conv(layer: _ConvNd, inside: Inside) -> _ConvNd:
+    """The convolution alone of a layer that does more, holding the very same tensors."""
+    g = inside.geometry
+    stride, padding, dilation, groups = inside.options
+    conv: _ConvNd = CONVS[g.n - 1](
+        g.in_channels, g.out_channels, g.kernel, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        bias=layer.bias is not None, device="meta",
+    )  # fmt: skip
+    conv._parameters.update(weight=layer._parameters["weight"], bias=layer._parameters["bias"])
+    conv.training = layer.training
+    return conv
+
+
+def _run(layer: _ConvNd, sizes: Ints, training: bool, biased: bool) -> Inside:
+    name = type(layer).__name__
+    copied = _shown(_on_cpu(bare(layer)), biased).train(training)
+    seen = _Seen(copied)
+    before = _plain(copied)
+    x = torch.randn(2, layer.in_channels, *sizes)
+    version = x._version
+    try:
+        with seen:
+            y = watched(copied, x)
+    except RefusalError:
+        raise
+    # User code may fail in any way on an input it was not made for.
+    except Exception as error:
+        why = f"{error}".partition("\n")[0]
+        raise _refusal(f"{name} does more in its forward than convolve, and could not be tried: {why}") from error
+    if seen.inside is None:
+        raise _refusal(f"{name} does not convolve with its weight as it is, but with one that it computes")
+    if x._version != version or _plain(copied) != before:
+        raise _refusal(f"{name} does more in its forward than convolve: it changes its input or itself")
+    if not isinstance(y, Tensor) or y.untyped_storage()._cdata == x.untyped_storage()._cdata:
+        raise _refusal(f"{name} does more in its forward than convolve: it does not return one new tensor")
+    geometry, options, uses_bias = seen.inside
+    if geometry.in_channels != layer.in_channels:
+        raise _refusal(f"{name} convolves another number of channels than it is given")
+    return Inside(geometry, options, uses_bias, y is seen.result)
+
+
+def _on_cpu(layer: _ConvNd) -> _ConvNd:
+    """A copy on the CPU in float32, with some numbers where there are none."""
+    for module in layer.modules():
+        for table in (module._parameters, module._buffers):
+            if any(t is not None and t.is_meta for t in table.values()):
+                layer = deep_copy(layer).to_empty(device="cpu")
+                for tensor in [*layer.parameters(), *layer.buffers()]:
+                    tensor.fill_(1)
+                return layer
+    return deep_copy(layer).to("cpu", torch.float32)
+
+
+def _shown(layer: _ConvNd, biased: bool) -> _ConvNd:
+    """With a weight to be recognised, and a bias, also where there is none, to see whether it would be used."""
+    weight = vars(layer)["weight"]
+    vars(layer)["weight"] = torch.full((), float("nan")).expand(weight.shape)
+    vars(layer)["bias"] = torch.full((), float("nan")).expand(weight.shape[0]) if biased else None
+    return layer
+
+
+def _plain(layer: nn.Module) -> list[Any]:
+    """Every module's attributes that are no tensors, to see whether they change."""
+    tables = ("_parameters", "_buffers", "_modules", "weight", "bias")
+    return [{k: repr(v) for k, v in vars(m).items() if k not in tables} for m in layer.modules()]
+
+
+def _refusal(why: str) -> RefusalError:
+    return RefusalError(Reason.OWN_FORWARD, why)
+
+
+class _Seen(TorchFunctionMode):
+    """Sees what a layer does with its weight and bias; answers its convolution with random numbers."""
+
+    def __init__(self, layer: _ConvNd) -> None:
+        super().__init__()
+        self.name = type(layer).__name__
+        self.weight, self.bias = vars(layer)["weight"], vars(layer)["bias"]
+        self.inside: tuple[Geometry, Any, bool] | None = None
+        self.result: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(value is self.weight or (value is self.bias is not None) for value in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        if func in CONVOLUTIONS:
+            given, options = convolution(args, kwargs)
+            bias = given.get("bias")
+            if given["weight"] is self.weight and (bias is None or bias is self.bias):
+                return self._convolved(func, given, options)
+        if _asked(func) in _ASKED:
+            return func(*args, **kwargs)
+        what = getattr(func, "__name__", str(func))
+        raise _refusal(f"{self.name} does more with its weight or bias than convolve: it calls {what} with it")
+
+    def _convolved(self, func: Any, given: dict[str, Any], options: Any) -> Tensor:
+        if self.inside is not None:
+            raise _refusal(f"{self.name} convolves more than once")
+        self.inside = _geometry(self.weight.shape, options), options, given.get("bias") is not None
+        y: Tensor = func(given["input"], torch.randn(self.weight.shape), None, *options)
+        self.result = y
+        return y
+
+
+def _asked(func: Any) -> str:
+    """The name of a method or attribute of tensors, also of one that is read through its descriptor."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name

@@ -1,0 +1,214 @@
+"""Libraries that fold a network once more: what collapse left in a place answers right, or raises."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+import reparam
+from passes.edits.carried import made_by
+
+X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+class Conv(nn.Module):
+    """As ultralytics': a function of the library folds it from outside, and changes its forward."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+    def forward_fuse(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+
+def fuse_outside(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, Conv):
+            conv, bn = module.conv, module.bn
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+            )
+            del module.bn
+            module.forward = module.forward_fuse
+    return model
+
+
+class Fused(nn.Module):
+    """As LeViT's and RepViT's: a method of its own folds it into a new layer, and counts on no bias before the norm."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        scale = self.bn.weight / (self.bn.running_var + self.bn.eps).sqrt()
+        made = nn.Conv2d(self.conv.in_channels, self.conv.out_channels, 3, padding=1)
+        made.weight.copy_(self.conv.weight * scale[:, None, None, None])
+        made.bias.copy_(self.bn.bias - self.bn.running_mean * scale)
+        return made
+
+
+class Branches(nn.Module):
+    """As RepVGG's: a method that makes one layer of the branches and deletes these."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.square, self.point = Fused(a, b), nn.Sequential(nn.Conv2d(a, b, 1, bias=False), nn.BatchNorm2d(b))
+        self.one: nn.Conv2d | None = None
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.one(x) if self.one is not None else self.square(x) + self.point(x))
+
+    @staticmethod
+    def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+        scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+        return conv.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        kernel, bias = self._fold(self.square.conv, self.square.bn)
+        point, shift = self._fold(*self.point)
+        return kernel + nn.functional.pad(point, [1, 1, 1, 1]), bias + shift
+
+    def reparameterize(self) -> None:
+        kernel, bias = self._whole()
+        self.one = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1)
+        self.one.weight.data, self.one.bias.data = kernel, bias
+        self.__delattr__("square")
+        del self.point
+
+    def drop_point(self) -> None:
+        """Not a fold: a person wants the branch gone."""
+        del self.point
+
+
+class Net(nn.Sequential):
+    def __init__(self, first: type[nn.Module]) -> None:
+        super().__init__(first(3, 4), nn.ReLU(), first(4, 4))
+
+
+def lively(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def same(a: nn.Module, b: nn.Module) -> None:
+    with torch.no_grad():
+        assert torch.allclose(a.to(torch.float64)(X.double()), copy.deepcopy(b).double()(X.double()), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_function_of_a_library_gets_the_folded_layer_back(dtype: torch.dtype) -> None:
+    plain = lively(Net(Conv)).to(dtype)
+    collapsed = reparam.collapse(plain)
+    wanted = copy.deepcopy(collapsed)
+    fused = fuse_outside(copy.deepcopy(collapsed))
+    for a, b in zip(wanted.parameters(), fused.parameters(), strict=True):
+        assert torch.equal(a, b)  # exactly the same numbers
+    same(fused, plain)
+    assert not [name for name in collapsed.state_dict() if ".bn." in name]
+    assert [type(m.bn) for m in collapsed if isinstance(m, Conv)] == [nn.Identity] * 2
+
+
+def test_the_same_after_an_expansion() -> None:
+    plain = lively(Net(Conv))
+    expanded = reparam.expand(plain, "acb")
+    same(fuse_outside(copy.deepcopy(reparam.collapse(expanded))), plain)
+    same(fuse_outside(copy.deepcopy(reparam.collapse(expanded, like=plain))), plain)
+    same(
+        fuse_outside(copy.deepcopy(reparam.expand(plain, "doconv").eval())), plain
+    )  # its kernel scales with its weight
+    with pytest.raises(AttributeError, match=r"acb has no weight of its own.*reparam\.collapse"):
+        fuse_outside(expanded)
+
+
+def test_a_method_that_counts_on_no_bias_raises() -> None:
+    """A wrong network without a word is the worst of all."""
+    collapsed = reparam.collapse(lively(Net(Fused)))
+    with pytest.raises(AttributeError):
+        collapsed[0].fuse()
+    again = reparam.collapse(reparam.expand(lively(Net(Fused)), "acb"))
+    with pytest.raises(AttributeError):
+        again[0].fuse()
+
+
+@pytest.mark.parametrize("through", ["as it is", "copy", "pickle", "file"])
+def test_a_method_whose_work_is_done_returns_the_module(through: str, tmp_path: Path) -> None:
+    plain = lively(Net(Branches))
+    collapsed = reparam.collapse(plain)
+    model = {
+        "as it is": lambda m: m,
+        "copy": copy.deepcopy,
+        "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+        "file": lambda m: reparam.load(reparam.save(m, tmp_path / "net.pt"), lambda: Net(Branches)),
+    }[through](collapsed)
+    for block in (model[0], model[2]):
+        assert block.reparameterize() is block
+        assert isinstance(block, Branches)
+    same(model, plain)
+    assert any(type(edit).__name__ == "Settle" for edit in made_by(collapsed) or ())
+
+
+def test_a_method_that_only_deletes_is_left_alone() -> None:
+    plain = lively(Net(Branches))
+    collapsed = reparam.collapse(plain)
+    with pytest.raises(AttributeError):
+        collapsed[0].drop_point()  # the branch is folded: not to be passed over in silence
+    plain[0].reparameterize()
+    same(plain, collapsed)
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s1", "fastvit_t8", "repghostnet_050", "test_resnet"])
+def test_timm_folds_a_collapsed_network_into_itself(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    from timm.utils import reparameterize_model
+
+    plain = lively(timm.create_model(name, num_classes=3))
+    x = torch.randn(1, 3, 64, 64)
+    for model in (plain, reparam.expand(plain, "acb", verify=False).eval()):
+        collapsed = reparam.collapse(model, verify=False)
+        with torch.no_grad():
+            assert torch.equal(reparameterize_model(collapsed)(x), collapsed(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s"])
+def test_timm_raises_where_it_would_be_wrong(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    from timm.utils import reparameterize_model
+
+    collapsed = reparam.collapse(lively(timm.create_model(name, num_classes=3)), verify=False)
+    with pytest.raises(AttributeError):
+        reparameterize_model(collapsed)
+
+
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n.yaml"])
+def test_ultralytics_fuses_a_collapsed_network(name: str) -> None:
+    tasks = pytest.importorskip("ultralytics.nn.tasks")
+    plain = lively(tasks.DetectionModel(name, verbose=False))
+    expanded, x = reparam.expand(plain, "acb", verify=False).eval(), torch.rand(1, 3, 64, 64)
+    for model in (reparam.collapse(expanded, verify=False), reparam.collapse(expanded, like=plain, verify=False)):
+        with torch.no_grad():
+            wanted = model(x)[0]
+            got = copy.deepcopy(model).fuse(verbose=False)(x)[0]
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-3)
