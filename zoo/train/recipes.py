@@ -53,6 +53,8 @@ RECIPES: dict[str, Config] = {
         epochs=15,
         batch=32,
         rate=0.01,
+        schedule="step",
+        drop=1.0,  # at no milestone does the rate fall
         weight_decay=0.0,
     ),
     "acnet-imagenet": replace(_IMAGENET, block="acb", epochs=100),
@@ -84,8 +86,8 @@ SOURCES: dict[str, str] = {
     "values are those of ACNet's code",
     "dbb-cifar100": "as dbb-cifar10",
     "doconv-mnist": "the PyTorch example in the code of Cao et al., DO-Conv (IEEE TIP 2022), which has 15 epochs as a "
-    "comment and 1 as its value. There 50,000 of the 60,000 images train and the other 10,000 test, pixels are from 0 "
-    "to 1, and the rate is constant",
+    "comment and 1 as its value. There 50,000 of the 60,000 images train and the other 10,000 test, and pixels are "
+    "from 0 to 1",
     "acnet-imagenet": "Ding et al., ACNet (ICCV 2019), and its code",
     "dbb-imagenet": "Ding et al., Diverse Branch Block (CVPR 2021), sec. 4.1, and its code, which also varies the "
     "colours for ResNets and doubles the rate of biases",
