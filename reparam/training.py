@@ -169,7 +169,7 @@ def set_form(model: nn.Module, form: str | Form) -> nn.Module:
                     "the norms of branches; collapse, and expand again"
                 )
             try:
-                made[path] = None if wanted.name == "branches" else Folded(wanted, module)
+                made[path] = Folded(wanted, module)
             except RefusalError as error:
                 raise ReparamError(f"{path} cannot train as {wanted}: {error}") from error
     for path, folded in made.items():

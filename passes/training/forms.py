@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.blocks.kit.layers import BranchSum, ChannelScale
 from passes.blocks.kit.registry import Block
-from passes.refusal import Reason, RefusalError, ReparamError
+from passes.refusal import RefusalError, ReparamError
 from passes.training.equivalent import KernelProgram
+from passes.training.statistics import shared, statistics_code
 
 __all__ = ["FORMS", "Folded", "Form", "note_on_samples", "scales_for_norms", "train_as"]
 
@@ -110,22 +111,25 @@ def _fraction(text: str) -> float:
 def train_as(block: BranchSum, form: Form) -> None:
     """Let a block train in this form.
 
-    Raises :class:`ReparamError` between online and the others, and :class:`RefusalError` if a branch cannot be read.
+    Raises :class:`RefusalError` if a branch cannot be read.
     """
-    block.folded = None if form.name == "branches" else Folded(form, block)
+    block.folded = Folded(form, block)
     block.form = str(form)
 
 
 class Folded:
-    """One convolution in the place of a block's branches, its kernel computed in every forward.
+    """What runs in the place of a block's branches: one convolution, its kernel computed in every forward.
 
-    Holds code, no weights; the block gives it those.
+    Holds code, no weights; the block gives it those. As ``branches`` it is the branches, but for training steps in
+    which all of their norms are in evaluation mode: those are ``frozen``.
     """
 
     def __init__(self, form: Form, block: BranchSum) -> None:
         self.form = form
+        self.norms = tuple(path for path, m in block.named_modules() if isinstance(m, _BatchNorm))
         self._said = False
-        self._record(block)
+        if form.name != "branches":
+            self._record(block)
         self.note_statistics(block)
 
     def _record(self, block: BranchSum) -> None:
@@ -135,21 +139,47 @@ class Folded:
         plain.folded, plain.inside, plain.form = None, None, BranchSum.form
         self.geometry = block.geometry
         self.program = KernelProgram.of(plain, self.dtype)
-        self.norms = tuple(path for path, m in block.named_modules() if isinstance(m, _BatchNorm))
         self._paths = [name.split(".") for name in self.program.names]
-        self._statistics = _statistics_code(plain, self.norms) if self.form.name == "sampled" and self.norms else None
+        self._statistics = statistics_code(plain, self.norms) if self.form.name == "sampled" and self.norms else None
 
     def __call__(self, block: BranchSum, x: Tensor) -> Tensor:
+        if self.form.name == "branches" and not self._frozen(block, x):
+            return block.summed(x)
         self.made(block)
         measured: dict[str, Tensor] = {}
-        if self._statistics is not None and any(_at(block, path.split(".")).training for path in self.norms):
-            sample = self._sample(x)
-            if sample is None:
-                return block.summed(x)
-            found = self._statistics(block, sample)
-            for path, (mean, var) in zip(self.norms, found, strict=True):
-                measured[f"{path}.running_mean"], measured[f"{path}.running_var"] = mean, var
+        if self._statistics is not None:
+            norms = [_at(block, path.split(".")) for path in self.norms]
+            if any(norm.training for norm in norms):
+                sample = self._sample(x)
+                if sample is None:
+                    if not shared(norms):
+                        return block.summed(x)
+                    sample = x  # other processes may have enough samples, and wait for what is shared
+                found = self._statistics(block, sample)
+                for path, (mean, var) in zip(self.norms, found, strict=True):
+                    measured[f"{path}.running_mean"], measured[f"{path}.running_var"] = mean, var
         return self.geometry.convolve(x, *self._kernel(block, measured))
+
+    def _frozen(self, block: BranchSum, x: Tensor) -> bool:
+        """Whether branches are best run as one convolution: in training, without a norm that measures.
+
+        Who looks at what runs inside, by hooks or by tracing, finds the branches.
+        """
+        if not self.norms or not isinstance(x, Tensor) or not torch.is_grad_enabled():
+            return False
+        if not block.training and any(p.requires_grad for p in block.parameters()):
+            return False
+        if any(_at(block, path.split(".")).training for path in self.norms):
+            return False
+        inside = [m for m in block.modules() if m is not block]
+        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside):
+            return False
+        if "program" not in self.__dict__ and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+            try:
+                self._record(block)
+            except RefusalError:
+                self.norms = ()
+        return "program" in self.__dict__
 
     def numbers(self, block: BranchSum) -> tuple[Tensor, Tensor | None]:
         """Kernel and bias with running statistics."""
@@ -181,8 +211,7 @@ class Folded:
 
     def of_samples(self, block: BranchSum) -> bool:
         """Whether running statistics have moved by samples since."""
-        self.made(block)
-        return self._statistics is not None and self._batches(block) != self._counted
+        return self.form.name == "sampled" and self._batches(block) != self._counted
 
     def _batches(self, block: BranchSum) -> list[int]:
         counters = [_at(block, [*path.split("."), "num_batches_tracked"]) for path in self.norms]
@@ -208,7 +237,7 @@ class Folded:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"form": self.form, "_said": False, "_counted": self._counted}
+        return {"form": self.form, "norms": self.norms, "_said": False, "_counted": self._counted}
 
 
 def note_on_samples(model: nn.Module) -> str:
@@ -229,76 +258,6 @@ def _at(module: Any, path: list[str]) -> Any:
     for name in path:
         module = getattr(module, name)
     return module
-
-
-# ------------------------------------------------------------------ statistics of a sample
-
-
-class _Branches(fx.Tracer):
-    """Reads a block down to the modules that hold no batch norm."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm) or not any(isinstance(child, _BatchNorm) for child in m.modules())
-
-
-def _statistics_code(block: BranchSum, norms: tuple[str, ...]) -> Any:
-    """A function of a block and a sample that gives mean and variance for each of its norms, in their order.
-
-    What only the sum needs is left out: the last norm of a branch is measured and not run.
-    """
-    graph = _Branches().trace(block)
-    measured: dict[str, fx.Node] = {}
-    for node in list(graph.nodes):
-        path = str(node.target)
-        if node.op == "call_module" and path in norms:
-            if path in measured:
-                raise RefusalError(Reason.BLOCK, f"its norm {path} is called more than once: it cannot be sampled")
-            with graph.inserting_before(node):
-                measured[path] = graph.call_function(statistics, (graph.get_attr(path), node.args[0], False))
-    if missing := [path for path in norms if path not in measured]:
-        raise RefusalError(Reason.BLOCK, f"nothing calls its norm {missing[0]}: it cannot be sampled")
-    output = next(iter(reversed(graph.nodes)))
-    output.args = ([measured[path] for path in norms],)
-    for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
-            if node.op == "call_module" and str(node.target) in measured:
-                own = measured[str(node.target)]
-                own.args = (*own.args[:2], True)
-            graph.erase_node(node)
-    code = graph.python_code("self")
-    names: dict[str, Any] = dict(code.globals)
-    exec(code.src, names)
-    return names["forward"]
-
-
-def statistics(norm: _BatchNorm, x: Tensor, moves: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Mean and variance with which a norm divides ``x``, ``(N, C, ...)``; with ``moves`` its own running ones move.
-
-    In evaluation they are its own. Half precision is measured in float32, as torch does.
-    """
-    if not norm.training:
-        return norm.running_mean, norm.running_var
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-    if moves:
-        _move(norm, mean.detach(), var.detach(), x.numel() // x.shape[1])
-    return mean, var
-
-
-def _move(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
-    """Move a norm's running statistics as its own forward does."""
-    if norm.running_mean is None or norm.running_var is None:
-        return
-    with torch.no_grad():
-        counter = norm.num_batches_tracked
-        if counter is not None:
-            counter.add_(1)
-        momentum: Any = norm.momentum
-        if momentum is None:
-            momentum = 1.0 if counter is None else (1.0 / counter).to(mean.dtype)
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-        norm.running_var.lerp_((var * (count / max(count - 1, 1))).to(norm.running_var.dtype), momentum)
 
 
 # ------------------------------------------------------------------ online

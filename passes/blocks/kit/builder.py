@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.conv_form import Ints
 from passes.algebra.geometry import CONVS, PADS, Geometry, Layer, flat_pads
-from passes.blocks.kit.layers import ChannelScale, IdentityConv, SumBefore, WindowMean, silence
+from passes.blocks.kit.layers import ChannelScale, Every, IdentityConv, SumBefore, WindowMean, silence
 from passes.graph.within import Inside
 from passes.refusal import Reason, RefusalError
 
@@ -377,7 +377,15 @@ class Site:
     def _padded(
         self, lead: Ints, trail: Ints, inputs: int, outputs: int, kernel: Ints, groups: int, **options: Any
     ) -> dict[str, nn.Module]:
-        """A convolution that pads by itself where it can, else behind modules that do, by name."""
+        """A convolution that pads by itself where it can, else behind modules that do, by name.
+
+        One of a single tap has no stride, it stands behind what takes every so many pixels: that is faster, and torch
+        2.14's compiled backward of ``Conv2d(3, 64, 1, stride=2)`` ends the process.
+        """
+        stride = tuple(options.get("stride", (1,)))
+        if set(kernel) == {1} and set(stride) != {1}:
+            conv = self._conv(inputs, outputs, kernel, groups, **{**options, "stride": 1})
+            return {**self._aligning(lead, trail), "every": Every(stride), "conv": conv}
         symmetric = lead == trail and all(p >= 0 for p in lead)
         mode = self.geometry.mode if symmetric and any(lead) else "zeros"
         conv = self._conv(

@@ -20,6 +20,7 @@ __all__ = [
     "GEOMETRY",
     "BranchSum",
     "ChannelScale",
+    "Every",
     "IdentityConv",
     "SilenceError",
     "SumBefore",
@@ -107,6 +108,25 @@ class WindowMean(nn.AvgPool2d):
 
 
 _ONEDNN = torch.backends.mkldnn.is_available()
+
+
+class Every(nn.Module):
+    """Every ``stride``-th pixel of ``(N, C, *sizes)``, from the first."""
+
+    def __init__(self, stride: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stride = list(stride)  # TorchScript has no slices in a tuple
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.stride
+        if len(s) == 1:
+            return x[:, :, :: s[0]]
+        if len(s) == 2:
+            return x[:, :, :: s[0], :: s[1]]
+        return x[:, :, :: s[0], :: s[1], :: s[2]]
+
+    def extra_repr(self) -> str:
+        return "x".join(map(str, self.stride))
 
 
 class SumBefore(nn.Module):
