@@ -157,6 +157,7 @@ class KernelProgram:
             if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
                 node.target = torch.ops.aten.reshape.default
         _follow_the_device(recorded)
+        _have_own_gradients(recorded.graph)
         recorded.graph.eliminate_dead_code()
         recorded.recompile()
         forget_with(type(recorded).forward)
@@ -200,6 +201,32 @@ def _follow_the_device(recorded: fx.GraphModule) -> None:
             graph.erase_node(node)
 
 
+def _have_own_gradients(graph: fx.Graph) -> None:
+    """Let no two inputs have one gradient between them.
+
+    The parts of a sum do, and autograd takes a view of it for a parameter's own: unscaling or clipping one gradient in
+    place would do so to all. A product has a gradient for each of its factors.
+    """
+    parts: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        whole, last = node, None
+        while last is not whole and len(whole.users) == 1:
+            last, (user,) = whole, whole.users
+            if user.target in _VIEWS or user.target in _SUMS:
+                whole = user
+        parts.setdefault(whole, []).append(node)
+    for node in (node for sharing in parts.values() if len(sharing) > 1 for node in sharing):
+        (user,) = node.users
+        with graph.inserting_before(user):
+            user.replace_input_with(node, graph.call_function(torch.ops.aten.mul.Tensor, (node, 1)))
+
+
+_aten = torch.ops.aten
+_VIEWS = {
+    _aten.reshape.default, _aten.unsqueeze.default, _aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims,
+    _aten.permute.default, _aten.alias.default,
+}  # fmt: skip
+_SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default)
 
 _PROGRAMS: WeakValueDictionary[Any, KernelProgram] = WeakValueDictionary()

@@ -137,7 +137,6 @@ class Folded:
         plain = copy.copy(block)  # the sum alone, whatever is around it and however it trains
         plain._modules = {"around": None, **block.branches()}
         plain.folded, plain.inside, plain.form = None, None, BranchSum.form
-        self.geometry = block.geometry
         self.program = KernelProgram.of(plain, self.dtype)
         self._paths = [name.split(".") for name in self.program.names]
         self._statistics = statistics_code(plain, self.norms) if self.form.name == "sampled" and self.norms else None
@@ -150,7 +149,7 @@ class Folded:
         if self._statistics is not None:
             norms = [_at(block, path.split(".")) for path in self.norms]
             if any(norm.training for norm in norms):
-                sample = self._sample(x)
+                sample = self._sample(block, x)
                 if sample is None:
                     if not shared(norms):
                         return block.summed(x)
@@ -158,7 +157,8 @@ class Folded:
                 found = self._statistics(block, sample)
                 for path, (mean, var) in zip(self.norms, found, strict=True):
                     measured[f"{path}.running_mean"], measured[f"{path}.running_var"] = mean, var
-        return self.geometry.convolve(x, *self._kernel(block, measured))
+        y: Tensor = block.geometry.convolve(x, *self._kernel(block, measured))
+        return y
 
     def _frozen(self, block: BranchSum, x: Tensor) -> bool:
         """Whether branches are best run as one convolution: in training, without a norm that measures.
@@ -217,12 +217,14 @@ class Folded:
         counters = [_at(block, [*path.split("."), "num_batches_tracked"]) for path in self.norms]
         return [-1 if counter is None or counter.is_meta else int(counter) for counter in counters]
 
-    def _sample(self, x: Tensor) -> Tensor | None:
+    def _sample(self, block: BranchSum, x: Tensor) -> Tensor | None:
         """The rows of a batch that the statistics are of; None if it is too small for a sample."""
-        batch, g = x.shape[0], self.geometry
+        batch, stride = x.shape[0], block.geometry.stride
         if self.form.fraction == 1:
             return x
-        positions = math.prod(-(-size // s) for size, s in zip(x.shape[2:], g.stride, strict=True))
+        positions = 1
+        for size, s in zip(x.shape[2:], stride, strict=True):  # torch.compile follows no generator here
+            positions *= -(-size // s)
         rows = max(math.ceil(self.form.fraction * batch), -(-POSITIONS // max(positions, 1)))
         if 2 * rows > batch:  # from there on the branches themselves cost less
             if not self._said and not torch.compiler.is_compiling():

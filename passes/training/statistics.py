@@ -162,5 +162,5 @@ def _move(norm: _BatchNorm, mean: Tensor, var: Tensor, count: Any) -> None:
         if momentum is None:
             momentum = 1.0 if counter is None else (1.0 / counter).to(mean.dtype)
         unbiased = var * (count / (count - 1 if isinstance(count, Tensor) else max(count - 1, 1)))
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+        for running, now in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            running.mul_(1 - momentum).add_((momentum * now).to(running.dtype))
