@@ -164,7 +164,7 @@ def test_second_derivatives(block: str, form: str) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @each_block
 def test_ensembles_by_vmap(block: str, form: str, training: bool) -> None:
-    """The recipe of torch: a skeleton on the meta device, and stacked weights; running statistics move in each member."""
+    """A skeleton on the meta device and stacked weights; running statistics move in each member."""
     members = [built(block, form).train(training) for _ in range(3)]
     for i, member in enumerate(members):
         with torch.no_grad():
