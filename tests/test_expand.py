@@ -1000,7 +1000,8 @@ def test_everything_else_stays() -> None:
     assert all(m.training for m in expanded.whole.square.conv.modules())
     assert not any(p.requires_grad for p in expanded.stem.parameters())
     assert all(p.requires_grad for p in expanded.whole.parameters())
-    assert torch.equal(expanded.eval().features(images()), model.eval().features(images()))
+    with torch.no_grad():  # with gradients a frozen stem would run as one convolution, and round in another way
+        assert torch.equal(expanded.eval().features(images()), model.eval().features(images()))
     assert calls == ["hook"] * 2
     kept = {k for k in model.state_dict() if k.startswith(("head", "whole.point"))}
     assert kept <= expanded.state_dict().keys()
@@ -1015,7 +1016,7 @@ def test_frozen_norm_stays_frozen() -> None:
     assert not any(m.training for m in norms_in(expanded))
     assert expanded.conv.training
     assert expanded.conv.square.conv.training
-    assert torch.equal(expanded(maps()), model(maps()))
+    torch.testing.assert_close(expanded(maps()), model(maps()))  # as one convolution, which rounds in another way
 
 
 def test_memory_format_dtype_and_copy() -> None:
