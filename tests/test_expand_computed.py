@@ -198,6 +198,34 @@ def test_like_leaves_what_has_no_block(kind: str) -> None:
     assert torch.equal(restored[3].running_mean, model[3].running_mean)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("kind", MOVING)
+def test_with_norms_in_evaluation_mode_it_still_changes_with_each_call(kind: str) -> None:
+    """Fine-tuning with frozen norms runs one convolution elsewhere; here that would leave the power iteration out."""
+    model = net(SOME[kind])
+    both = model, reparam.expand(model, "acb")
+    for each in both:
+        each.train()
+        for module in each.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    for _ in range(3):
+        torch.testing.assert_close(both[1](x()), both[0](x()), rtol=1e-12, atol=1e-12)
+    vectors = [{name.split(".")[-1]: t for name, t in m.state_dict().items() if name.endswith("_u")} for m in both]
+    assert vectors[0].keys() == vectors[1].keys() != set()
+    for name, vector in vectors[0].items():
+        torch.testing.assert_close(vectors[1][name], vector)
+
+
+@pytest.mark.parametrize("form", ["sampled", "frozen"])
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+def test_other_forms(kind: str, form: str) -> None:
+    plan = reparam.plan(net((ANY | SOME)[kind]), "acb", form=form)
+    assert len(plan.expanded) == (0 if kind in MOVING else 2)
+    if plan.expanded:
+        expanded = trained(plan.apply())
+        assert_same(expanded, reparam.collapse(expanded))
+
+
 @pytest.mark.parametrize("kind", ANY | SOME)
 def test_online(kind: str) -> None:
     """One kernel for both modes: not where training computes another."""
