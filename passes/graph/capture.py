@@ -66,6 +66,8 @@ class Unit:
     """Calls whose forward must keep its code, since it does more than its graph says."""
     asked: frozenset[int] = frozenset()
     """ids of modules whose class the code looks at."""
+    looked: frozenset[str] = frozenset()
+    """Plain attributes that functions which are one call ask the layers for that they are handed."""
     others: tuple[Unit, ...] = ()
     """The unit as it is for sizes that answer a question the other way."""
     leaves: Mapping[int, Refusal] = field(default_factory=dict)
@@ -244,7 +246,7 @@ def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] =
     stateful = {id(m) for m in inside if next(iter(m.state_dict()), None) is not None}
     return Unit(
         path, root, graph, tracer.calls, constants, tracer.opaque, stateful, tracer.read_names,
-        tracer.fixed, frozenset(tracer.asked), others,
+        tracer.fixed, frozenset(tracer.asked), frozenset(tracer.looked), others,
     )  # fmt: skip
 
 
