@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -310,16 +310,15 @@ def measure(network: Network) -> Measured:
         return Measured(network.library, network.name, (0, 0), 0, 0, 0.0, failed=f"{type(failure).__name__}: {failure}")
     said = {refusal.layer: refusal for refusal in report.refusals}
     left, such = Counter[str](), dict[str, str]()
-    stay = list(_norms(folded))
+    before, stay = _running(model, inputs), _running(folded, inputs)
     for name in stay:
         reason = said[name].reason.value if name in said else "no reason given"
         left[reason] += 1
         such.setdefault(reason, str(said.get(name, f"{name}: no reason given")))
-    assert report.before is not None
     return Measured(
         network.library,
         network.name,
-        (report.before.norms, len(stay)),
+        (len(before), len(stay)),
         len(report.folds),
         sum(fold.error is not None for fold in report.folds),
         error,
@@ -329,11 +328,19 @@ def measure(network: Network) -> Measured:
     )
 
 
-def _norms(model: nn.Module) -> Iterator[str]:
-    """Batch norms that stay, by name, each once; one that was rewritten to do something else holds no statistics."""
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "running_var", None), Tensor) and "BatchNorm" in str(type(module).__mro__):
-            yield name
+def _running(model: nn.Module, inputs: Any) -> list[str]:
+    """Batch norms that a forward runs, by name; some networks hold one that only another of their methods needs."""
+    ran: dict[str, None] = {}
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.setdefault(name))
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "running_var", None), Tensor) and "BatchNorm" in str(type(module).__mro__)
+    ]
+    with torch.no_grad():
+        model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    for handle in handles:
+        handle.remove()
+    return list(ran)
 
 
 def _error(model: nn.Module, folded: nn.Module, inputs: Any) -> float:

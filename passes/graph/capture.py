@@ -28,6 +28,7 @@ from passes.graph.call import Call
 from passes.graph.errors import NotCapturedError, RejectedError, refusal_of
 from passes.graph.generators import states
 from passes.graph.leaf import SCRIPT, has_hooks, inherits_forward, is_based_on_layer
+from passes.graph.looks import takes_apart
 from passes.graph.marks import Snapshot, no_mark
 from passes.graph.patches import patched
 from passes.graph.tracer import Tracer
@@ -408,7 +409,15 @@ def _worth_tracing(module: nn.Module) -> bool:
 
 
 def _children(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(join(path, name), child) for name, child in module.named_children()]
+    """What is compiled on its own where a module is not read; of a row whose layers the module calls itself, those.
+
+    What such a row would do as a whole, nothing runs.
+    """
+    found = []
+    for name, child in module.named_children():
+        apart = type(child).forward is nn.Sequential.forward and takes_apart(module, name)
+        found += _children(join(path, name), child) if apart else [(join(path, name), child)]
+    return found
 
 
 def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
 from passes.graph.attributes import is_plain
+from passes.graph.methods import methods_of
 
-__all__ = ["Step", "attributes_asked", "only_loads"]
+__all__ = ["Step", "Used", "attributes_asked", "only_loads", "takes_apart", "used_by"]
 
 Step = dis.Instruction
 
@@ -57,3 +61,46 @@ def only_loads(code: CodeType, name: str, allowed: Callable[[Step, Step], bool])
 _LOCAL = ("_FAST", "_FAST_BORROW", "_FAST_CHECK", "_FAST_AND_CLEAR", "_FAST_MAYBE_NULL")
 
 
+def takes_apart(module: nn.Module, name: str) -> bool:
+    """Whether the methods of a module use this child without ever calling it: they call what is in it, or iterate."""
+    used = [used_by(function) for function in methods_of(type(module)).values()]
+    return any(name in each.own for each in used) and not any(name in each.called for each in used)
+
+
+_LOADS = {"LOAD_ATTR", "LOAD_METHOD"}
+
+
+@dataclass(frozen=True)
+class Used:
+    """Attributes that a method reads of its own object, those of them that it calls, and those it reads of others."""
+
+    own: frozenset[str]
+    called: frozenset[str]
+    others: frozenset[str]
+
+
+@functools.lru_cache(maxsize=4096)
+def used_by(function: FunctionType) -> Used:
+    """What a function uses, its first argument being its own object."""
+    own: set[str] = set()
+    called: set[str] = set()
+    others: set[str] = set()
+    whole = inspect.unwrap(function).__code__
+    me = whole.co_varnames[0] if whole.co_argcount else "self"
+    for code in _codes(whole):
+        before: Any = None
+        for step in dis.get_instructions(code):
+            if step.opname in _LOADS:
+                mine = before == me or (isinstance(before, tuple) and before[-1:] == (me,))
+                (own if mine else others).add(str(step.argval))
+                if mine and (step.opname == "LOAD_METHOD" or (sys.version_info >= (3, 12) and (step.arg or 0) & 1)):
+                    called.add(str(step.argval))
+            before = step.argval
+    return Used(frozenset(own), frozenset(called), frozenset(others))
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
