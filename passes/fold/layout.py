@@ -9,7 +9,7 @@ from itertools import chain, islice
 
 from torch import fx, nn
 
-from passes.algebra.conv_form import ConvForm, Form
+from passes.algebra.conv_form import Form
 from passes.edits.holders import Holder, holders
 from passes.fold.methods import asked_of_others
 from passes.graph.capture import Call, call_of
@@ -141,8 +141,6 @@ class Layout:
             "in_channels": form.in_channels, "out_channels": form.out_channels, "kernel_size": form.kernel,
             "stride": form.stride, "dilation": form.dilation, "groups": form.groups,
         }  # fmt: skip
-        if isinstance(form, ConvForm) and isinstance(getattr(module, "padding", None), tuple) and not form.is_transposed:
-            told["padding"] = tuple(-offset for offset in form.offset)
         differs = {name for name, value in told.items() if getattr(module, name, value) != value}
         if differs and self._asked is None:
             self._asked = asked_of_others(self._model) | self.flow.unit.looked

@@ -269,7 +269,8 @@ class Tracer(Questions):
         A function that only asks one for plain attributes does not call it.
         """
         asked: dict[int, frozenset[str]] = {}
-        for place, value in [*enumerate(args), *kwargs.items()]:
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in places:
             if isinstance(value, nn.Module) and (names := attributes_asked(function, place, value)) is not None:
                 asked[id(value)] = names
         for value in leaves((args, kwargs)):
