@@ -131,7 +131,9 @@ TRANSFORMERS = (
     hugging("TextNetForImageClassification", image()),
     hugging("PPLCNetForImageClassification", image()),
     hugging("SegformerForSemanticSegmentation", image()),
-    hugging("DetrForObjectDetection", image(), use_timm_backbone=False, backbone=None, backbone_config=resnet(), **DETR),
+    hugging(
+        "DetrForObjectDetection", image(), use_timm_backbone=False, backbone=None, backbone_config=resnet(), **DETR,
+    ),
     hugging(
         "TableTransformerForObjectDetection", image(), use_timm_backbone=False, backbone=None,
         backbone_config=resnet(), **DETR,
@@ -346,9 +348,9 @@ def page(rows: list[Measured]) -> str:
     lines = [
         "# Networks of other libraries\n",
         "Batch norms before and after `reparam.collapse` in networks of transformers, MONAI, ultralytics and",
-        "segmentation-models-pytorch (smp), built from their configurations with random numbers by `tests/survey.py`. Proven: folds",
+        "segmentation-models-pytorch (smp), built from their configurations with random numbers. Proven: folds",
         "that were compared with what they replace, of all folds. The error is the largest difference of",
-        "the network's outputs relative to the largest one, in float64. What each reason means, and why such a norm cannot fold, is in",
+        "the network's outputs relative to the largest one, in float64. Why such norms cannot fold is in",
         "[design.md](design.md#limits).\n",
         "```sh\npython tests/survey.py --out docs/survey.md\n```\n",
         "Versions: " + ", ".join(f"{each} {version(each)}" for each in _LIBRARIES) + ".\n",
@@ -362,7 +364,7 @@ def page(rows: list[Measured]) -> str:
             f"{row.error:.0e} | {row.failed or left} |"
         )
     total = [sum(row.norms[i] for row in rows) for i in (0, 1)]
-    lines += [f"\n{len(rows)} networks: {total[0]:,} batch norms → {total[1]:,}.\n", "## One of each\n"]
+    lines += [f"\n{len(rows)} of the {len(NETWORKS)} networks there: {total[0]:,} batch norms → {total[1]:,}.\n", "## One of each\n"]
     lines += ["| reason | norms | network | such as |", "| --- | ---: | --- | --- |"]
     counts = Counter[str]()
     for row in rows:

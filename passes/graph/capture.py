@@ -69,6 +69,8 @@ class Unit:
     """ids of modules whose class the code looks at."""
     looked: frozenset[str] = frozenset()
     """Plain attributes that functions which are one call ask the layers for that they are handed."""
+    functions: frozenset[Any] = frozenset()
+    """Functions that could not be read, and are one call each."""
     others: tuple[Unit, ...] = ()
     """The unit as it is for sizes that answer a question the other way."""
     leaves: Mapping[int, Refusal] = field(default_factory=dict)
@@ -189,7 +191,7 @@ def trace_variant(unit: Unit, given: Mapping[str, Any]) -> Unit:
     Raises whatever the forward raises on proxies.
     """
     with no_mark(unit.root) as snapshot:
-        return _trace_unit(unit.path, unit.root, snapshot, None, True, unit.leaves, dict(given))
+        return _trace_unit(unit.path, unit.root, snapshot, None, True, unit.leaves, dict(given), unit.functions)
 
 
 def _trace_unit(
@@ -200,6 +202,7 @@ def _trace_unit(
     numbers: bool,
     leaves: Mapping[int, Refusal] = MappingProxyType({}),
     given: dict[str, Any] | None = None,
+    known: Iterable[Any] = (),
 ) -> Unit:
     leaves = dict(leaves)
     careful = False
@@ -214,6 +217,7 @@ def _trace_unit(
             careful=careful,
             outside=snapshot.outside,
             forks=given is not None or (not path and _is_small(root)),
+            known=known,
         )
         graph = tracer.trace()
         drawn = not torch.equal(before[0], torch.get_rng_state()) or states() != before[1]
@@ -247,7 +251,7 @@ def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] =
     stateful = {id(m) for m in inside if next(iter(m.state_dict()), None) is not None}
     return Unit(
         path, root, graph, tracer.calls, constants, tracer.opaque, stateful, tracer.read_names,
-        tracer.fixed, frozenset(tracer.asked), frozenset(tracer.looked), others,
+        tracer.fixed, frozenset(tracer.asked), frozenset(tracer.looked), frozenset(tracer.functions), others,
     )  # fmt: skip
 
 
@@ -346,7 +350,7 @@ def _states(
         if id(call.module) in filled:
             told = Refusal(Reason.EFFECT, f"its forward fills {filled[id(call.module)]}")
             first.fixed.setdefault(call, told)
-    second = Tracer(root, leaves, inputs=inputs, given=given, numbers=numbers)
+    second = Tracer(root, leaves, inputs=inputs, given=given, numbers=numbers, known=first.functions)
     other = second.trace()
     found = {id(root.get_submodule(at)): why for at, why in second.opaque.items() if at not in first.opaque}
     if not found and (node := first_difference(graph, other)) is not None:

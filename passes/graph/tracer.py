@@ -17,6 +17,7 @@ import math
 import sys
 import traceback
 import weakref
+from collections.abc import Iterable
 from types import BuiltinFunctionType, FrameType, FunctionType
 from typing import Any
 
@@ -60,6 +61,7 @@ class Tracer(Questions):
         forks: whether a question that not every size answers alike is answered by the first size; ``either`` has the
             calls that asked, and the answers.
         forced: answers to the first of these questions.
+        known: functions that an earlier trace could not read.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Tracer(Questions):
         outside: Outside | None = None,
         forks: bool = False,
         forced: tuple[bool, ...] = (),
+        known: Iterable[Any] = (),
     ) -> None:
         super().__init__(root, Answers(self._attribute, root, inputs, numbers), forks=forks, forced=forced)
         self.outside = outside
@@ -89,7 +92,7 @@ class Tracer(Questions):
         self.read_names: set[str] = set()
         self.constants: dict[str, Any] = {}
         self.kept: list[fx.Node] = []
-        self.functions: set[Any] = {*_MATH, *filter(callable, library_leaves("get_notrace_functions"))}
+        self.functions: set[Any] = {*_MATH, *filter(callable, library_leaves("get_notrace_functions")), *known}
         self._searched: set[int] = set()
         self.pinned: set[int] = set()
         self.looked: set[str] = set()
