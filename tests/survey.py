@@ -364,7 +364,8 @@ def page(rows: list[Measured]) -> str:
             f"{row.error:.0e} | {row.failed or left} |"
         )
     total = [sum(row.norms[i] for row in rows) for i in (0, 1)]
-    lines += [f"\n{len(rows)} of the {len(NETWORKS)} networks there: {total[0]:,} batch norms → {total[1]:,}.\n", "## One of each\n"]
+    lines.append(f"\n{len(rows)} of the {len(NETWORKS)} networks there: {total[0]:,} batch norms → {total[1]:,}.\n")
+    lines.append("## One of each\n")
     lines += ["| reason | norms | network | such as |", "| --- | ---: | --- | --- |"]
     counts = Counter[str]()
     for row in rows:

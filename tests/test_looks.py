@@ -15,7 +15,7 @@ from passes.graph.looks import attributes_asked
 
 
 def pad_by_rule(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """ "Same" padding, by numbers that a trace cannot know."""
+    """Padding that keeps the size, by numbers that a trace cannot know."""
     over = int(x.shape[-1]) % conv.stride[0]
     along = max(conv.kernel_size[0] - (over or conv.stride[0]), 0)
     return F.pad(x, (along // 2, along - along // 2) * 2)
