@@ -143,7 +143,7 @@ class Layout:
         }  # fmt: skip
         differs = {name for name, value in told.items() if getattr(module, name, value) != value}
         if differs and self._asked is None:
-            self._asked = asked_of_others(self._model)
+            self._asked = asked_of_others(self._model) | self.flow.unit.looked
         return bool(differs and self._asked and differs & self._asked)
 
     def reads_numbers(self, path: str) -> bool:

@@ -10,20 +10,17 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from types import CodeType, FunctionType
+from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
 from passes.edits.rewritten import plain_class
+from passes.graph.looks import used_by
 from passes.graph.methods import methods_of
 
 __all__ = ["asked_of_others", "folded_from_outside", "folding_again", "needed_elsewhere", "parts_used"]
-
-_LOADS = {"LOAD_ATTR", "LOAD_METHOD"}
 
 
 def needed_elsewhere(module: nn.Module, called: set[str], read: set[str], rewritten: str) -> dict[str, set[str]]:
@@ -36,7 +33,7 @@ def needed_elsewhere(module: nn.Module, called: set[str], read: set[str], rewrit
     reached = _reached(methods)
     found = {}
     for name, function in methods.items():
-        used = _used(function)
+        used = used_by(function)
         needed = called & (used.own if name in reached else used.called)
         if needed and name not in ("forward", rewritten):
             found[name] = needed | (read & used.own)
@@ -47,7 +44,7 @@ def parts_used(module: nn.Module, names: frozenset[str]) -> list[tuple[str, froz
     """Methods that ``forward`` does not hand its work to, and that use some of these children and not the others."""
     methods = methods_of(plain_class(module))
     besides = methods.keys() - _reached(methods) - {"forward"}
-    used = ((name, _used(methods[name]).own & names) for name in methods if name in besides)
+    used = ((name, used_by(methods[name]).own & names) for name in methods if name in besides)
     return [(name, some) for name, some in used if some and some != names]
 
 
@@ -86,7 +83,7 @@ def _is_static(value: Any) -> bool:
 
 
 def _statistics(function: FunctionType) -> bool:
-    used = _used(function)
+    used = used_by(function)
     return bool({"running_mean", "running_var"} & (used.own | used.others))
 
 
@@ -109,7 +106,7 @@ def _reached(methods: Mapping[str, FunctionType], first: str = "forward") -> set
     reached: set[str] = set() if first == "forward" else {first}
     todo = [first] if first in methods else []
     while todo:
-        for name in (_used(methods[todo.pop()]).own & methods.keys()) - reached:
+        for name in (used_by(methods[todo.pop()]).own & methods.keys()) - reached:
             reached.add(name)
             todo.append(name)
     return reached
@@ -118,39 +115,4 @@ def _reached(methods: Mapping[str, FunctionType], first: str = "forward") -> set
 def asked_of_others(model: nn.Module) -> set[str]:
     """Names of attributes that the methods of a model's classes read of anything but their own object."""
     kinds = {plain_class(module) for module in model.modules()}
-    return {name for kind in kinds for function in methods_of(kind).values() for name in _used(function).others}
-
-
-@dataclass(frozen=True)
-class _Used:
-    """Attributes that a method reads of its own object, those of them that it calls, and those it reads of others."""
-
-    own: frozenset[str]
-    called: frozenset[str]
-    others: frozenset[str]
-
-
-@functools.lru_cache(maxsize=4096)
-def _used(function: FunctionType) -> _Used:
-    own: set[str] = set()
-    called: set[str] = set()
-    others: set[str] = set()
-    whole = inspect.unwrap(function).__code__
-    me = whole.co_varnames[0] if whole.co_argcount else "self"
-    for code in _codes(whole):
-        before: Any = None
-        for step in dis.get_instructions(code):
-            if step.opname in _LOADS:
-                mine = before == me or (isinstance(before, tuple) and before[-1:] == (me,))
-                (own if mine else others).add(str(step.argval))
-                if mine and (step.opname == "LOAD_METHOD" or (sys.version_info >= (3, 12) and (step.arg or 0) & 1)):
-                    called.add(str(step.argval))
-            before = step.argval
-    return _Used(frozenset(own), frozenset(called), frozenset(others))
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
+    return {name for kind in kinds for function in methods_of(kind).values() for name in used_by(function).others}

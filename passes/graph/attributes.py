@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["carry_attributes"]
+__all__ = ["carry_attributes", "is_plain"]
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size, Enum)
 
@@ -26,10 +26,11 @@ def carry_attributes(old: nn.Module, new: nn.Module) -> None:
     """
     absent = [name for table in (old._parameters, old._buffers) for name, tensor in table.items() if tensor is None]
     for name, value in [*vars(old).items(), *((name, None) for name in absent)]:
-        if not name.startswith(("_", "reparam_")) and not hasattr(new, name) and _plain(value):
+        if not name.startswith(("_", "reparam_")) and not hasattr(new, name) and is_plain(value):
             setattr(new, name, value)
 
 
-def _plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether this is a number, a string or such, or a tuple of them."""
     items: Iterable[Any] = value if isinstance(value, tuple) else (value,)
     return all(isinstance(item, _PLAIN) for item in items)

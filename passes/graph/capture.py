@@ -28,6 +28,7 @@ from passes.graph.call import Call
 from passes.graph.errors import NotCapturedError, RejectedError, refusal_of
 from passes.graph.generators import states
 from passes.graph.leaf import SCRIPT, has_hooks, inherits_forward, is_based_on_layer
+from passes.graph.looks import takes_apart
 from passes.graph.marks import Snapshot, no_mark
 from passes.graph.patches import patched
 from passes.graph.tracer import Tracer
@@ -66,6 +67,10 @@ class Unit:
     """Calls whose forward must keep its code, since it does more than its graph says."""
     asked: frozenset[int] = frozenset()
     """ids of modules whose class the code looks at."""
+    looked: frozenset[str] = frozenset()
+    """Plain attributes that functions which are one call ask the layers for that they are handed."""
+    functions: frozenset[Any] = frozenset()
+    """Functions that could not be read, and are one call each."""
     others: tuple[Unit, ...] = ()
     """The unit as it is for sizes that answer a question the other way."""
     leaves: Mapping[int, Refusal] = field(default_factory=dict)
@@ -186,7 +191,7 @@ def trace_variant(unit: Unit, given: Mapping[str, Any]) -> Unit:
     Raises whatever the forward raises on proxies.
     """
     with no_mark(unit.root) as snapshot:
-        return _trace_unit(unit.path, unit.root, snapshot, None, True, unit.leaves, dict(given))
+        return _trace_unit(unit.path, unit.root, snapshot, None, True, unit.leaves, dict(given), unit.functions)
 
 
 def _trace_unit(
@@ -197,6 +202,7 @@ def _trace_unit(
     numbers: bool,
     leaves: Mapping[int, Refusal] = MappingProxyType({}),
     given: dict[str, Any] | None = None,
+    known: Iterable[Any] = (),
 ) -> Unit:
     leaves = dict(leaves)
     careful = False
@@ -211,6 +217,7 @@ def _trace_unit(
             careful=careful,
             outside=snapshot.outside,
             forks=given is not None or (not path and _is_small(root)),
+            known=known,
         )
         graph = tracer.trace()
         drawn = not torch.equal(before[0], torch.get_rng_state()) or states() != before[1]
@@ -244,7 +251,7 @@ def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] =
     stateful = {id(m) for m in inside if next(iter(m.state_dict()), None) is not None}
     return Unit(
         path, root, graph, tracer.calls, constants, tracer.opaque, stateful, tracer.read_names,
-        tracer.fixed, frozenset(tracer.asked), others,
+        tracer.fixed, frozenset(tracer.asked), frozenset(tracer.looked), frozenset(tracer.functions), others,
     )  # fmt: skip
 
 
@@ -343,7 +350,7 @@ def _states(
         if id(call.module) in filled:
             told = Refusal(Reason.EFFECT, f"its forward fills {filled[id(call.module)]}")
             first.fixed.setdefault(call, told)
-    second = Tracer(root, leaves, inputs=inputs, given=given, numbers=numbers)
+    second = Tracer(root, leaves, inputs=inputs, given=given, numbers=numbers, known=first.functions)
     other = second.trace()
     found = {id(root.get_submodule(at)): why for at, why in second.opaque.items() if at not in first.opaque}
     if not found and (node := first_difference(graph, other)) is not None:
@@ -406,7 +413,15 @@ def _worth_tracing(module: nn.Module) -> bool:
 
 
 def _children(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(join(path, name), child) for name, child in module.named_children()]
+    """What is compiled on its own where a module is not read; of a row whose layers the module calls itself, those.
+
+    What such a row would do as a whole, nothing runs.
+    """
+    found = []
+    for name, child in module.named_children():
+        apart = type(child).forward is nn.Sequential.forward and takes_apart(module, name)
+        found += _children(join(path, name), child) if apart else [(join(path, name), child)]
+    return found
 
 
 def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:

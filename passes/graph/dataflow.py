@@ -41,6 +41,7 @@ class Flow:
         written = self._written()
         self.constant = find_constants(unit, self.operations, self.held, written)
         self.tensors = {n: holder_tensors(value) for n, value in [*self.modules.items(), *self.held.items()]}
+        self.tensors |= {n: [] for n in self.held if "looked" in n.meta}  # for what else the layer says of itself
         self.holders: dict[int, set[fx.Node]] = defaultdict(set)
         for node, tensors in self.tensors.items():
             for tensor in tensors:

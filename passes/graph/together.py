@@ -64,4 +64,4 @@ def _unit_of(unit: Unit, row: list[fx.Node]) -> Unit:
     # The code that calls them calls them for every one of its values: it stays.
     fixed = {call: Refusal(Reason.SHARED, "its layers are called more than once")}
     opaque = {path: refusal for path, refusal in unit.opaque.items() if path in {str(node.target) for node in row}}
-    return Unit(unit.path, unit.root, graph, [call], {}, opaque, unit.pinned, unit.read, fixed, unit.asked)
+    return Unit(unit.path, unit.root, graph, [call], {}, opaque, unit.pinned, unit.read, fixed, unit.asked, unit.looked)

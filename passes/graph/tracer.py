@@ -17,6 +17,7 @@ import math
 import sys
 import traceback
 import weakref
+from collections.abc import Iterable
 from types import BuiltinFunctionType, FrameType, FunctionType
 from typing import Any
 
@@ -30,6 +31,7 @@ from passes.graph.call import Call, context
 from passes.graph.errors import NotCapturedError, RejectedError, is_raised, refusal_of
 from passes.graph.generators import states
 from passes.graph.leaf import leaf_refusal, library_leaves
+from passes.graph.looks import attributes_asked
 from passes.graph.memory import shared_by, written_by
 from passes.graph.methods import noting_methods
 from passes.graph.nodes import is_constant, is_query
@@ -59,6 +61,7 @@ class Tracer(Questions):
         forks: whether a question that not every size answers alike is answered by the first size; ``either`` has the
             calls that asked, and the answers.
         forced: answers to the first of these questions.
+        known: functions that an earlier trace could not read.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Tracer(Questions):
         outside: Outside | None = None,
         forks: bool = False,
         forced: tuple[bool, ...] = (),
+        known: Iterable[Any] = (),
     ) -> None:
         super().__init__(root, Answers(self._attribute, root, inputs, numbers), forks=forks, forced=forced)
         self.outside = outside
@@ -88,9 +92,11 @@ class Tracer(Questions):
         self.read_names: set[str] = set()
         self.constants: dict[str, Any] = {}
         self.kept: list[fx.Node] = []
-        self.functions: set[Any] = {*_MATH, *filter(callable, library_leaves("get_notrace_functions"))}
+        self.functions: set[Any] = {*_MATH, *filter(callable, library_leaves("get_notrace_functions")), *known}
         self._searched: set[int] = set()
         self.pinned: set[int] = set()
+        self.looked: set[str] = set()
+        """Plain attributes of layers that functions which are one call ask for."""
         self._writes: list[tuple[nn.Module, str, Any]] = []
         self._alive: list[weakref.ref[Value]] = []
         self._constant_names: dict[int, str] = {}
@@ -261,11 +267,24 @@ class Tracer(Questions):
         return function in self.functions and any(map(self.is_value, leaves((args, kwargs))))
 
     def call_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One node for a function's call; modules among its arguments are called by code that nobody reads."""
+        """One node for a function's call; modules among its arguments are called by code that nobody reads.
+
+        A function that only asks one for plain attributes does not call it.
+        """
+        asked: dict[int, frozenset[str]] = {}
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in places:
+            if isinstance(value, nn.Module) and (names := attributes_asked(function, place, value)) is not None:
+                asked[id(value)] = names
         for value in leaves((args, kwargs)):
-            if isinstance(value, nn.Module):
+            if isinstance(value, nn.Module) and id(value) not in asked:
                 self.pinned |= {id(m) for m in value.modules()}
-        return self.create_proxy("call_function", function, args, kwargs)
+        made = self.create_proxy("call_function", function, args, kwargs)
+        self.looked.update(*asked.values())
+        for node in made.node.all_input_nodes:
+            if node.op == "get_attr" and id(self._attribute(str(node.target))) in asked:
+                node.meta["looked"] = True
+        return made
 
     def call_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.create_proxy("call_method", name, args, kwargs)
@@ -481,7 +500,8 @@ def _wanted(root: nn.Module, given: dict[str, Any], inputs: Any) -> list[tuple[s
     """Name, and whether it goes by name, of the arguments that get a value."""
     parameters = list(inspect.signature(root.forward).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    wanted = [p for p in positional if p.default is p.empty or p.name in given] or positional[:1]
+    needed = [p.name for p in positional if p.default is p.empty] or [p.name for p in positional[:1]]
+    wanted = [p for p in positional if p.name in needed or p.name in given]
     found = [(p.name, positional[i] is not p) for i, p in enumerate(wanted)]  # behind one that keeps its default
     if not positional and (rest := next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)):
         found = [(f"{rest}_{i}" if i else rest, False) for i in range(1 if inputs is None else len(inputs))]

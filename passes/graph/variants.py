@@ -216,11 +216,11 @@ def _together(nodes: list[fx.Node], result: fx.Node, variant: Variant) -> bool:
     if at:  # what lies around the wrapped module is as before
         nodes = [n for n in nodes if any(call.path == at for call in n.meta["call"].chain())]
     anchors = [n for n in nodes if n.op in ("call_module", "get_attr")]
-    calls: dict[str, list[fx.Node]] = {}
+    calls: dict[tuple[str, str], list[fx.Node]] = {}
     for node in variant.unit.graph.nodes:
         if node.op in ("call_module", "get_attr"):
-            calls.setdefault(str(_target(node, at)), []).append(node)
-    used = [calls.get(str(n.target), []) for n in anchors]
+            calls.setdefault((node.op, str(_target(node, at))), []).append(node)
+    used = [calls.get((n.op, str(n.target)), []) for n in anchors]
     if not any(used):
         return True
     inside = set(nodes)

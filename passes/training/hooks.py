@@ -8,16 +8,15 @@ convolution with it.
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
-from collections.abc import Callable
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
 from passes.blocks.kit.layers import GEOMETRY
+from passes.graph.looks import Step, only_loads
 from passes.graph.outside import speaks_of_weights
 from passes.graph.weights import makes_weight
 from passes.refusal import Reason, Refusal
@@ -80,37 +79,16 @@ def _code(hook: Any, first: int = 0) -> tuple[CodeType, int] | None:
     return _code(call, first + 1) if isinstance(call, FunctionType) else None
 
 
-Step = dis.Instruction
-
-
 def _leaves_alone(code: CodeType, first: int, count: int, module: nn.Module) -> bool:
     """Whether code does with its argument number ``first`` only what it could do with a block as well."""
     if first < code.co_argcount:
-        return _only(code, code.co_varnames[first], lambda step, _: _is_harmless(step, module))
+        return only_loads(code, code.co_varnames[first], lambda step, _: _is_harmless(step, module))
     if not code.co_flags & inspect.CO_VARARGS:
         return False
     # The tuple of all arguments may be asked for one by its number, if that is not the layer.
     layer, length = first - code.co_argcount, first - code.co_argcount + count
     name = code.co_varnames[code.co_argcount + code.co_kwonlyargcount]
-    return _only(code, name, lambda number, taking: _takes_another(number, taking, layer, length))
-
-
-def _only(code: CodeType, name: str, allowed: Callable[[Step, Step], bool]) -> bool:
-    """Whether a local variable is only loaded, each time for two instructions that are allowed."""
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL")]
-    for i, step in enumerate(steps):
-        names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-        if name not in names or not step.opname.endswith(_LOCAL):
-            continue
-        # Where two are loaded at once, what follows is done to the last.
-        if names[-1] != name or names.count(name) > 1 or not step.opname.startswith("LOAD_FAST") or i + 2 >= len(steps):
-            return False
-        if not allowed(steps[i + 1], steps[i + 2]):
-            return False
-    return name not in code.co_cellvars
-
-
-_LOCAL = ("_FAST", "_FAST_BORROW", "_FAST_CHECK", "_FAST_AND_CLEAR", "_FAST_MAYBE_NULL")
+    return only_loads(code, name, lambda number, taking: _takes_another(number, taking, layer, length))
 
 
 def _is_harmless(step: Step, module: nn.Module) -> bool:
