@@ -296,7 +296,10 @@ def _forks(
         call, forced = todo.pop(0)
         snapshot.restore()
         tried += 1
-        other = Tracer(first.root, first.leaves, inputs=inputs, given=given, numbers=numbers, forks=True, forced=forced)
+        other = Tracer(
+            first.root, first.leaves, inputs=inputs, given=given, numbers=numbers, forks=True, forced=forced,
+            known=first.functions,
+        )  # fmt: skip
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # nobody has asked for this way

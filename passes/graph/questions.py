@@ -40,6 +40,7 @@ class Questions(TracerBase):
         super().__init__()
         self.answers, self.forks, self.forced = answers, forks, forced
         self.either: list[tuple[Call, bool]] = []
+        self.truths: dict[fx.Node, tuple[Call, bool]] = {}
         self.current = Call("", root, None, context=context())
         self.fixed: dict[Call, Refusal] = {}
         self.asked: set[int] = set()
@@ -73,7 +74,12 @@ class Questions(TracerBase):
         node = self.own(value)
         self._asked.add(node)
         if what in ("truth", "type") and self.forks and self.answers.is_open(node):
-            return self._either(False)
+            told = self.truths.get(node) if what == "truth" and node.op == "placeholder" else None
+            if told is None:
+                told = self.current, self._either(False)
+            if what == "truth":
+                self.truths[node] = told
+            return told[1]
         if node.op == "placeholder" and what in ("type", "class"):
             self.stop(Reason.INPUT_TYPE, Reason.INPUT_TYPE.value)
         if isinstance(self.current.module, _ConvNd) and self.current.parent is not None:
