@@ -264,6 +264,32 @@ def test_who_looks_inside_finds_the_branches() -> None:
 
 # ------------------------------------------------------------------ processes
 
+STEM = """
+import torch, reparam
+from torch import nn
+
+torch.manual_seed(0)
+stem = nn.Sequential(nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64))
+model = reparam.expand(stem, "BLOCK", init="paper", verify=False).train()
+compiled = torch.compile(model, fullgraph=True)
+for _ in range(3):
+    compiled(torch.randn(32, 3, 128, 128)).square().mean().backward()
+assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+print("held")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", ["dbb", "repvgg"])
+def test_a_compiled_strided_stem_leaves_the_process_alive(block: str) -> None:
+    """Torch 2.14's compiled backward of a strided 1x1 over three channels corrupts the heap."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEM.replace("BLOCK", block)], capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.rstrip() == "held"
+
+
 SHARED = """
 import sys, torch, reparam
 from torch import nn
