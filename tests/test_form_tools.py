@@ -185,6 +185,20 @@ def test_ensembles_by_vmap(block: str, form: str, training: bool) -> None:
 
 @each_form
 @each_block
+def test_runs_wherever_its_weights_are(block: str, form: str) -> None:
+    model = built(block, form).to("meta")
+    y = model(images().to("meta"))
+    assert (y.device.type, y.shape) == ("meta", (16, 8, 16, 16))
+    model.to_empty(device="cpu").load_state_dict(built(block, form).state_dict())
+    assert gap(model.eval()(images()), built(block, form).eval()(images())) < 1e-12
+    with torch.device("meta"):
+        skeleton = reparam.expand(Net(), block, form=form, where="all", init="paper", verify=False).double().eval()
+    skeleton.load_state_dict(model.state_dict(), assign=True)
+    assert gap(skeleton(images()), model(images())) < 1e-12
+
+
+@each_form
+@each_block
 def test_compiles_whole_and_once(block: str, form: str) -> None:
     model = built(block, form)
     reference = copy.deepcopy(model)
@@ -255,6 +269,7 @@ def test_who_looks_inside_finds_the_branches() -> None:
     seen: list[int] = []
     for norm in norms_of(model):
         norm.eval()
+    assert kernels_run(model, images()) == 2
     model.a.line0.conv.register_forward_hook(lambda *_: seen.append(1))
     model(images())
     assert seen == [1]
