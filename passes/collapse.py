@@ -22,12 +22,11 @@ from passes.algebra.lowering import all_finite
 from passes.compiler import compile_model, timed
 from passes.edits.apply import Undo
 from passes.edits.carried import other_network, remember
-from passes.edits.holders import apart
 from passes.fold.rules import DEFAULT, Rules
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.inputs import Example
-from passes.graph.modes import evaluate, has_own_modes, kept_modes
+from passes.graph.modes import evaluate, has_own_modes
 from passes.proof.check import Checked, explained
 from passes.proof.compare import Verdict
 from passes.proof.hold import Before, Exact, Ledger, check_against, place_of
@@ -108,8 +107,7 @@ def _attempt(model: nn.Module, example: Example | None, ledger: Ledger, *, inpla
     if note := note_on_samples(model):
         explanation.notes.append(note)
         log.warning("collapse: %s", note)
-    # What the model's own eval() computes is computed on tensors of the result alone.
-    result = model if inplace else deep_copy(model) if model.training and has_own_modes(model) else shadow(model)
+    result = model if inplace else _to_edit(model)
     undos: list[Undo] = []
     # A module that stays in training mode while the model is evaluated does so on purpose.
     uneval = evaluate(result) if model.training else lambda: None
@@ -174,20 +172,24 @@ def _run_once(model: nn.Module, example: Example) -> None:
 
 
 def explain_model(model: nn.Module, example: Example | None = None, rules: Rules = DEFAULT) -> Explanation:
-    """Decide as :func:`collapse_model` does, numbers included, and stop before surgery; the model is not changed.
+    """Do what :func:`collapse_model` does, numbers included and without proof, on a copy; the model is not changed.
 
     On the meta device there are no numbers: what only they can tell (a module that has to be probed, a weight that
     overflows) is left alone.
     """
     check_model(model, numbers=False)
-    explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan", "fold"), 0.0))
-    if model.training:  # another thread may be training it
-        model = deep_copy(model) if has_own_modes(model) else apart(model)
-    with kept_modes(model, training=None):
-        if model.training:
-            evaluate(model)
-        compile_model(model, example, explanation, None, Ledger(prove=False, rules=rules))
-    return explanation
+    try:
+        edited = _to_edit(model)
+    except ReparamError:  # what cannot be copied is edited itself, and restored
+        edited = model
+    attempt = _attempt(edited, example, Ledger(prove=False, rules=rules), inplace=True)
+    attempt.undo()
+    return attempt.explanation
+
+
+def _to_edit(model: nn.Module) -> nn.Module:
+    """A copy, which shares tensors; what the model's own eval() computes is computed on tensors of the copy alone."""
+    return deep_copy(model) if model.training and has_own_modes(model) else shadow(model)
 
 
 def check_model(model: Any, *, numbers: bool = True) -> None:

@@ -29,11 +29,11 @@ from passes.fold.selection import Guard, select
 from passes.graph.capture import Unit, in_one_context, join, trace_units
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example, observed_ranks
-from passes.graph.leaf import is_pruned
 from passes.graph.opset import base_operation
 from passes.graph.shapes import Known
 from passes.graph.together import runs_of
 from passes.graph.variants import OtherCalls
+from passes.graph.weights import is_pruned
 from passes.graph.within import Alone, Within
 from passes.laws.regions import Contraction
 from passes.proof.compare import EquivalenceError
@@ -68,7 +68,7 @@ def compile_model(
     model: nn.Module,
     example: Example | None,
     explanation: Explanation,
-    undos: list[Undo] | None,
+    undos: list[Undo],
     ledger: Ledger,
 ) -> None:
     """Trace a model, in eval mode, and fold what is one convolution; ``explanation`` tells what was done and why not.
@@ -77,7 +77,7 @@ def compile_model(
         model: edited in place.
         example: inputs of the whole model, if some are known.
         explanation: filled.
-        undos: filled with what takes the edits back; None stops before the first one.
+        undos: filled with what takes the edits back.
         ledger: which folds are proven, and which were given up before.
     """
     while True:
@@ -87,7 +87,7 @@ def compile_model(
         ranks = _ranks(model, units, example)
         for unit in units:
             root = next(unit.root.children()) if isinstance(unit.root, Alone) else unit.root
-            if _within(unit.path, explanation) if undos is None else all(root is not m for m in model.modules()):
+            if all(root is not m for m in model.modules()):
                 continue  # inside a module that was probed and folded
             # A container that is called twice may be one layer by now, and its surroundings can be read through it; so
             # may a layer whose block stands in the middle of its forward.
@@ -103,7 +103,7 @@ def compile_model(
             refusals = len(explanation.refusals)
             _compile_unit(model, unit, ranks.get(unit, []), explanation, undos, ledger)
             explanation.refusals[refusals:] = [r for r in explanation.refusals[refusals:] if r.layer not in told]
-        if undos is None or not again or len(explanation.folds) == before:
+        if not again or len(explanation.folds) == before:
             folded = {layer for fold in explanation.folds for layer in fold.layers}
             explanation.untraced = [r for r in explanation.untraced if r.layer not in folded or not r.layer]
             for (method, some), owners in explanation.apart.items():
@@ -112,23 +112,15 @@ def compile_model(
             return
 
 
-def _within(path: str, explanation: Explanation) -> bool:
-    """Whether a module that would be folded as a whole lies around ``path``."""
-    opaque = {refusal.layer for refusal in explanation.untraced}
-    folded = {layer for fold in explanation.folds for layer in fold.layers if layer in opaque}
-    parts = path.split(".")
-    return any(".".join(parts[:i]) in folded for i in range(1, len(parts)))
-
-
 def _compile_unit(
     model: nn.Module,
     unit: Unit,
     ranks: list[int | None],
     explanation: Explanation,
-    undos: list[Undo] | None,
+    undos: list[Undo],
     ledger: Ledger,
 ) -> None:
-    """Select, fold and edit one unit; without ``undos``, everything is decided and nothing done."""
+    """Select, fold and edit one unit."""
     with clock(explanation, "plan"):
         flow = Flow(unit, _owners(model), ranks)
         layout = Layout(flow, model)
@@ -138,25 +130,23 @@ def _compile_unit(
     for fold in folds:
         if fold.layer is None:  # its layers are told of
             continue
-        where = "" if undos is None else edited.paths[fold.candidate]
+        where = edited.paths[fold.candidate]
         explanation.folds.append(Record.of(flow, fold.candidate, fold.form, where, fold.error))
         pruned = [flow.unit.name(n) for n in fold.candidate.dying if n in flow.modules and is_pruned(flow.modules[n])]
         explanation.notes += [f"the pruning mask of {name} is in the folded weights" for name in pruned]
-        if undos is not None:
-            around = [fold, *(aliases[spread] for spread in fold.candidate.spreads if spread in aliases)]
-            edits = [path for each in around for path in each.placement.slots]
-            edits += [rewrite.call.path for each in around for rewrite in each.placement.rewrites]
-            key = _fold_key(flow, fold.candidate)
-            ledger.touched[key] = where, *(join(unit.path, path) for path in edits)
-            ledger.layers[key] = ", ".join(layers_of(flow, fold.candidate))
+        around = [fold, *(aliases[spread] for spread in fold.candidate.spreads if spread in aliases)]
+        edits = [path for each in around for path in each.placement.slots]
+        edits += [rewrite.call.path for each in around for rewrite in each.placement.rewrites]
+        key = _fold_key(flow, fold.candidate)
+        ledger.touched[key] = where, *(join(unit.path, path) for path in edits)
+        ledger.layers[key] = ", ".join(layers_of(flow, fold.candidate))
     explanation.edits += edited.edits
     explanation.notes += edited.notes
     for key, owners in edited.apart.items():
         explanation.apart.setdefault(key, []).extend(owners)
-    if undos is not None:
-        undos.append(apply(model, edited.edits, edited.layers))
-        if ledger.made is not None:
-            ledger.made.append((flow, folds))
+    undos.append(apply(model, edited.edits, edited.layers))
+    if ledger.made is not None:
+        ledger.made.append((flow, folds))
 
 
 def decide(

@@ -34,6 +34,7 @@ from passes.graph.capture import join
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
 from passes.graph.inputs import as_example
+from passes.graph.weights import weight_maker
 from passes.proof.compare import EquivalenceError
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.table import section
@@ -41,6 +42,7 @@ from passes.training.build import Cost, build, check_preserved, signature, site_
 from passes.training.discovery import Found, find_convs
 from passes.training.filters import Blocks, Where, block_chooser, named_blocks, selector
 from passes.training.forms import Form
+from passes.training.inside import takes_any_weight
 from passes.training.positions import positions_of
 from passes.training.trial import try_blocks
 
@@ -50,6 +52,12 @@ ALONE = "layer"
 """How a layer is called that is the whole model; expanding it gives its block."""
 
 log = logging.getLogger("reparam")
+
+_NOTED_METHOD = "{}.{} uses the convolution @ without its norm, which goes into the block: it will get both"
+_NOTED_MAKER = (
+    "{} computes the weight of @, and computes no sum of branches: collapse gives a plain convolution, and like= needs "
+    "an architecture without it"
+)
 
 _UNASKED = (Reason.NOT_SELECTED, Reason.KERNEL_OF_ONE, Reason.NOT_MEANT)
 """Refusals of convolutions that the caller did not ask for."""
@@ -99,9 +107,15 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Methods that forward does not call and that use a convolution without the norm that goes into its block."""
+        """What is worth knowing of the blocks.
+
+        Methods that forward does not call and that use a convolution without the norm that goes into its block; layers
+        that compute their weight and could not compute that of their folded block.
+        """
         found: dict[str, list[str]] = {}
         for row in self.expanded:
+            if (maker := weight_maker(row.found.conv)) is not None and not takes_any_weight(row.found.conv):
+                found.setdefault(_NOTED_MAKER.format(maker), []).append(row.layer)
             if row.found.norm is None:
                 continue
             paths = [PurePosixPath(path.replace(".", "/")) for path in (row.layer, row.found.norm.path)]
@@ -110,14 +124,10 @@ class Plan:
             conv, norm = (path.parts[len(around.parts)] for path in paths)
             for method, some in parts_used(owner, frozenset((conv, norm))):
                 if conv in some:
-                    found.setdefault(f"{type(owner).__name__}.{method}", []).append(row.layer)
-        said = {
-            key: f"{layers[0]} and {len(layers) - 1} more" if len(layers) > 1 else layers[0]
-            for key, layers in found.items()
-        }
+                    found.setdefault(_NOTED_METHOD.format(type(owner).__name__, method), []).append(row.layer)
         return tuple(
-            f"{method} uses the convolution {layers} without its norm, which goes into the block: it will get both"
-            for method, layers in said.items()
+            note.replace("@", f"{layers[0]} and {len(layers) - 1} more" if len(layers) > 1 else layers[0])
+            for note, layers in found.items()
         )
 
     @property
@@ -237,7 +247,7 @@ def _put(
             check_preserved(path, site, blocks[path])
         options = tuple(block.options.items())
         behind = ("", ()) if norm is None else (norm.path, norm.rest)
-        edits.append(BlockEdit(path, block.name, options, str(row.form), preserve, *behind))
+        edits.append(BlockEdit(path, block.name, options, str(row.form), preserve, *behind, norms=row.found.norms))
         if site.norm_taken and site.norm is not None and norm is not None:
             edits.append(Remove(norm.path, norm.rest, answering=folded_from_outside(model, norm.path)))
             moved[norm.path] = site.norm
@@ -291,11 +301,14 @@ def _tried(plan: Plan, decide: _Decision, example: Any, strict: bool) -> Plan:
     def put(model: nn.Module, rows: Sequence[PlanRow]) -> dict[str, dict[str, str]]:
         _, norms = _put(model, rows, preserve=True, check=False, real=False)
         paths = {id(module): path for path, module in model.named_modules()}
-        moved = {}
+        moved: dict[str, dict[str, str]] = {}
         for row in rows:
             if (norm := row.found.norm) is not None and norm.path in norms:
                 stay = {path: path for name in norm.rest for path in [join(norm.path, name)]}
                 moved[row.layer] = {norm.path: paths[id(norms[norm.path])], **stay}
+            if weight_maker(row.found.conv) is not None:  # with what every forward of it may change
+                inside = (path for path, m in model.get_submodule(row.layer).named_modules() if weight_maker(m))
+                moved.setdefault(row.layer, {})[row.layer] = join(row.layer, next(inside))
         return moved
 
     rows = {row.layer: row for row in plan.rows}
@@ -308,6 +321,7 @@ def _tried(plan: Plan, decide: _Decision, example: Any, strict: bool) -> Plan:
         example,
         lambda row: row.found.always,
         lambda row: row.found.unread,
+        decide.again,
         exact_in_training=all(block is None or block.info.exact_in_training for block in blocks),
     )
     if strict and (outcome.taken_back or outcome.changed):
@@ -361,6 +375,11 @@ class _Decision:
             return PlanRow(found.path, geometry, None, outcome.at(found.path), None, found, form)
         cost = outcome if self.positions is None else _times(outcome, self.positions.get(found.path, 0))
         return PlanRow(found.path, geometry, block, None, cost, found, form)
+
+    def again(self, row: PlanRow) -> PlanRow:
+        """The same block for a convolution that is called more than once."""
+        other = row.block and self.row(replace(row.found, again=True), row.block, row.form)
+        return other if other and other.refusal is None else row
 
     def without_norm(self, row: PlanRow) -> PlanRow | None:
         """The same block with the norm left where it is; None if that is how it is, or if the block needs the norm."""

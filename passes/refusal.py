@@ -58,6 +58,7 @@ class Reason(Enum):
     NOT_MEANT = "the block is meant for other kernels"
     COMPUTED = "its weight is computed by a parametrization"
     OWN_FORWARD = "its class does more than convolve"
+    ONE_KERNEL = "its class computes its kernel from its weight, which no sum of branches goes through"
     ARGUMENT = "an optional argument changes what uses it"
     MODES = "training and evaluation use it differently"
     NEVER_CALLED = "nothing calls it"

@@ -34,6 +34,7 @@ from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example
 from passes.graph.leaf import inherits_forward
 from passes.graph.modes import has_own_modes, kept_modes
+from passes.graph.weights import computed_weight, computing, weight_like, weight_maker, weight_sources
 from passes.proof.check import check
 from passes.proof.hold import Exact
 from passes.proof.prove import prove
@@ -88,7 +89,9 @@ def restore_blocks(
     linear = any(is_block(module) and hasattr(module, "in_features") for module in inside.values())
     convs = {found.path: found for found in find_convs(result, linear=linear)}
     changed = {path for path in convs if path in inside and _own(have, path) != _own(wanted, path)}
-    folding = {path for path in convs if path in changed or (path in inside and convs[path].norm is not None)}
+    # A weight that is computed is put back only where it has to be.
+    normed = {path for path in convs if convs[path].norm is not None and weight_maker(convs[path].conv) is None}
+    folding = {path for path in convs if path in changed or (path in inside and path in normed)}
     norms = {norm.path for path in folding if (norm := convs[path].norm) is not None}
     names = _names(result)
     taken = {
@@ -111,7 +114,7 @@ def restore_blocks(
             conv, norm = convs[path].conv, convs[path].norm
             layers = [inside[path]]
             if norm is not None and isinstance(behind := inside.get(norm.path), _BatchNorm):
-                layers.append(plain_norm(behind, conv.weight.dim() - 2))
+                layers.append(plain_norm(behind, weight_like(conv).dim() - 2))
             try:
                 reading = Reading(nn.Sequential(*layers))
                 candidate, form = reading.candidate(), reading.layer()
@@ -125,8 +128,8 @@ def restore_blocks(
                 return None
             if type(folded) is not type(conv) and not (inherits_forward(folded) and inherits_forward(conv)):
                 return None  # a class with a forward of its own takes the numbers of its own kind only
-            _copy(conv.weight, folded.weight, exact, numbers.weight)
-            for name, tensor in _beside(wanted, path).items():  # of a class with a forward of its own
+            _put_weight(path, conv, folded.weight, exact, numbers.weight)
+            for name, tensor in _beside(wanted, path, conv).items():  # of a class with a forward of its own
                 held = have.get(join(path, "around", name), have.get(join(path, name)))
                 if held is None or held.shape != tensor.shape:
                     return None
@@ -154,7 +157,12 @@ def check_pair(path: str, conv: Any, norm: Any, weight: Tensor, bias: Tensor | N
 
     Read from the tensors that are returned, not from what was meant to be put there. Raises :class:`ReparamError`.
     """
-    check_copy(f"{path}.weight", conv.weight, weight)
+    if weight_maker(conv) is None:
+        check_copy(f"{path}.weight", conv.weight, weight)
+    else:
+        made, largest = computed_weight(conv, "weight"), weight.abs().max()
+        if made is None or not bool(((made - weight).abs() <= 16 * torch.finfo(weight.dtype).eps * largest).all()):
+            raise ReparamError(f"the weight of {path} of like= is not what was folded")
     factor, shift = torch.ones(()), torch.zeros(())
     if norm is not None:
         mean, var = norm.running_mean.double(), norm.running_var.double()
@@ -234,8 +242,10 @@ def _own(state: dict[str, Tensor], path: str) -> frozenset[str]:
     return frozenset(key for key in state if key.startswith(path + "."))
 
 
-def _beside(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """What a convolution holds beside its weight and bias, by its name there."""
+def _beside(state: dict[str, Tensor], path: str, conv: Layer) -> dict[str, Tensor]:
+    """What a convolution holds beside its bias and what its weight is made of, by its name there."""
+    if weight_maker(conv) is not None:
+        return {}
     named = {key[len(path) + 1 :]: state[key] for key in _own(state, path)}
     return {name: tensor for name, tensor in named.items() if name not in ("weight", "bias")}
 
@@ -245,6 +255,22 @@ def _copy(into: Tensor, value: Tensor, exact: Exact, number: Tensor | None = Non
     into.copy_(value)
     if into.is_floating_point():
         exact.put(into, exact.get(id(value), value.double()) if number is None else number)
+
+
+def _put_weight(path: str, conv: Layer, weight: Tensor, exact: Exact, number: Tensor) -> None:
+    """Give the folded kernel to the layer; to one that computes its weight, what it computes this kernel from."""
+    if (maker := weight_maker(conv)) is None:
+        _copy(conv.weight, weight, exact, number)
+        return
+    try:
+        made = computing(conv, number)
+    except ValueError as error:
+        told = f"cannot take the folded kernel, since {maker} computes its weight ({error})"
+        raise ReparamError(f"{path} of like= {told}: give an architecture without it") from error
+    for own, new in zip(weight_sources(conv), weight_sources(made), strict=True):
+        _copy(own, new.to(own), exact, new.detach())
+    if "weight" in vars(conv):  # a hook keeps what it has computed last
+        vars(conv)["weight"] = computed_weight(conv, "weight")
 
 
 def _put_bias(path: str, conv: Layer, bias: Tensor | None, norm: Any, exact: Exact, number: Tensor | None) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from reparam import Equivalence, Explanation
 
-__all__ = ["COMMANDS", "console", "errors"]
+__all__ = ["COMMANDS", "Cost", "Norms", "console", "errors"]
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)

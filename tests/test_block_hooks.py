@@ -11,7 +11,6 @@ import torch
 from small_networks import ConvBN
 from test_expand import left, row
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 import reparam
 from passes.blocks.kit.layers import is_block
@@ -225,9 +224,6 @@ def test_hooks_that_make_weights_keep_the_layer() -> None:
     model = network()
     model[2].register_forward_pre_hook(standardise)
     left(model, "2", Reason.HOOK, "its hook standardise speaks of weights")
-    model = network()
-    prune.l1_unstructured(model[2], "weight", 0.5)
-    left(model, "2", Reason.COMPUTED, "it is pruned")
 
 
 def test_hooks_on_a_state_dict_and_of_the_old_kind_keep_the_layer() -> None:

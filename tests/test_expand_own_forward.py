@@ -253,7 +253,7 @@ def test_a_sum_of_branches_goes_through_no_computed_kernel(kind: str) -> None:
     plan = reparam.plan(net(kind), "acb")
     refusal = plan.rows[0].refusal
     assert refusal is not None
-    assert refusal.reason is Reason.OWN_FORWARD
+    assert refusal.reason is Reason.ONE_KERNEL
     assert "doconv" in refusal.message
 
 

@@ -1157,3 +1157,28 @@ def test_planning_on_meta_asks_no_numbers_of_parameters_outside_of_layers() -> N
         )
     )
     assert len(reparam.explain(model.to("meta")).folds) == 1
+
+
+def test_explain_reads_what_folds_once_more() -> None:
+    """A block that is called twice is one layer when it is folded; then the norm behind each call folds too."""
+    model = lively(Net(lambda m, x: m.n(m.a(m.n(m.a(x)).relu())), a=Both(), n=nn.BatchNorm2d(4)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layout = repr(model)
+    told = reparam.explain(model)
+    _, report = reparam.collapse_with_report(model)
+    assert [fold.layers for fold in told.folds] == [fold.layers for fold in report.folds]
+    assert told.folds[-1].layers == ("a", "n")
+    assert (told.refusals, told.untraced) == (report.refusals, report.untraced)
+    assert repr(model) == layout
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+class Both(nn.Module):
+    """Two layers of one input, added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.point = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.point(x)

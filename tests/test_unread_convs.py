@@ -97,9 +97,13 @@ def same_boxes(model: Any, other: Any, allowed: float = 0.0) -> None:
 
 
 def test_called_more_than_once() -> None:
-    model = network(lambda m, x: m.second(m.first(m.first(x))) if float(x.sum()) > -1e9 else x)
-    left(model, "head.first", Reason.SHARED, "it is called more than once, inside head")
-    assert row(reparam.plan(model, "acb"), "head.second").refusal is None
+    """Its added branches have no batch norms: several calls would share their statistics."""
+    model = network(lambda m, x: m.second(m.first(m.first(x))) if float(x.detach().sum()) > -1e9 else x)
+    plan = reparam.plan(model, "acb")
+    assert [row(plan, layer).found.norms for layer in ("head.first", "head.second")] == [False, True]
+    expanded = plan.apply()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in expanded.get_submodule("head.first").modules())
+    same(model, expanded, maps())
 
 
 def test_called_past_its_hooks_or_not_at_all() -> None:

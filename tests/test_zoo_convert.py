@@ -140,6 +140,17 @@ def test_a_line_that_is_no_outcome_is_an_error(line: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ one model
 
 
+def test_rules_are_those_of_collapse(trouble: Path, tmp_path: Path) -> None:
+    kept, affine = (convert(job("between", tmp_path / rule, latency=False, norms=rule)) for rule in ("keep", "affine"))
+    assert isinstance(kept, Converted)
+    assert isinstance(affine, Converted)
+    assert (kept.after.norms, affine.after.norms) == (1, 0)
+    assert (kept.folds, affine.folds) == (1, 2)
+    assert affine.file is not None
+    network = files.load_model(tmp_path / "affine" / affine.file)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
 def test_a_model_is_collapsed_proven_measured_and_saved(trouble: Path, tmp_path: Path) -> None:
     outcome = convert(job("block", tmp_path))
     assert isinstance(outcome, Converted), outcome
@@ -728,6 +739,7 @@ def test_the_command_line_converts_and_shows(trouble: Path, tmp_path: Path) -> N
         (("convert", "blok", "--source", "trouble", "--out", "x"), "did you mean block"),
         (("convert", "block", "--source", "trouble", "--out", "x", "--jobs", "0"), "--jobs"),
         (("convert", "block", "--source", "trouble", "--out", "x", "--timeout", "-1"), "--timeout"),
+        (("convert", "x.onnx", "--out", "x", "--norms", "affine"), "drop --block"),
     ],
 )
 def test_wrong_usage_has_exit_status_2(trouble: Path, arguments: tuple[str, ...], words: str) -> None:

@@ -44,6 +44,13 @@ def test_a_plan_without_numbers_is_what_happens_with_them(name: str) -> None:
     assert found.expanded == len(reparam.plan(model, "acb").expanded)
 
 
+def test_a_plan_follows_the_rules_that_it_is_given() -> None:
+    kept, plain = (planned("timm:densenet121", **rules) for rules in ({}, {"norms": "affine", "cost": "layers:2"}))
+    assert kept.after.norms > 0
+    assert plain.after.norms == 0
+    assert plain.folds > kept.folds
+
+
 def test_a_constructor_that_asks_tensors_for_values_gets_them() -> None:
     """Torchvision's RegNets compute their widths so."""
     found = planned("torchvision:regnet_y_400mf", block="acb")

@@ -75,7 +75,7 @@ def hang_in_c():
 class Source:
     def names(self):
         return ["block", "plain", "detector", "linear", "batch", "empty", "abort", "hang", "greedy", "wrong", "killed",
-                "exit", "raise", "leaves", "stuck", *(f"slow{i}" for i in range(6))]
+                "exit", "raise", "leaves", "stuck", "between", *(f"slow{i}" for i in range(6))]
     def create(self, name, *, pretrained, **options):
         if pretrained:
             raise OSError("no weights") from ConnectionError("unreachable")
@@ -104,6 +104,8 @@ class Source:
                 plant_a_defect()
             case "plain":
                 return Plain()
+            case "between":
+                return nn.Sequential(*Plain(), nn.BatchNorm2d(4), nn.ReLU())
             case "detector":
                 return Detector()
             case "linear":

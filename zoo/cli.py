@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from reparam import sources
+from reparam.commands import Cost, Norms
 from zoo.journal import JournalError, read
 from zoo.outcome import KINDS, Converted, Outcome, OutOfMemory, Size, TimedOut
 from zoo.render import console, write_text
@@ -66,6 +67,8 @@ def convert(
         bool, typer.Option("--outputs/--no-outputs", help="Compare whole outputs, or only prove each fold.")
     ] = True,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time the networks, or only prove.")] = True,
+    norms: Norms = "keep",
+    cost: Cost = "numbers",
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 1,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one model.")] = Limits.timeout,
     memory: Annotated[float | None, typer.Option("--memory", help="GiB for one model, libraries aside.")] = None,
@@ -92,6 +95,8 @@ def convert(
         max_parameters=None if largest is None else round(largest * 1e6),
         outputs=outputs,
         latency=latency,
+        norms=norms,
+        cost=cost,
         jobs=jobs,
         timeout=timeout,
         memory=memory,
@@ -109,6 +114,8 @@ def plan(
     block: Annotated[
         str | None, typer.Option("--block", help="Plan to expand, too: a name, or name:option=value.")
     ] = None,
+    norms: Norms = "keep",
+    cost: Cost = "numbers",
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 1,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one model.")] = Limits.timeout,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
@@ -117,7 +124,8 @@ def plan(
     """Plan models of any size without numbers: what would fold, what other folds leave, what would get a block."""
     if timeout <= 0:
         raise typer.BadParameter("must be positive", param_hint="--timeout")
-    _run(patterns, out, source=source, block=block, jobs=jobs, timeout=timeout, resume=resume, retry=retry, plan=True)
+    options = {"source": source, "block": block, "norms": norms, "cost": cost, "jobs": jobs, "timeout": timeout}
+    _run(patterns, out, **options, resume=resume, retry=retry, plan=True)
 
 
 def _run(patterns: list[str], out: Path, **options: Any) -> None:

@@ -93,7 +93,8 @@ class Conversion(Work):
         roundtrip = self.roundtrip(model, view, reference) if there_and_back else None
         gc.collect()  # traced graphs are cycles, and hold weights
         with self.clock("collapse"):
-            folded, explanation = reparam.collapse_with_report(model, verify="folds")
+            rules = {"norms": self.job.settings.norms, "cost": self.job.settings.cost}
+            folded, explanation = reparam.collapse_with_report(model, verify="folds", **rules)
         if not explanation.folds:
             raise nothing_folds(explanation, made.stock)
         latency, work = self.latency(model, folded, view)

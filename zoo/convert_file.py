@@ -40,7 +40,8 @@ class _FileConversion(Work):
         if limit is not None and held > limit:
             raise too_large(held, limit)
         with self.clock("collapse"):
-            folded, explanation = reparam.onnx.collapse_with_report(model, verify=settings.outputs or "folds")
+            how = settings.outputs or "folds"
+            folded, explanation = reparam.onnx.collapse_with_report(model, verify=how, cost=settings.cost)
         self.notes += explanation.notes
         before = _size(explanation.before, path.stat().st_size)
         if not explanation.folds:

@@ -75,6 +75,7 @@ class Settings:
         outputs: compare whole outputs and the way back to the stock architecture; each fold is proven without it.
         latency: time both networks and count their multiply-adds.
         plan: only plan, on the meta device (:mod:`zoo.plan`).
+        norms, cost: as for :func:`reparam.collapse`.
     """
 
     block: str | None = None
@@ -86,6 +87,8 @@ class Settings:
     outputs: bool = True
     latency: bool = True
     plan: bool = False
+    norms: str = "keep"
+    cost: str = "numbers"
 
     def are(self, recorded: Any) -> bool:
         """Whether a run was recorded with these; what an older version did not know has its default."""

@@ -12,7 +12,9 @@ import resource
 import sys
 from pathlib import Path
 
-__all__ = ["high_water", "reset", "resident", "return_freed"]
+import torch
+
+__all__ = ["Peak", "high_water", "reset", "resident", "return_freed"]
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 M_MMAP_THRESHOLD = -3
@@ -61,3 +63,27 @@ def return_freed(at_once: bool) -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, LARGE if at_once else LARGEST)
         library.malloc_trim(0)
+
+
+class Peak:
+    """The memory of training: what came on top of all that the process held at the beginning, and what it held itself.
+
+    Args:
+        device: of the training.
+        held: bytes that the training holds now.
+    """
+
+    def __init__(self, device: torch.device, held: int) -> None:
+        self.device, self.held = device, held
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        else:
+            return_freed(at_once=False)  # or freed memory of what ran before would hide what comes
+            self.before = reset()
+
+    def bytes(self) -> int:
+        """Bytes that were held at most since then."""
+        cuda = self.device.type == "cuda"
+        most = torch.cuda.max_memory_allocated(self.device) if cuda else high_water()
+        return max(most - self.before, 0) + self.held

@@ -53,7 +53,8 @@ class Planning(Work):
         if next(model.parameters(), None) is None:
             raise Ended(NothingToDo, reason="it has no parameters")
         with self.clock("collapse"):
-            folded, explanation = reparam.collapse_with_report(model, verify=False)
+            rules = {"norms": self.job.settings.norms, "cost": self.job.settings.cost}
+            folded, explanation = reparam.collapse_with_report(model, verify=False, **rules)
         expanded, left = 0, {}
         if self.job.settings.block is not None:
             with self.clock("expand"):

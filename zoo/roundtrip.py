@@ -151,8 +151,11 @@ def _trip(network: Trained, block: str, model: nn.Module, inputs: Any, census: C
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trip = _there(trip, model, census, inputs)
-            trip = _and_back(trip, model, inputs, seed)
+            started = time.perf_counter()
+            plan = reparam.plan(model, block, where=ALL)
+            trip = _counted(trip, plan, census)
+            expanded = plan.apply()
+            trip = _and_back(trip, model, expanded, inputs, seed, time.perf_counter() - started)
     # As above.
     except Exception as error:
         log.debug("%s with %s failed", network.spec, block, exc_info=True)
@@ -160,13 +163,12 @@ def _trip(network: Trained, block: str, model: nn.Module, inputs: Any, census: C
     return replace(trip, failure=_verdict(trip))
 
 
-def _there(trip: Trip, model: nn.Module, census: Census, inputs: Any) -> Trip:
-    """Plan, and hold the plan against the census.
+def _counted(trip: Trip, plan: Plan, census: Census) -> Trip:
+    """What the plan makes of the convolutions of the census.
 
     Raises:
         ValueError: an eligible convolution is neither expanded nor left with a reason.
     """
-    plan = reparam.plan(model, trip.block, where=ALL)
     _check_reasons(plan, census)
     eligible = set(census.eligible)
     left = Counter(_reason(row) for row in plan.rows if row.refusal is not None and row.layer in eligible)
@@ -176,12 +178,9 @@ def _there(trip: Trip, model: nn.Module, census: Census, inputs: Any) -> Trip:
     return replace(trip, expanded=expanded, left=dict(left), remarks=trip.remarks + remarks)
 
 
-def _and_back(trip: Trip, model: nn.Module, inputs: Any, seed: int) -> Trip:
-    """Expand, compare, train, collapse, load into a fresh network, compare."""
+def _and_back(trip: Trip, model: nn.Module, expanded: nn.Module, inputs: Any, seed: int, seconds: float) -> Trip:
+    """Compare, train, collapse, load into a fresh network, compare; ``seconds`` were spent on expanding."""
     network = trip.network
-    started = time.perf_counter()
-    expanded = reparam.expand(model, trip.block, where=ALL)
-    seconds = time.perf_counter() - started
     before = _run(network, model, inputs)
     trip = replace(trip, start=_largest_difference(before, _run(network, expanded, inputs)))
     dead = _train(network, expanded, inputs, seed)

@@ -18,6 +18,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from passes.fold.rules import rules_of
 from reparam import ReparamError, sources
 from reparam.networks import UsageError
 from reparam.own_code import Code
@@ -76,6 +77,8 @@ def convert_zoo(
     outputs: bool = True,
     latency: bool = True,
     plan: bool = False,
+    norms: str = "keep",
+    cost: str = "numbers",
     jobs: int = 1,
     timeout: float = Limits.timeout,
     memory: float | None = None,
@@ -102,6 +105,8 @@ def convert_zoo(
         outputs: compare whole outputs and the way back, not only each fold: that takes two thirds of the time.
         latency: time the networks, which says little on a machine that is busy otherwise.
         plan: only plan, without numbers; outcomes are then :class:`zoo.outcome.Planned`.
+        norms: as for :func:`reparam.collapse`; an ONNX file keeps its norms.
+        cost: as for :func:`reparam.collapse`.
         jobs: processes at a time; a cluster runs as many as its workers have threads.
         timeout: seconds for one model.
         memory: GiB for one model, beyond what the libraries take.
@@ -118,6 +123,7 @@ def convert_zoo(
         ReparamError: bad options; ``out`` is in use, or holds another run. Errors of models are outcomes.
     """
     limits = Limits(jobs, timeout, memory)
+    rules_of(norms, cost)
     if block is not None:
         parse_block(block)
     if pretrained and weights is not None:
@@ -131,10 +137,11 @@ def convert_zoo(
     names = list(names)
     files = [name for name in names if name.endswith(SUFFIX)]
     if files:
-        if block is not None or pretrained or weights is not None or onnx or plan:
+        if block is not None or pretrained or weights is not None or onnx or plan or norms != "keep":
             raise UsageError(
-                "an ONNX file has no layers that a block could replace, has its weights and is planned with them: drop "
-                "--block, --pretrained, --weights and --onnx, and convert it"
+                "an ONNX file has no layers that a block could replace, has its weights, keeps its norms (one operator "
+                "each) and is planned with its numbers: drop --block, --pretrained, --weights, --norms and --onnx, and "
+                "convert it"
             )
         check_packages()
     if onnx:
@@ -146,7 +153,7 @@ def convert_zoo(
         check_packages()
     folder = None if out is None else Path(out)
     shelf = None if weights is None else os.fspath(weights)
-    settings = Settings(block, pretrained, shelf, save, onnx, max_parameters, outputs, latency, plan)
+    settings = Settings(block, pretrained, shelf, save, onnx, max_parameters, outputs, latency, plan, norms, cost)
     wanted = _files(files)
     if len(files) < len(names) or not names:
         wanted += select([name for name in names if name not in files], source, weights)

@@ -40,7 +40,7 @@ class DifferenceConv(KernelConv):
     """
 
     def __init__(self, site: Site, matrix: Tensor) -> None:
-        like = site.conv.weight
+        like = site.like
         bias = nn.Parameter(like.new_empty(site.out_channels)) if site.shift else None
         super().__init__(site.geometry, bias)
         self.matrix: Tensor

@@ -43,7 +43,7 @@ class DOConv(KernelConv):
 
     def __init__(self, site: Site, depth: int) -> None:
         super().__init__(site.geometry, site.conv.bias)
-        kernel, trained = site.weight.detach(), site.conv.weight.requires_grad
+        kernel, trained = site.weight.detach(), site.like.requires_grad
         self.taps, self.depth, self.inputs = site.taps, depth, site.in_channels // site.groups
         self.at_once = math.gcd(self.inputs, INPUTS_AT_ONCE)
         self.sizes = list(site.kernel)

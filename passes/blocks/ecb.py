@@ -43,7 +43,7 @@ class ScaledFilter(KernelConv):
     """A fixed filter per channel, times a trained factor, plus a bias; both start at ``1e-3 N(0, 1)``."""
 
     def __init__(self, site: Site, taps: tuple[tuple[int, ...], ...]) -> None:
-        like = site.conv.weight
+        like = site.like
         conv = site.filters(
             torch.tensor(taps, dtype=like.dtype, device="cpu").expand(site.out_channels, 3, 3), bias=True
         )

@@ -17,7 +17,7 @@ from passes.edits.holders import Holder, holders, substituted
 from passes.edits.layer import GEOMETRY
 from passes.edits.rewritten import Remainder, rewrite, settle
 from passes.graph.attributes import carry_attributes
-from passes.graph.leaf import makes_weight
+from passes.graph.weights import makes_weight
 
 __all__ = ["Undo", "apply", "remainder"]
 
@@ -93,10 +93,13 @@ class _Editor:
 
     def apply(self, edit: Edit) -> None:
         match edit:
-            case Replace() | Block():
-                self._replace(edit.path, self._layer(edit))
+            case Replace() | Block():  # one layer, wherever it is registered
+                old, owners = self._module(edit.path), list(self.model.modules())
+                places = [(owner, name) for owner in owners for name, child in owner._modules.items() if child is old]
+                self._replace(old, self._layer(edit), places)
             case Remove():
-                self._replace(edit.path, remainder(self._module(edit.path), edit))
+                old = self._module(edit.path)  # which may be part of a block by now
+                self._replace(old, remainder(old, edit), [self._owner(edit.path)])
             case Add():
                 owner, name = self._owner(edit.path)
                 if hasattr(owner, name):
@@ -137,11 +140,11 @@ class _Editor:
             raise EditError(f"{edit}: nothing here builds blocks")
         return self.build_block(self.model, edit)
 
-    def _replace(self, path: str, new: nn.Module) -> None:
-        old = self._module(path)
-        owner, name = self._owner(path)
-        self.undo.touch(owner)
-        owner._modules[name] = new
+    def _replace(self, old: nn.Module, new: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
+        for owner, name in places:
+            self.undo.touch(owner)
+            owner._modules[name] = new
+        self.undo.touch(old)
         _inherit(old, new)
         for holder in self.holders.get(id(old), ()):
             self.undo.touch(holder.owner)
@@ -228,8 +231,11 @@ def _inherit(old: nn.Module, new: nn.Module) -> None:
     carry_attributes(old, new)
     for name, table in vars(old).items():
         hooks = name.startswith(("_forward_", "_backward_")) and name.endswith("_hooks") and bool(table)
-        if hooks and not any(makes_weight(hook) for hook in table.values()):
+        making = [key for key, hook in table.items() if makes_weight(hook)] if hooks else []
+        if hooks and len(making) < len(table):
             new.__dict__[name] = table
+            for key in making:  # what computes the old one's weight is no hook of the new one
+                del table[key]
     for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
         if vars(old).get(name):
             new.__dict__[name] = vars(old)[name]

@@ -155,6 +155,7 @@ class Block:
         preserve: whether it begins as the function that it replaces.
         norm: path of the batch norm behind the convolution, empty without one.
         rest: names of that norm's children that run after it.
+        norms: whether added branches may have batch norms.
     """
 
     path: str
@@ -164,6 +165,7 @@ class Block:
     preserve: bool = True
     norm: str = ""
     rest: tuple[str, ...] = ()
+    norms: bool = True
 
     def __str__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options)

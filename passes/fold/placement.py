@@ -174,7 +174,7 @@ def _substitute(layout: Layout, region: Candidate, call: Call, step: Step, place
         return
     fixed = call in layout.flow.unit.fixed
     if not fixed and _is_whole(layout, region, call, step.old) and call.args == (step.source,) and not call.kwargs:
-        outer = call.parent is None and layout.flow.unit.path != "" and layout.registered[id(call.module)] == 1
+        outer = call.parent is None and layout.flow.unit.path != ""
         inner = call.parent is not None and layout.replaceable(call.module, call.path, call.parent)
         told = (step.layer and layout.misled(call.module, region.form)) or id(call.module) in layout.flow.unit.asked
         if (outer or inner) and not told and not layout.reads_numbers(call.path):

@@ -21,11 +21,12 @@ _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device,
 def carry_attributes(old: nn.Module, new: nn.Module) -> None:
     """Give ``new`` the plain public attributes of ``old`` that it does not have itself.
 
-    Numbers, strings and such, tuples of them, and parameters that are None (``bias`` of a layer without one).
+    Numbers, strings and such, tuples of them, and parameters that are None (``bias`` of a layer without one); no mark
+    of a block.
     """
     absent = [name for table in (old._parameters, old._buffers) for name, tensor in table.items() if tensor is None]
     for name, value in [*vars(old).items(), *((name, None) for name in absent)]:
-        if not name.startswith("_") and not hasattr(new, name) and _plain(value):
+        if not name.startswith(("_", "reparam_")) and not hasattr(new, name) and _plain(value):
             setattr(new, name, value)
 
 

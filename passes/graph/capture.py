@@ -133,7 +133,7 @@ def trace_units(
         model: any module.
         inputs: example inputs of the whole model, which help to answer questions about shapes.
         numbers: whether the numbers of parameters may decide which way the code goes; not while training.
-        leaves: modules that are one call each, whatever their forward does.
+        leaves: modules that are one call each, whatever their forward does; their insides are not traced.
     """
     named = {id(leaf): Refusal(Reason.UNTRACEABLE, "") for leaf in leaves}
     # Around a block a layer's forward runs without its weight: it says nothing by itself.
@@ -416,6 +416,8 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
     leaves = {str(n.target) for n in unit.graph.nodes if n.op == "call_module"}
     for at, refusal in unit.opaque.items():
         leaf = root.get_submodule(at)
+        if id(leaf) in unit.leaves:
+            continue
         failed = refusal.reason in UNREAD and not refusal.message.startswith("compiled")
         failed = failed and not isinstance(leaf, torch.jit.ScriptModule)
         todo += _children(join(unit.path, at), leaf) if failed else [(join(unit.path, at), leaf)]
@@ -425,7 +427,7 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
     def visit(path: str, module: nn.Module) -> None:
         for name, child in module.named_children():
             at = join(path, name)
-            if at in leaves and (at in unit.opaque or is_based_on_layer(child)):
+            if id(child) in unit.leaves or (at in leaves and (at in unit.opaque or is_based_on_layer(child))):
                 continue
             if at in leaves:  # a container of torch
                 todo.extend(_children(join(unit.path, at), child))

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.utils.prune import BasePruningMethod
 
 from passes.graph.capture import Unit
 from passes.graph.copies import deep_copy
 from passes.graph.nodes import may_draw
 from passes.graph.opset import Operation
+from passes.graph.weights import computed_weight
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Constants", "find_constants", "holder_tensors"]
@@ -63,7 +63,7 @@ class Constants:
         if plain is not None or name in module._parameters or name in module._buffers:
             return None if plain is None else self._cast(plain)
         exact = module if torch.is_grad_enabled() else deep_copy(module).double()
-        value = _computed(exact, name)
+        value = computed_weight(exact, name)
         return None if value is None else self._cast(value)
 
     def _compute(self, node: fx.Node) -> Any:
@@ -122,15 +122,3 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     if a.device.type == "meta" or isinstance(a, FakeTensor):
         return False
     return a.data_ptr() == b.data_ptr()
-
-
-def _computed(module: nn.Module, name: str) -> Tensor | None:
-    """A weight behind torch.nn.utils' weight_norm, spectral_norm or prune, or behind a parametrization."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
-            return hook.apply_mask(module)  # type: ignore[no-any-return]
-        if getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
-            extra = {"do_power_iteration": False} if "n_power_iterations" in vars(hook) else {}
-            return hook.compute_weight(module, **extra)  # type: ignore[no-any-return]
-    value = getattr(module, name, None)
-    return value if isinstance(value, Tensor) else None

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.prune import BasePruningMethod
 
 from passes.graph.nodes import LAYERS
 from passes.graph.opset import Kind, base_operation, operation_of_layer
+from passes.graph.weights import makes_weight
 from passes.graph.within import Within
 from passes.refusal import Reason, Refusal
 
 __all__ = [
-    "SCRIPT", "has_hooks", "inherits_forward", "is_based_on_layer", "is_pruned", "leaf_refusal", "library_leaves",
-    "makes_weight", "without_hooks",
+    "SCRIPT", "has_hooks", "inherits_forward", "is_based_on_layer", "leaf_refusal", "library_leaves", "without_hooks",
 ]  # fmt: skip
 
 _INHERITED = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR, Kind.NORM)
@@ -42,25 +41,19 @@ def has_hooks(module: nn.Module) -> bool:
     return not all(makes_weight(hook) for hook in hooks)
 
 
-def makes_weight(hook: Any) -> bool:
-    """Whether this is a hook by which torch.nn.utils computes a weight: weight_norm, spectral_norm, prune."""
-    return hasattr(hook, "compute_weight") or isinstance(hook, BasePruningMethod)
-
-
 def without_hooks(module: nn.Module) -> nn.Module:
-    """The layer itself if it has no hooks, else one without that holds the very same tensors."""
+    """The layer itself if it has no hooks of a person, else one without that holds the very same tensors."""
     if not has_hooks(module):
         return module
-    bare = copy.copy(module)
+    bare = object.__new__(type(module))  # a parametrized layer refuses copy.copy
     tables = {name: value for name, value in vars(module).items() if isinstance(value, (dict, set))}
-    own = {name: type(table)() if "_hooks" in name else copy.copy(table) for name, table in tables.items()}
+    own = {name: copy.copy(table) for name, table in tables.items()}
+    for name, table in own.items():
+        if isinstance(table, dict) and name.endswith("_hooks"):
+            for key in [key for key, hook in table.items() if not makes_weight(hook)]:
+                del table[key]
     bare.__dict__ = {**vars(module), **own}
     return bare
-
-
-def is_pruned(module: nn.Module) -> bool:
-    """Whether weights of a module are multiplied by a mask of torch.nn.utils.prune."""
-    return any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
 
 
 def library_leaves(which: str) -> list[Any]:

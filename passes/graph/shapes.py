@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.graph.opset import Kind, Operation, Rank, argument, base_operation
+from passes.graph.weights import weight_like, weight_maker
 
 __all__ = ["Known", "Shapes", "cast_to", "shapes_of"]
 
@@ -181,8 +182,13 @@ def cast_to(node: fx.Node, operation: Operation, dtypes: Mapping[fx.Node, torch.
 
 
 def _weight_dtype(node: fx.Node, module: nn.Module | None, held: Mapping[fx.Node, Any]) -> torch.dtype | None:
-    weight: Any = getattr(module, "weight", None) if module is not None else held.get(argument(node, 1, "weight"))
+    weight: Any = _weight(module) if module is not None else held.get(argument(node, 1, "weight"))
     return weight.dtype if isinstance(weight, Tensor) else None
+
+
+def _weight(module: nn.Module) -> Any:
+    """A layer's weight, or one like it: what a hook has computed before the model was cast says nothing."""
+    return getattr(module, "weight", None) if weight_maker(module) is None else weight_like(module)
 
 
 _WEIGHS = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR)
@@ -193,7 +199,7 @@ def _dtype(node: fx.Node, operation: Operation, module: nn.Module | None, found:
     if operation.kind is Kind.CAST:
         return cast_to(node, operation, found.dtype)
     if operation.kind in _WEIGHS:
-        weight: Any = getattr(module, "weight", None) if module is not None else argument(node, 1, "weight")
+        weight: Any = _weight(module) if module is not None else argument(node, 1, "weight")
         return weight.dtype if isinstance(weight, Tensor) else found.dtype.get(weight)
     inputs = node.all_input_nodes
     if operation.kind is Kind.ARITHMETIC:

@@ -268,7 +268,11 @@ def check(
     runs, differences = _runs_of(result, observed, exact, by_name)
     if effects:
         left = hooked(result)
-        lost = [path for path, count in observed.hooks.items() if left.get(_where(path, moved or {}), 0) < count]
+        lost = [
+            path
+            for path, count in observed.hooks.items()
+            if max(left.get(path, 0), left.get(_where(path, moved or {}), 0)) < count
+        ]
         differences += [Difference("has lost its hook", path) for path in lost]
     total, unknown = Comparison(), False
     there = {path for path, _ in result.named_modules()}
@@ -430,7 +434,8 @@ def _left(
     got: Run, wanted: Run, moved: Mapping[str, str], allowed: float, again: str, there: set[str]
 ) -> list[Difference]:
     """What the two calls left behind on their modules; a tensor that is written anew goes with a layer that is gone."""
-    theirs = {(_where(path, moved), name): value for (path, name), value in wanted.left.items()}
+    # A hook that went on to the block leaves its marks there, and not where the layer is now.
+    theirs = {key if key in got.left else (_where(key[0], moved), key[1]): value for key, value in wanted.left.items()}
     found = []
     for (path, name), value in theirs.items():
         if path not in there and isinstance(value, Tensor) and (path, name) in wanted.had:

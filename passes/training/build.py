@@ -23,14 +23,16 @@ from passes.blocks.kit.layers import BranchSum, silence, stand_in
 from passes.blocks.kit.registry import Block
 from passes.blocks.kit.transposed import site_at
 from passes.edits.edit import Block as BlockEdit
+from passes.graph.copies import deep_copy
 from passes.graph.leaf import inherits_forward, without_hooks
 from passes.graph.modes import kept_modes
+from passes.graph.weights import weight_like, weight_maker, weight_sources
 from passes.graph.within import Inner, Within
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.training.discovery import Found, Norm, plain_norm
 from passes.training.equivalent import Reading
 from passes.training.forms import Form, scales_for_norms, train_as
-from passes.training.inside import inside_of, plain_conv, sizes_for
+from passes.training.inside import inside_of, is_steady, plain_conv, sizes_for
 
 __all__ = ["Cost", "build", "check_preserved", "rebuilt", "signature", "site_of", "try_on_meta"]
 
@@ -55,12 +57,12 @@ def site_of(model: nn.Module, found: Found, preserve: bool, form: Form) -> Site:
     if found.norm is not None:
         held = model.get_submodule(found.norm.path)
         assert isinstance(held, _BatchNorm)
-        norm = plain_norm(held, conv.weight.dim() - 2)
+        norm = plain_norm(held, weight_like(conv).dim() - 2)
+    options: dict[str, Any] = {"preserve": preserve, "online": form.online, "norms": found.norms}
     if found.inside is None:
-        return site_at(conv, norm, preserve=preserve, online=form.online)
+        return site_at(conv, norm, **options)
     assert isinstance(conv, _ConvNd)
-    plain = plain_conv(conv, found.inside)
-    return Site(plain, norm, preserve=preserve, online=form.online, layer=conv, inside=found.inside)
+    return Site(plain_conv(conv, found.inside), norm, layer=conv, inside=found.inside, **options)
 
 
 def build(layer: str, site: Site, block: Block, form: Form, *, recorded: bool = True) -> nn.Module:
@@ -79,23 +81,25 @@ def build(layer: str, site: Site, block: Block, form: Form, *, recorded: bool = 
         why = str(error).partition("\n")[0]
         raise ReparamError(f"{layer}: {block} cannot be built, {type(error).__name__}: {why}") from error
     _check_one_kernel(site, branches)
+    _check_made(site, block, branches)
     others = list(branches.values())[1:]
     if site.preserve:
         for branch in others:
             silence(branch)
     if form.online:
         branches = {name: scales_for_norms(branch, site.n) for name, branch in branches.items()}
-    layout = target_of([conv.weight])
+    layout = target_of([site.like])
+    whole = {m for each in (conv, norm) if each is not None for m in each.modules()}
     for branch in branches.values():
         for module in branch.modules():
-            if module not in (conv, norm):
+            if module not in whole:
                 module.training = conv.training if norm is None else norm.training
         for parameter in branch.parameters():
             if id(parameter) in own:
                 continue
-            if not conv.weight.requires_grad and not block.info.adapter:
+            if not site.like.requires_grad and not block.info.adapter:
                 parameter.requires_grad_(False)
-            if layout.channels_last and parameter.dim() == conv.weight.dim() and parameter.dim() in (4, 5):
+            if layout.channels_last and parameter.dim() == site.like.dim() and parameter.dim() in (4, 5):
                 last = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
                 parameter.data = parameter.data.contiguous(memory_format=last)
     computed = site.inside is not None and site.inside.computed
@@ -117,10 +121,28 @@ def _check_one_kernel(site: Site, branches: dict[str, nn.Module]) -> None:
         return
     if len(branches) > 1 or not all(isinstance(branch, (KernelConv, _ConvNd)) for branch in branches.values()):
         raise RefusalError(
-            Reason.OWN_FORWARD,
+            Reason.ONE_KERNEL,
             f"{type(site.layer).__name__} computes the kernel that it convolves with from its weight, which no sum of "
             "branches goes through: a block that is one kernel does (doconv, or any with form='online')",
         )
+
+
+def _check_made(site: Site, block: Block, branches: dict[str, nn.Module]) -> None:
+    """A weight that is computed in each call stays so: its layer has to be a branch, as it is."""
+    if (maker := weight_maker(site.conv)) is None:
+        return
+    inside = (module for branch in branches.values() for module in branch.modules())
+    if not any(isinstance(module, (_ConvNd, nn.Linear)) and weight_maker(module) for module in inside):
+        told = f"{maker} computes its weight in each call, and {block} starts from a weight that is a parameter"
+        raise RefusalError(Reason.COMPUTED, f"{told}: make that permanent first, or take a block that adds branches")
+
+
+def _check_steady(site: Site, form: Form) -> None:
+    """One kernel takes the place of all branches only where it is the same one in training, each time."""
+    maker = weight_maker(site.conv)
+    if maker is not None and form.name != "branches" and not is_steady(site.conv):
+        told = f"{maker} computes another weight in training than in evaluation, and form={form.name!r} one for both"
+        raise RefusalError(Reason.COMPUTED, told)
 
 
 def rebuilt(model: nn.Module, edit: BlockEdit) -> nn.Module:
@@ -129,7 +151,8 @@ def rebuilt(model: nn.Module, edit: BlockEdit) -> nn.Module:
     if not isinstance(conv, (_ConvNd, nn.Linear)):
         raise ReparamError(f"{edit.path} is no convolution and no linear layer, so it cannot get a block")
     inside = inside_of(conv) if isinstance(conv, _ConvNd) and not inherits_forward(conv) else None
-    found = Found(edit.path, conv, Norm(edit.norm, edit.rest) if edit.norm else None, inside=inside)
+    norm = Norm(edit.norm, edit.rest) if edit.norm else None
+    found = Found(edit.path, conv, norm, inside=inside, again=not edit.norms)
     form = Form.of(edit.form)
     site = site_of(model, found, edit.preserve, form)
     return build(edit.path, site, Block(edit.block, **dict(edit.options)), form)
@@ -140,11 +163,13 @@ def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, fo
     real = site_of(model, found, preserve, form)
     norm_on_meta = None if real.norm is None else _on_meta(real.norm)
     bare = _on_meta(real.conv)
+    options: dict[str, Any] = {"preserve": preserve, "online": form.online, "norms": found.norms}
     if real.layer is None:
-        site = site_at(bare, norm_on_meta, preserve=preserve, online=form.online)
+        site = site_at(bare, norm_on_meta, **options)
     else:
-        site = Site(bare, norm_on_meta, preserve=preserve, online=form.online, layer=real.layer, inside=real.inside)
+        site = Site(bare, norm_on_meta, layer=real.layer, inside=real.inside, **options)
     try:
+        _check_steady(real, form)
         built = build(found.path, site, block, Form(), recorded=False)
         # What a class of its own does around its convolution is left out: it is the same before and after.
         reading = Reading(Inner(built) if isinstance(built, Within) else built)
@@ -155,10 +180,11 @@ def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, fo
         return Refusal(Reason.BLOCK, f"{block} folds into another geometry than {site.geometry}")
     if folded.bias is not None and not site.shift:
         return Refusal(Reason.BLOCK, f"{block} would leave a bias, and no layer here can take it")
-    conv = site.conv.weight.numel()
+    conv = site.like.numel()
     bias = site.out_channels if site.shift else 0
     norm = 0 if site.norm is None else sum(p.numel() for p in site.norm.parameters())
-    before = conv + (0 if site.conv.bias is None else site.out_channels) + norm
+    own = sum(p.numel() for p in weight_sources(site.conv))
+    before = own + (0 if site.conv.bias is None else site.out_channels) + norm
     training = sum(p.numel() for p in built.parameters()) + (0 if site.norm_taken else norm)
     each = conv / (math.prod(site.stride) if site.geometry.transposed else 1)
     normed = each + (0 if site.norm is None or not (site.norm_taken or form.online) else site.out_channels)
@@ -169,6 +195,8 @@ def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, fo
 
 def _on_meta(module: Any) -> Any:
     """The same layer without numbers."""
+    if weight_maker(module) is not None:
+        return deep_copy(module).to("meta")
     bare = copy.copy(module)
     for table in ("_parameters", "_buffers"):
         tensors = {}
@@ -185,7 +213,7 @@ def signature(site: Site, block: Block, form: Form) -> Any:
     norm = site.norm
     kind = None if norm is None else (type(norm), norm.affine, norm.eps, norm.momentum)
     around = None if site.layer is None else (type(site.layer), site.inside)
-    return block, site.geometry, kind, site.conv.bias is None, site.shift, form, site.conv.weight.dtype, around
+    return block, site.geometry, kind, site.conv.bias is None, site.shift, site.norms, form, site.like.dtype, around
 
 
 def check_preserved(layer: str, site: Site, module: nn.Module) -> None:
@@ -193,7 +221,7 @@ def check_preserved(layer: str, site: Site, module: nn.Module) -> None:
 
     A layer with a forward of its own runs on several sizes. On the meta device there is nothing to compare.
     """
-    g, weight = site.geometry, site.conv.weight
+    g, weight = site.geometry, site.like
     if weight.is_meta:
         return
     reach = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]

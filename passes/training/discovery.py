@@ -21,11 +21,11 @@ from torch.nn.modules.conv import _ConvNd
 from passes.algebra.geometry import Layer
 from passes.edits.holders import apart
 from passes.graph.capture import Call, Unit, call_of, has_hooks, in_one_context, inherits_forward, join, trace_units
-from passes.graph.leaf import is_pruned
 from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
 from passes.graph.outside import speaks_of_weights
 from passes.graph.variants import own_calls, variants
+from passes.graph.weights import weight_maker, weight_sources
 from passes.graph.within import Inside, arounds
 from passes.refusal import UNREAD, Reason, Refusal, RefusalError
 from passes.training.hooks import hook_refusal, sees_result
@@ -48,7 +48,8 @@ class Found:
 
     ``norm_stays`` says why a norm that reads it does not belong to it; ``always``, whether each call with defaults runs
     it, in evaluation or in training; ``unread``, why the graphs do not show how it is used: then a run has to;
-    ``inside``, where a class with a forward of its own convolves.
+    ``inside``, where a class with a forward of its own convolves; ``again``, whether some call of the model calls it
+    more than once.
     """
 
     path: str
@@ -59,6 +60,12 @@ class Found:
     always: bool = False
     unread: Refusal | None = None
     inside: Inside | None = None
+    again: bool = False
+
+    @property
+    def norms(self) -> bool:
+        """Whether added branches may have batch norms: several calls share statistics only where its own norm does."""
+        return self.norm is not None or not self.again
 
 
 def find_convs(model: nn.Module, *, linear: bool = False) -> list[Found]:
@@ -107,10 +114,12 @@ def _found(model: nn.Module, kinds: _Kinds) -> list[Found]:
                 norm = Refusal(Reason.HOOK, "it has a hook, which sees its result before the norm")
             if isinstance(norm, Norm):
                 norm = _stays(model.get_submodule(norm.path), places, owners, around) or norm
+            more = any(id(module) in u.shared or u.calls[id(module)] > 1 for u in [*seen, *other])
+            each = Found(path, module, always=always, inside=around, again=more)
             if isinstance(norm, Refusal):
-                found.append(Found(path, module, norm_stays=norm.at(path), always=always, inside=around))
+                found.append(replace(each, norm_stays=norm.at(path)))
             else:
-                found.append(Found(path, module, norm, always=always, inside=around))
+                found.append(replace(each, norm=norm))
     return found
 
 
@@ -154,32 +163,30 @@ def _intrinsic(conv: Any, places: Counter[int], owners: Counter[int]) -> Refusal
         return computed
     if (hooked := hook_refusal(conv)) is not None:
         return hooked
-    if places[id(conv)] > 1 or any(owners[id(p)] > 1 for p in conv._parameters.values() if p is not None):
-        return Refusal(Reason.SHARED, "it, or its weight, is registered in more than one place")
+    own = [*weight_sources(conv), *(p for p in conv._parameters.values() if p is not None)]
+    if any(owners[id(p)] > 1 for p in own):
+        return Refusal(Reason.SHARED, "its weight is that of another layer too")
     if isinstance(conv, nn.Linear) and not inherits_forward(conv):
         return Refusal(Reason.OWN_FORWARD, f"{type(conv).__name__} does more in its forward than a linear layer")
     return None
 
 
 def _computed(conv: _ConvNd) -> Refusal | None:
-    """Why the tensor that it convolves with is none of its parameters."""
-    if hasattr(conv, "parametrizations"):
-        return Refusal(Reason.COMPUTED, f"{Reason.COMPUTED.value}: remove it first (torch.nn.utils.parametrize)")
-    if is_pruned(conv):
-        return Refusal(Reason.COMPUTED, "it is pruned: make that permanent first (torch.nn.utils.prune.remove)")
-    if "weight" not in conv._parameters:
-        return Refusal(Reason.COMPUTED, "its weight is computed by weight_norm or spectral_norm: remove it first")
+    """Why a layer whose tensors are no parameters cannot be a branch of a block as it is."""
+    if "bias" not in conv._parameters:
+        return Refusal(Reason.COMPUTED, "its bias is computed in each call: make that permanent first")
+    if "weight" in conv._parameters:
+        return None
+    if (maker := weight_maker(conv)) is None:
+        return Refusal(Reason.COMPUTED, "its weight is no parameter, and nothing that is known computes it")
+    if not inherits_forward(conv):
+        told = f"{maker} computes its weight, and {type(conv).__name__} does more in its forward than convolve"
+        return Refusal(Reason.COMPUTED, f"{told}: make that permanent first")
     return None
 
 
 def _usage(path: str, conv: nn.Module, seen: list[_Uses], other: list[_Uses]) -> Refusal | None:
     """What speaks against it in the graphs of evaluation and training, and in those of other calls."""
-    for uses in [*seen, *other]:
-        when = "" if uses in seen else f" {uses.how}"
-        if id(conv) in uses.shared:
-            return Refusal(Reason.SHARED, f"a module around it is called more than once{when}")
-        if uses.calls[id(conv)] > 1:
-            return Refusal(Reason.SHARED, f"it is called more than once{when}")
     if any(u.reads(path) for u in [*seen, *other]):
         return Refusal(Reason.CODE, "the code around it reads its weight or bias itself")
     if any(id(conv) in unit.asked for u in [*seen, *other] for unit in u.units):
@@ -285,7 +292,7 @@ class _Uses:
         self.shared: set[int] = set()
         self.named: set[int] = set()
         self.entered_whole: set[str] = set()
-        self.tensors_read = {join(unit.path, name) for unit in self.units for name in unit.read}
+        self.tensors_read = {(unit.path, join(unit.path, name)) for unit in self.units for name in unit.read}
         for unit in self.units:
             leaves = Counter(str(n.target) for n in unit.graph.nodes if n.op == "call_module")
             entered = Counter(id(call.module) for call in unit.calls)
@@ -304,8 +311,12 @@ class _Uses:
                 if isinstance(conv, kinds):
                     self.calls[id(conv)] += 1
                     self.unit_of[id(conv)] = unit
-                    self.norms[id(conv)] = self._norm_behind(unit, node, leaves, entered)
-                    self.readers[id(conv)] = frozenset(_where_read(unit, reader) for reader in _readers(node))
+                    norm = self._norm_behind(unit, node, leaves, entered)
+                    if self.norms.setdefault(id(conv), norm) != norm:
+                        norm = Refusal(Reason.SHARED, "it is called more than once, and not always read by one norm")
+                    self.norms[id(conv)] = norm
+                    readers = frozenset(_where_read(unit, reader) for reader in _readers(node))
+                    self.readers[id(conv)] = self.readers.get(id(conv), frozenset()) | readers
                     if node.kwargs or len(node.args) > 1:  # the output_size of a transposed convolution
                         self.named.add(id(conv))
                     if any(_meeting(node, reader) in own for reader in _readers(node)):
@@ -317,8 +328,8 @@ class _Uses:
         return found if isinstance(found, Norm) else None
 
     def reads(self, path: str) -> bool:
-        """Whether traced code reads a tensor of the layer at ``path`` instead of calling the layer."""
-        return any(name.rpartition(".")[0] == path for name in self.tensors_read)
+        """Whether traced code around the layer at ``path`` reads a tensor of it instead of calling it."""
+        return any(name.startswith(f"{path}.") and not _within(at, path) for at, name in self.tensors_read)
 
     def untraced_around(self, path: str) -> Refusal | None:
         """The nearest code around a layer that cannot be traced, unless something nearer to the layer can."""
@@ -343,7 +354,7 @@ class _Uses:
                 return None
             if (opaque := unit.opaque.get(str(reader.target))) is not None:
                 return _NORM_HOOKED if opaque.reason is Reason.HOOK else opaque.at(path)
-            if leaves[str(reader.target)] != 1:
+            if leaves[str(reader.target)] != leaves[str(conv.target)]:
                 return Refusal(Reason.SHARED, f"the norm {path} is called more than once")
             if not in_one_context([conv, reader]):
                 return Refusal(Reason.CONTEXT, _ANOTHER.format(path))

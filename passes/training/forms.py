@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.blocks.kit.layers import BranchSum, ChannelScale
 from passes.blocks.kit.registry import Block
+from passes.graph.weights import weight_maker
 from passes.refusal import RefusalError, ReparamError
 from passes.training.equivalent import KernelProgram
 from passes.training.statistics import shared, statistics_code
@@ -127,6 +128,8 @@ class Folded:
     def __init__(self, form: Form, block: BranchSum) -> None:
         self.form = form
         self.norms = tuple(path for path, m in block.named_modules() if isinstance(m, _BatchNorm))
+        if form.name == "branches" and any(weight_maker(m) for m in block.modules()):
+            self.norms = ()  # what computes its weight may do so otherwise in training, and change with each call
         self._said = False
         if form.name != "branches":
             self._record(block)

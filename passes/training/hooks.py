@@ -18,8 +18,8 @@ from typing import Any
 from torch import nn
 
 from passes.blocks.kit.layers import GEOMETRY
-from passes.graph.leaf import makes_weight
 from passes.graph.outside import speaks_of_weights
+from passes.graph.weights import makes_weight
 from passes.refusal import Reason, Refusal
 
 __all__ = ["hook_refusal", "sees_result"]
@@ -34,7 +34,7 @@ _PLAIN = (bool, int, float, complex, str, type(None))
 
 def hook_refusal(module: nn.Module) -> Refusal | None:
     """Why a layer's hooks could not go on as a block's; None also where there are none."""
-    if any(vars(module).get(name) for name in _STATE):
+    if any(not makes_weight(hook) for name in _STATE for hook in (vars(module).get(name) or {}).values()):
         told = "it has a hook on its state dict, where the names of a block are others: remove it first"
         return Refusal(Reason.HOOK, told)
     if vars(module).get("_backward_hooks") and vars(module).get("_is_full_backward_hook") is False:

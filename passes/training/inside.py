@@ -22,16 +22,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from passes.algebra.conv_form import Ints, per_dim
-from passes.algebra.geometry import CONVS, Geometry
+from passes.algebra.geometry import CONVS, Geometry, Layer
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
 from passes.graph.leaf import without_hooks
 from passes.graph.modes import has_own_modes
+from passes.graph.weights import computing, weight_like
 from passes.graph.within import CONVOLUTIONS, Given, Inside, Options, bare, convolution
 from passes.laws.watch import watched
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["inside_of", "plain_conv", "sizes_for"]
+__all__ = ["inside_of", "is_steady", "plain_conv", "sizes_for", "takes_any_weight"]
 
 _ASKED = ("shape", "size", "dim", "ndim", "dtype", "device", "numel", "requires_grad", "is_floating_point", "stride")
 """What may be asked of a weight beside its numbers."""
@@ -154,6 +155,30 @@ def plain_conv(layer: _ConvNd, inside: Inside) -> _ConvNd:
     return conv
 
 
+def takes_any_weight(layer: Layer) -> bool:
+    """Whether a layer that computes its weight can compute any."""
+    numbers = torch.randn(weight_like(layer).shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    try:
+        computing(_on_cpu(layer), numbers)
+    except ValueError:
+        return False
+    return True
+
+
+def is_steady(layer: Layer) -> bool:
+    """Whether a layer whose weight is computed in each call does so alike in training and in evaluation, each time."""
+    copied = _on_cpu(layer)
+    sizes = () if isinstance(layer, nn.Linear) else next(sizes_for(layer))
+    with torch.no_grad(), kept_generators():
+        torch.manual_seed(0)
+        for tensor in [*copied.parameters(), *copied.buffers()]:
+            if tensor.is_floating_point():
+                tensor.normal_()
+        x = torch.randn(2, Geometry.of(layer).in_channels, *sizes)
+        results = [copied.train(training)(x) for training in (True, False, True)]
+    return all(torch.equal(results[0], each) for each in results[1:])
+
+
 def _run(layer: _ConvNd, sizes: Ints, training: bool, biased: bool) -> Inside:
     name = type(layer).__name__
     copied = _shown(_on_cpu(bare(layer)), biased).train(training)
@@ -182,15 +207,14 @@ def _run(layer: _ConvNd, sizes: Ints, training: bool, biased: bool) -> Inside:
     return Inside(geometry, options, uses_bias, y is seen.result)
 
 
-def _on_cpu(layer: _ConvNd) -> _ConvNd:
+def _on_cpu(layer: Any) -> Any:
     """A copy on the CPU in float32, with some numbers where there are none."""
     for module in layer.modules():
         for table in (module._parameters, module._buffers):
             if any(t is not None and t.is_meta for t in table.values()):
                 layer = deep_copy(layer).to_empty(device="cpu")
                 for tensor in [*layer.parameters(), *layer.buffers()]:
-                    tensor.fill_(1)
-                return layer
+                    tensor.detach().fill_(1)
     return deep_copy(layer).to("cpu", torch.float32)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from passes.graph.copies import deep_copy
 from passes.graph.inputs import Example, copied
 from passes.graph.modes import kept_modes
+from passes.graph.weights import weight_like
 from passes.refusal import ReparamError
 from passes.training.discovery import Found
 
@@ -34,7 +35,7 @@ def positions_of(model: nn.Module, convs: list[Found], example: Example) -> dict
 
         def note(module: nn.Module, args: Any, output: Tensor, path: str = each.path) -> None:
             nonlocal single
-            weight: Any = module.weight
+            weight: Any = weight_like(module)
             single |= output.dim() == weight.dim() - 1
             found[path] = found.get(path, 0) + output.numel() / weight.shape[0]
 

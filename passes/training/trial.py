@@ -67,6 +67,7 @@ def try_blocks(
     example: Any = None,
     expected: Callable[[Row], bool] = lambda row: True,
     unread: Callable[[Row], Refusal | None] = lambda row: None,
+    again: Callable[[Row], Row] = lambda row: row,
     *,
     exact_in_training: bool = True,
 ) -> Outcome[Row]:
@@ -80,7 +81,8 @@ def try_blocks(
         smaller: the row with less in its block; None if there is no less.
         example: example inputs in any form, or None to make some up.
         expected: whether a row's convolution runs on every input.
-        unread: why no graph shows how a row's convolution is used, if none does: it is tried if it is called once.
+        unread: why no graph shows how a row's convolution is used, if none does: it is tried if it is seen called.
+        again: such a row for a convolution that is called more than once.
         exact_in_training: whether the blocks compute the same in training too; if not, they are tried in evaluation.
 
     Raises:
@@ -92,7 +94,7 @@ def try_blocks(
     with _eager():
         seen, why = _observed(model, example)
         unseen = {row.layer: told for row in rows if (told := _not_shown(row, unread(row), seen, why)) is not None}
-        rows = [row for row in rows if row.layer not in unseen]
+        rows = [again(row) if unread(row) and _calls(row, seen) > 1 else row for row in rows if row.layer not in unseen]
         if seen and not exact_in_training:
             seen, why = seen[:1], [*why, "not compared in training, where a block is exact only up to eps"]
         if not seen:
@@ -111,12 +113,14 @@ def _not_shown(row: Placed, unread: Refusal | None, seen: list[Observed], why: l
         return None
     if not seen:
         return replace(unread, message=f"{unread.message}; no run shows how it is used ({why[0]})")
-    most = max(run.counts.get(row.layer, 0) for one in seen for run in one.calls)
-    if most > 1:
-        return Refusal(Reason.SHARED, f"it is called more than once, {unread.message}", row.layer)
-    if not most:
+    if not _calls(row, seen):
         return replace(unread, message=f"{unread.message}; no call of it is seen: pass example_inputs that lead there")
     return None
+
+
+def _calls(row: Placed, seen: list[Observed]) -> int:
+    """The most calls of a convolution in one call of the network."""
+    return max(run.counts.get(row.layer, 0) for one in seen for run in one.calls)
 
 
 def _eager() -> Any:

@@ -194,7 +194,7 @@ class Training:
         # Processes draw different dropout, but each the same one again.
         seeds = np.random.SeedSequence([config.seed, number, self.accelerator.process_index])
         set_seed(int(seeds.generate_state(1)[0]))
-        peak = _Peak(self.accelerator.device, self._held())
+        peak = memory.Peak(self.accelerator.device, self._held())
         started = time.perf_counter()
         loss, accuracy = self._train(number, on_step)
         seconds = time.perf_counter() - started
@@ -362,27 +362,3 @@ def _accelerator(config: Config) -> Accelerator:
 def _is_record(values: Sequence[float]) -> bool:
     """Whether the last value is above all before it."""
     return all(values[-1] > value for value in values[:-1])
-
-
-class _Peak:
-    """The memory of an epoch: what came on top of all that the process held at its beginning, and what the run held.
-
-    Args:
-        device: of the run.
-        held: bytes that the run holds now.
-    """
-
-    def __init__(self, device: torch.device, held: int) -> None:
-        self.device, self.held = device, held
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device)
-        else:
-            memory.return_freed(at_once=False)  # or freed memory of the epoch before would hide this one's
-            self.before = memory.reset()
-
-    def bytes(self) -> int:
-        """Bytes that the run held at most since then."""
-        cuda = self.device.type == "cuda"
-        most = torch.cuda.max_memory_allocated(self.device) if cuda else memory.high_water()
-        return max(most - self.before, 0) + self.held

@@ -7,7 +7,6 @@ every stride, dilation, padding, even and rectangular kernels.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -21,6 +20,8 @@ from torch.nn.modules.conv import _ConvNd
 from passes.algebra.conv_form import Ints
 from passes.algebra.geometry import CONVS, PADS, Geometry, Layer, flat_pads
 from passes.blocks.kit.layers import ChannelScale, Every, IdentityConv, SumBefore, WindowMean, silence
+from passes.graph.copies import shadow
+from passes.graph.weights import weight_like
 from passes.graph.within import Inside
 from passes.refusal import Reason, RefusalError
 
@@ -41,10 +42,12 @@ class Site:
         inside: where that forward convolves.
         norm: the batch norm that alone reads it, or None.
         preserve: whether the block starts as the function that it replaces; else with its published initialisation.
+        norms: whether added layers may have a batch norm of their own: several calls of one would share statistics.
         online: whether it is trained as one convolution: then the norm stays where it is, behind the sum, and those of
             the branches become factors per channel.
 
     Attributes:
+        like: the convolution's weight; where that is computed, a tensor like it without numbers.
         shift: whether there is a place for a bias when the block is folded: the convolution's own, or the norm's.
             Without one, added layers carry neither bias nor batch norm, since each would leave a bias behind.
         norm_taken: whether the block has taken the norm in.
@@ -57,16 +60,18 @@ class Site:
         *,
         preserve: bool = True,
         online: bool = False,
+        norms: bool = True,
         layer: _ConvNd | None = None,
         inside: Inside | None = None,
     ) -> None:
         self.conv, self.layer, self.inside = conv, layer, inside
+        self.like = weight_like(conv)
         self.norm = norm
         self.preserve = preserve
         self.geometry = Geometry.of(conv)
         self.shift = conv.bias is not None or norm is not None
         self.norm_taken = False
-        self.online = online
+        self.online, self.norms = online, norms
 
     # ---------------------------------------------------------------- facts
 
@@ -103,7 +108,7 @@ class Site:
     @property
     def weight(self) -> Tensor:
         """The kernel ``(out, in / groups, *kernel)``, however torch's layer holds it."""
-        return self.geometry.laid_out(self.conv.weight)
+        return self.geometry.laid_out(self.like)
 
     @property
     def reads_one(self) -> bool:
@@ -299,11 +304,11 @@ class Site:
         return pool.requires_grad_(False)
 
     def new_norm(self, channels: int, gamma: float = 1.0) -> _BatchNorm | None:
-        """A batch norm of the kind, eps and momentum of the one behind the convolution; None if its shift has no place.
+        """A batch norm of the kind, eps and momentum of the one behind the convolution.
 
-        :meth:`row` leaves a None out.
+        None if its shift has no place, or if there are to be none; :meth:`row` leaves that out.
         """
-        if not self.shift:
+        if not self.shift or not self.norms:
             return None
         if not self.n:
             self.refuse("a batch norm beside a linear layer would have to know how many dimensions its input has")
@@ -401,16 +406,16 @@ class Site:
         return conv
 
     def _placed(self) -> dict[str, Any]:
-        return {"device": self.conv.weight.device, "dtype": self.conv.weight.dtype}
+        return {"device": self.like.device, "dtype": self.like.dtype}
 
 
 def _frozen(layer: Layer) -> Layer:
     """The layer with the same numbers, not trained; the layer itself, which others may hold, stays as it is."""
-    kept = copy.copy(layer)
-    kept._parameters = {
-        name: None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
-        for name, tensor in layer._parameters.items()
-    }
+    kept = shadow(layer)
+    for module in kept.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                module._parameters[name] = nn.Parameter(tensor.detach(), requires_grad=False)
     return kept
 
 

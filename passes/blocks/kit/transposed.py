@@ -29,10 +29,10 @@ from passes.blocks.kit.layers import IdentityConv
 __all__ = ["TransposedSite", "site_at"]
 
 
-def site_at(conv: Layer, norm: _BatchNorm | None, *, preserve: bool, online: bool) -> Site:
-    """The site of a linear layer, or of a convolution of either kind."""
+def site_at(conv: Layer, norm: _BatchNorm | None, **options: Any) -> Site:
+    """The site of a linear layer, or of a convolution of either kind; the options are those of :class:`Site`."""
     kind = TransposedSite if Geometry.of(conv).transposed else Site
-    return kind(conv, norm, preserve=preserve, online=online)
+    return kind(conv, norm, **options)
 
 
 class TransposedSite(Site):
