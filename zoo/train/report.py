@@ -15,9 +15,10 @@ import numpy as np
 
 from zoo.render import markdown_table, write_text
 from zoo.train.comparison import DECIDES, METRICS, Comparison, read_comparison
+from zoo.train.config import Config, field_text
 from zoo.train.pairs import interval, points, spread, verdict
 from zoo.train.plots import Interval, difference_plot, learning_curves
-from zoo.train.recipes import PUBLISHED, Published
+from zoo.train.recipes import PUBLISHED, SOURCES, Published, recipe
 from zoo.train.result import LAST
 
 __all__ = ["write_documentation", "write_results"]
@@ -74,7 +75,7 @@ def write_documentation(out: Path, path: Path) -> None:
     curves, differences = (path.with_name(f"{path.stem}-{name}") for name in ("curves", "differences"))
     _draw(comparison, curves, differences)
     text = _report(comparison, f"{curves.name}.svg", f"{differences.name}.svg")
-    write_text(path, f"{text}\n{_published()}")
+    write_text(path, f"{text}\n{_published(comparison.config)}")
 
 
 def _draw(comparison: Comparison, curves: Path, differences: Path) -> None:
@@ -242,8 +243,9 @@ def _csv_row(comparison: Comparison, text: str) -> dict[str, Any]:
     }
 
 
-def _published() -> str:
-    """The published results, with the command for each."""
+def _published(config: Config) -> str:
+    """The published results with the network of ``config``, or all if there are none, with the command for each."""
+    chosen = [each for each in PUBLISHED if each.model == config.model] or list(PUBLISHED)
     rows = [
         [
             f"{each.system}, {each.data}",
@@ -252,14 +254,28 @@ def _published() -> str:
             ", ".join(_published_block(each, text, value) for text, value in each.blocks.items()),
             f"`{each.command}`",
         ]
-        for each in PUBLISHED
+        for each in chosen
     ]
     table = markdown_table(("publication", "network", "plain", "blocks", "command"), rows)
-    return (
+    differing = [
+        f"- Above and not in the recipe `{name}`: {_differing(config, name)}. Its values are from {SOURCES[name]}."
+        for name in dict.fromkeys(each.recipe for each in chosen if each.model == config.model)
+    ]
+    return "\n".join([
         "## Published results\n\nTop-1 accuracy in per cent as published, and the command that trains the same network "
         "with the same recipe, on a machine that has the data. None of these rows was measured here. What a recipe "
-        f"sets is shown by `reparam train --recipe NAME --print-recipe`.\n\n{table}"
-    )
+        f"sets is shown by `reparam train --recipe NAME --print-recipe`.\n\n{table}",
+        *differing,
+    ]).rstrip() + "\n"  # fmt: skip
+
+
+def _differing(config: Config, name: str) -> str:
+    """The values of a configuration that are not the recipe's, but for block and seed, which a comparison varies."""
+    published = recipe(name, config.model)
+    fields = [f.name for f in dataclasses.fields(config) if f.name not in ("block", "init", "form", "seed", "where")]
+    pairs = [(field, getattr(config, field), getattr(published, field)) for field in fields]
+    told = [f"{field} {field_text(mine)} for {field_text(theirs)}" for field, mine, theirs in pairs if mine != theirs]
+    return ", ".join(told) or "nothing"
 
 
 def _published_block(row: Published, text: str, value: float) -> str:
