@@ -610,8 +610,9 @@ def test_acb_has_short_lines_on_a_larger_kernel() -> None:
 def test_dbb_on_a_dense_convolution() -> None:
     block = expand_one("dbb", conv_bn(2, 4, 6, padding=1, stride=2), init="paper")
     assert names(block) == ["square", "point", "average", "sequence"]
-    assert block.point[0].kernel_size == (1, 1)
-    assert block.point[0].stride == (2, 2)
+    assert names(block.point) == ["every", "conv", "norm"]
+    assert block.point.every.stride == [2, 2]
+    assert (block.point.conv.kernel_size, block.point.conv.stride) == ((1, 1), (1, 1))
     assert names(block.average) == ["point", "pad", "norm", "pool", "last_norm"]
     assert (block.average.pool.kernel_size, block.average.pool.stride) == ((3, 3), (2, 2))
     assert names(block.sequence) == ["point", "pad", "norm", "square", "last_norm"]

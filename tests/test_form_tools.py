@@ -185,6 +185,20 @@ def test_ensembles_by_vmap(block: str, form: str, training: bool) -> None:
 
 @each_form
 @each_block
+def test_runs_wherever_its_weights_are(block: str, form: str) -> None:
+    model = built(block, form).to("meta")
+    y = model(images().to("meta"))
+    assert (y.device.type, y.shape) == ("meta", (16, 8, 16, 16))
+    model.to_empty(device="cpu").load_state_dict(built(block, form).state_dict())
+    assert gap(model.eval()(images()), built(block, form).eval()(images())) < 1e-12
+    with torch.device("meta"):
+        skeleton = reparam.expand(Net(), block, form=form, where="all", init="paper", verify=False).double().eval()
+    skeleton.load_state_dict(model.state_dict(), assign=True)
+    assert gap(skeleton(images()), model(images())) < 1e-12
+
+
+@each_form
+@each_block
 def test_compiles_whole_and_once(block: str, form: str) -> None:
     model = built(block, form)
     reference = copy.deepcopy(model)
@@ -255,6 +269,7 @@ def test_who_looks_inside_finds_the_branches() -> None:
     seen: list[int] = []
     for norm in norms_of(model):
         norm.eval()
+    assert kernels_run(model, images()) == 2
     model.a.line0.conv.register_forward_hook(lambda *_: seen.append(1))
     model(images())
     assert seen == [1]
@@ -263,6 +278,32 @@ def test_who_looks_inside_finds_the_branches() -> None:
 
 
 # ------------------------------------------------------------------ processes
+
+STEM = """
+import torch, reparam
+from torch import nn
+
+torch.manual_seed(0)
+stem = nn.Sequential(nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64))
+model = reparam.expand(stem, "BLOCK", init="paper", verify=False).train()
+compiled = torch.compile(model, fullgraph=True)
+for _ in range(3):
+    compiled(torch.randn(32, 3, 128, 128)).square().mean().backward()
+assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+print("held")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", ["dbb", "repvgg"])
+def test_a_compiled_strided_stem_leaves_the_process_alive(block: str) -> None:
+    """Torch 2.14's compiled backward of a strided 1x1 over three channels corrupts the heap."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEM.replace("BLOCK", block)], capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.rstrip() == "held"
+
 
 SHARED = """
 import sys, torch, reparam

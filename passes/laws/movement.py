@@ -54,10 +54,9 @@ def getitem(x: Any, index: Any) -> Any:
         return x[index]
     value = signal(x)
     items = list(index) if isinstance(index, tuple) else [index]
-    rank = len(value.shape)
     if Ellipsis in [i for i in items if not isinstance(i, Tensor)]:
         at = next(k for k, item in enumerate(items) if item is Ellipsis)
-        missing = rank - (len([i for i in items if i is not None]) - 1)
+        missing = len(value.shape) - (len([i for i in items if i is not None]) - 1)
         items[at : at + 1] = [slice(None)] * missing
     return crop(value, [plain(i) for i in items])
 

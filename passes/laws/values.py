@@ -210,6 +210,8 @@ def crop(signal: Signal, index: Sequence[Any]) -> Signal:
     """Python indexing: anything along channels, ``start:-stop:step`` along space."""
     if not signal.is_moved and not signal.view.last:
         signal, index = _crop_space(signal, list(index))
+    if all(item == slice(None) for item in index):
+        return replace(signal, work=0, conv=False, bias=0)
     ids = _ids(signal)
     axis = 0
     for item in index:
@@ -220,10 +222,7 @@ def crop(signal: Signal, index: Sequence[Any]) -> Signal:
                 Reason.LAYOUT, "a slice along batch or space with fixed bounds depends on the input's size"
             )
         axis += 1
-    if all(item == slice(None) for item in index):
-        return replace(signal, work=0, conv=False, bias=0)
-    moved = _moved(signal, ids[tuple(index)])
-    return moved
+    return _moved(signal, ids[tuple(index)])
 
 
 def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor], along: int | None = None) -> Signal:

@@ -195,7 +195,8 @@ class Folded:
             for name, path in zip(self.program.names, self._paths, strict=True)
         ]
         # An optimizer's small steps are lost in bfloat16: the kernel is computed in the parameters' own dtype.
-        with torch.autocast(values[0].device.type if isinstance(values[0], Tensor) else "cpu", enabled=False):
+        device = values[0].device.type if isinstance(values[0], Tensor) else "cpu"
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             return self.program(values)
 
     def made(self, block: BranchSum) -> None:

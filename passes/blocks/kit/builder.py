@@ -169,15 +169,23 @@ class Site:
 
         ``channels`` go out, as many as of the main one by default. ``dilation`` defaults to the main one's. A batch
         norm of weight ``gamma`` follows, if ``norm`` and if its shift has a place.
+
+        A single tap before a norm takes every so many pixels first and has no stride: that is faster, and torch 2.14's
+        compiled backward of ``Conv2d(3, 64, 1, stride=2)`` ends the process. (A lone layer keeps its stride, and its
+        name in the state dict.)
         """
         k = self.span(kernel)
         d = _per_dim(dilation, self.n) if dilation else self.geometry.dilation
         g = self.geometry
+        out = channels or g.out_channels
+        behind = self.new_norm(out, gamma) if norm else None
+        if behind is not None and set(k) == {1} and set(g.stride) != {1}:
+            conv = self._conv(g.in_channels, out, k, g.groups, bias=bias)
+            return self.row(**self._aligning(*self._pads(k, d)), every=Every(g.stride), conv=conv, norm=behind)
         layers = self._padded(
-            *self._pads(k, d), g.in_channels, channels or g.out_channels, k, g.groups, stride=g.stride, dilation=d,
-            bias=bias,
-        )  # fmt: skip
-        return self.row(**layers, norm=self.new_norm(channels or g.out_channels, gamma) if norm else None)
+            *self._pads(k, d), g.in_channels, out, k, g.groups, stride=g.stride, dilation=d, bias=bias
+        )
+        return self.row(**layers, norm=behind)
 
     def spread(self, kernel: Sequence[int] | int, *, bias: bool = False) -> nn.Module:
         """A convolution beside the main one that reads the same window with fewer taps, from its first to its last."""
@@ -382,15 +390,7 @@ class Site:
     def _padded(
         self, lead: Ints, trail: Ints, inputs: int, outputs: int, kernel: Ints, groups: int, **options: Any
     ) -> dict[str, nn.Module]:
-        """A convolution that pads by itself where it can, else behind modules that do, by name.
-
-        One of a single tap has no stride, it stands behind what takes every so many pixels: that is faster, and torch
-        2.14's compiled backward of ``Conv2d(3, 64, 1, stride=2)`` ends the process.
-        """
-        stride = tuple(options.get("stride", (1,)))
-        if set(kernel) == {1} and set(stride) != {1}:
-            conv = self._conv(inputs, outputs, kernel, groups, **{**options, "stride": 1})
-            return {**self._aligning(lead, trail), "every": Every(stride), "conv": conv}
+        """A convolution that pads by itself where it can, else behind modules that do, by name."""
         symmetric = lead == trail and all(p >= 0 for p in lead)
         mode = self.geometry.mode if symmetric and any(lead) else "zeros"
         conv = self._conv(
