@@ -135,11 +135,62 @@ def test_the_same_after_an_expansion() -> None:
     expanded = reparam.expand(plain, "acb")
     same(fuse_outside(copy.deepcopy(reparam.collapse(expanded))), plain)
     same(fuse_outside(copy.deepcopy(reparam.collapse(expanded, like=plain))), plain)
-    same(
-        fuse_outside(copy.deepcopy(reparam.expand(plain, "doconv").eval())), plain
-    )  # its kernel scales with its weight
-    with pytest.raises(AttributeError, match=r"acb has no weight of its own.*reparam\.collapse"):
-        fuse_outside(expanded)
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("block", sorted(reparam.blocks()))
+def test_a_function_of_a_library_folds_an_expanded_network(block: str, online: bool, tmp_path: Path) -> None:
+    """The last validation of a training run does: block and norm answer as the convolution and norm that they are."""
+    expanded = reparam.expand(lively(Net(Conv)), block, where="all", init="paper", online=online)
+    with torch.no_grad():
+        for parameter in expanded.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    torch.save(expanded.eval(), tmp_path / "whole.pt")
+    wanted = copy.deepcopy(expanded)
+    for model in (expanded, torch.load(tmp_path / "whole.pt", weights_only=False)):
+        fused = fuse_outside(copy.deepcopy(model))
+        same(fused, wanted)
+        assert not [name for name in fused.state_dict() if ".bn." in name]
+        same(model, wanted)  # the one that was read is as it was
+
+
+def test_a_weight_that_is_told_cannot_be_written_into() -> None:
+    expanded = reparam.expand(lively(Net(Conv)), "dbb").eval()
+    block = expanded[0].conv
+    for change in (nn.init.zeros_, lambda w: w.data.normal_(), lambda w: w.detach().view(-1).mul_(2)):
+        with pytest.raises(reparam.ReparamError, match="a change in place would be lost"):
+            change(block.weight)
+    block.weight.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in block.square.parameters() if parameter.dim() > 1)
+    kernel, bias = reparam.equivalent_conv(block)
+    assert torch.equal(block.weight, kernel)
+    assert torch.equal(block.bias, bias)
+
+
+def test_who_assigns_a_weight_makes_the_block_a_convolution() -> None:
+    expanded = reparam.expand(lively(Net(Conv)), "acb").eval()
+    wanted, seen, block = expanded(X), [], expanded[0].conv
+    handle = block.register_forward_hook(lambda *_: seen.append(1))
+    block.weight = nn.Parameter(block.weight)  # the bias stays what it was
+    assert type(block) is nn.Conv2d
+    assert type(block.weight) is nn.Parameter
+    assert torch.allclose(expanded(X), wanted, atol=1e-5)
+    handle.remove()
+    expanded(X)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("kind", ["training", "method of its own", "file"])
+def test_a_block_tells_no_weight_where_that_would_be_wrong(kind: str, tmp_path: Path) -> None:
+    """In training there is no one kernel; a method of the library's own leaves out the bias that the block has."""
+    build = (lambda: lively(Net(Conv))) if kind == "training" else (lambda: lively(Net(Fused)))
+    model = reparam.expand(build(), "acb")
+    if kind == "file":
+        model = reparam.load(reparam.save(model, tmp_path / "net.pt"), build)
+    model.train(kind == "training")
+    assert model[0].conv.bias is None
+    with pytest.raises(AttributeError, match=r"the block acb has .*reparam\.collapse\(model, like=plain\)"):
+        model[0].conv.weight  # noqa: B018
 
 
 def test_a_method_that_counts_on_no_bias_raises() -> None:
@@ -207,7 +258,8 @@ def test_ultralytics_fuses_a_collapsed_network(name: str) -> None:
     tasks = pytest.importorskip("ultralytics.nn.tasks")
     plain = lively(tasks.DetectionModel(name, verbose=False))
     expanded, x = reparam.expand(plain, "acb", verify=False).eval(), torch.rand(1, 3, 64, 64)
-    for model in (reparam.collapse(expanded, verify=False), reparam.collapse(expanded, like=plain, verify=False)):
+    like = reparam.collapse(expanded, like=plain, verify=False)
+    for model in (expanded, reparam.collapse(expanded, verify=False), like):
         with torch.no_grad():
             wanted = model(x)[0]
             got = copy.deepcopy(model).fuse(verbose=False)(x)[0]
