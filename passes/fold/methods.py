@@ -21,7 +21,10 @@ from torch import nn
 from passes.edits.rewritten import plain_class
 from passes.graph.methods import methods_of
 
-__all__ = ["asked_of_others", "folded_from_outside", "folding_again", "needed_elsewhere", "parts_used"]
+__all__ = [
+    "asked_of_others", "deployed_as", "folded_from_outside", "folding_again", "making_again", "needed_elsewhere",
+    "parts_used",
+]  # fmt: skip
 
 _LOADS = {"LOAD_ATTR", "LOAD_METHOD"}
 
@@ -59,7 +62,38 @@ def folding_again(kind: type[nn.Module], folded: set[str]) -> tuple[str, ...]:
     """
     methods = _all_methods(kind)
     besides = [name for name in methods.keys() - _reached(methods) - {"forward"} if _deleted(methods[name]) & folded]
-    return tuple(sorted(name for name in besides if any(_statistics(methods[m]) for m in _reached(methods, name))))
+    return tuple(sorted(name for name in besides if _reads_statistics(methods, name)))
+
+
+def making_again(kind: type[nn.Module], inside: set[str]) -> tuple[str, ...]:
+    """Methods that may fold into a new layer and return it (``fuse``), which only running them tells.
+
+    The forward does not use them, they take no arguments at all, and they or what they call read running statistics, or
+    call a method of another module that is one of these (``inside``).
+    """
+    methods = _all_methods(kind)
+    alone = [
+        name
+        for name in methods.keys() - _reached(methods) - {"forward"}
+        if len(inspect.signature(inspect.unwrap(methods[name])).parameters) == 1
+    ]
+    return tuple(sorted(n for n in alone if _reads_statistics(methods, n) or _used(methods[n]).others & inside))
+
+
+def deployed_as(kind: type[nn.Module], folded: set[str]) -> str:
+    """The name under which a class keeps the one layer that its own method folds the children ``folded`` into, or "".
+
+    That method (:func:`folding_again`) sets it and deletes all other children of these, and some method calls it.
+    """
+    methods = _all_methods(kind)
+    called = {name for function in methods.values() for name in _used(function).called}
+    found = set()
+    for method in folding_again(kind, folded):
+        reached = [methods[name] for name in _reached(methods, method)]
+        gone = {name for function in reached for name in _deleted(function)}
+        made = {name for function in reached for name in _stored(function)} - gone
+        found |= made & called if folded - gone <= made & called else {""}
+    return found.pop() if len(found) == 1 else ""
 
 
 def folded_from_outside(model: nn.Module, path: str) -> bool:
@@ -88,6 +122,34 @@ def _is_static(value: Any) -> bool:
 def _statistics(function: FunctionType) -> bool:
     used = _used(function)
     return bool({"running_mean", "running_var"} & (used.own | used.others))
+
+
+def _reads_statistics(methods: Mapping[str, FunctionType], name: str) -> bool:
+    """Whether a method, or what it calls of its own object or of its module, reads running statistics."""
+    reached = [methods[each] for each in _reached(methods, name)]
+    functions = {value for function in reached for value in _functions_named(function)}
+    return any(_statistics(function) for function in [*reached, *functions])
+
+
+def _functions_named(function: FunctionType) -> Iterator[FunctionType]:
+    """The plain functions that a method names."""
+    whole = inspect.unwrap(function)
+    for name in whole.__code__.co_names:
+        value = whole.__globals__.get(name)
+        if isinstance(value, FunctionType):
+            yield value
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored(function: FunctionType) -> frozenset[str]:
+    """Names of attributes that a method sets on its own object."""
+    code = inspect.unwrap(function).__code__
+    me, before, found = code.co_varnames[:1], None, set()
+    for step in dis.get_instructions(code):
+        if step.opname == "STORE_ATTR" and before is not None and me and me[0] == before:
+            found.add(str(step.argval))
+        before = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+    return frozenset(found)
 
 
 @functools.lru_cache(maxsize=4096)
