@@ -193,14 +193,108 @@ def test_a_block_tells_no_weight_where_that_would_be_wrong(kind: str, tmp_path: 
         model[0].conv.weight  # noqa: B018
 
 
-def test_a_method_that_counts_on_no_bias_raises() -> None:
+class Wrong(Fused):
+    """Reads the same and returns a layer, which is not what the forward computes: the norm undone, not applied."""
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        made = super().fuse()
+        made.weight.mul_(2)
+        return made
+
+
+class InPlace(Fused):
+    """As EfficientViM's: folds into its own children and takes the norm away."""
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        self.conv, self.bn = super().fuse(), nn.Identity()
+        return self
+
+
+class Kept(nn.Module):
+    """As ultralytics' RepVGGDW: its method folds into one of the branches, and another forward runs that alone."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.conv, self.conv1, self.act = Fused(a, b), Fused(a, b), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x) + self.conv1(x))
+
+    def forward_fuse(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+    def _pair(self, branch: Fused) -> tuple[Tensor, Tensor]:
+        scale = branch.bn.weight / (branch.bn.running_var + branch.bn.eps).sqrt()
+        return branch.conv.weight * scale[:, None, None, None], branch.bn.bias - branch.bn.running_mean * scale
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        (weight, bias), (other, more) = self._pair(self.conv), self._pair(self.conv1)
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+        conv.weight.copy_(weight + other)
+        conv.bias.copy_(bias + more)
+        self.conv = conv
+        del self.conv1
+
+
+class New(Kept):
+    """As ultralytics' RepConv: its method makes a child of another name."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(a, b)
+        self.conv2 = self.conv
+        del self.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv2(x) + self.conv1(x))
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        if hasattr(self, "conv"):
+            return
+        (weight, bias), (other, more) = self._pair(self.conv1), self._pair(self.conv2)
+        self.conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+        self.conv.weight.copy_(weight + other)
+        self.conv.bias.copy_(bias + more)
+        self.__delattr__("conv1")
+        self.__delattr__("conv2")
+
+
+@pytest.mark.parametrize("kind", [Fused, InPlace])
+def test_a_method_that_folds_into_a_layer_returns_the_module(kind: type[nn.Module]) -> None:
+    """It counts on no bias before the norm: asked again, it would leave out the one that was folded."""
+    plain = lively(Net(kind))
+    collapsed = reparam.collapse(plain)
+    assert collapsed[0].fuse() is collapsed[0]
+    same(collapsed, plain)
+
+
+def test_a_method_that_does_not_return_the_same_raises() -> None:
     """A wrong network without a word is the worst of all."""
-    collapsed = reparam.collapse(lively(Net(Fused)))
+    collapsed = reparam.collapse(lively(Net(Wrong)))
     with pytest.raises(AttributeError):
         collapsed[0].fuse()
     again = reparam.collapse(reparam.expand(lively(Net(Fused)), "acb"))
     with pytest.raises(AttributeError):
         again[0].fuse()
+
+
+@pytest.mark.parametrize("kind", [Kept, New])
+def test_a_class_finds_its_folded_layer_in_its_own_place(kind: type[nn.Module], tmp_path: Path) -> None:
+    plain = lively(Net(kind))
+    own = copy.deepcopy(plain)
+    collapsed = reparam.collapse(plain)
+    for model in (collapsed, reparam.load(reparam.save(collapsed, tmp_path / "net.pt"), lambda: Net(kind))):
+        for block, theirs in ((model[0], own[0]), (model[2], own[2])):
+            theirs.fuse()
+            block.fuse()
+            assert block.state_dict().keys() == theirs.state_dict().keys()
+            block.forward = block.forward_fuse
+        same(copy.deepcopy(model), plain)
+        own.load_state_dict(model.state_dict())  # theirs takes our numbers
+        own = copy.deepcopy(plain)
 
 
 @pytest.mark.parametrize("through", ["as it is", "copy", "pickle", "file"])
@@ -243,14 +337,28 @@ def test_timm_folds_a_collapsed_network_into_itself(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s"])
-def test_timm_raises_where_it_would_be_wrong(name: str) -> None:
+@pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s", "shvit_s1", "efficientvit_m0", "tiny_vit_5m_224"])
+def test_timm_finds_nothing_to_fold_in_classes_that_return_layers(name: str) -> None:
     timm = pytest.importorskip("timm")
     from timm.utils import reparameterize_model
 
-    collapsed = reparam.collapse(lively(timm.create_model(name, num_classes=3)), verify=False)
-    with pytest.raises(AttributeError):
-        reparameterize_model(collapsed)
+    plain = lively(timm.create_model(name, num_classes=3))
+    x = torch.randn(1, *plain.default_cfg["input_size"])
+    collapsed = reparam.collapse(plain, verify=False)
+    with torch.no_grad():
+        assert torch.equal(reparameterize_model(collapsed)(x), collapsed(x))
+
+
+@pytest.mark.parametrize("kind", ["RepConv", "RepVGGDW"])
+def test_ultralytics_fuses_a_collapsed_block(kind: str) -> None:
+    modules = pytest.importorskip("ultralytics.nn.modules")
+    block = pytest.importorskip("ultralytics.nn.modules.block")
+    made = modules.RepConv(8, 8, bn=True) if kind == "RepConv" else block.RepVGGDW(8)
+    collapsed, x = reparam.collapse(lively(made)), torch.randn(1, 8, 9, 9)
+    with torch.no_grad():
+        wanted = collapsed(x)
+        collapsed.fuse_convs() if kind == "RepConv" else collapsed.fuse()
+        assert torch.equal(collapsed.forward_fuse(x), wanted)
 
 
 @pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n.yaml"])

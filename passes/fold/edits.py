@@ -132,8 +132,8 @@ class _Writer:
 
     def _rewrite_method(self, call: Call, changes: Changes, dead: set[fx.Node], method: MethodCall | None) -> None:
         uses = list(_uses(self.layout, call, dead))
-        own = self._own_place(call, changes, dead)
-        kept, notes = self._kept(call, dead, "forward" if method is None else method.name, own)
+        place = self._own_place(call, changes, dead)
+        kept, notes = self._kept(call, dead, "forward" if method is None else method.name, place)
         names: dict[Candidate, str] = {}
         holders: dict[Tie, Candidate] = {}
         tied: dict[Candidate, nn.Module] = {}  # these convolve with what another layer holds
@@ -150,7 +150,7 @@ class _Writer:
                     filled, names[region] = self.layers[region], call.path
                     continue
                 taken = {*names.values(), *kept}
-                local = own or _layer_name(self.layout, holder, region, dead, taken, uses)
+                local = place or _layer_name(self.layout, holder, region, dead, taken, uses)
                 names[region] = join(holder.path, local)
         program = new_forward(self.layout, call, changes, names, dead, method, filled, tied)
         for region, name in names.items():
@@ -183,12 +183,12 @@ class _Writer:
         return plain and alone and not asked
 
     def _own_place(self, call: Call, changes: Changes, dead: set[fx.Node]) -> str:
-        """The name of the child in which the class itself keeps the layer that all of this folds into, if it has one."""
+        """The name of the child in which the class itself keeps the layer that all of this folds into, if any."""
         folded = {name for n in dead if (name := _child_of(n, call))}
         name = deployed_as(plain_class(call.module), folded)
         free = name in folded or not hasattr(call.module, name)
-        alone = len(changes) == 1 and changes[0][0].layer and changes[0][1].tie is None
-        return name if name and free and alone and not self._alive_below(call, dead, folded) else ""
+        alone = len(changes) == 1 and bool(changes[0][0].layer) and changes[0][1].tie is None
+        return name if free and alone and not self._alive_below(call, dead, folded) else ""
 
     def _alive_below(self, call: Call, dead: set[fx.Node], names: set[str]) -> bool:
         """Whether something in these children goes on."""
@@ -196,16 +196,16 @@ class _Writer:
         uses = (used for used, n in _uses(self.layout, call, dead) if n not in dead)
         return any(used == at or _below(used, at) for used in uses for at in paths)
 
-    def _kept(self, call: Call, dead: set[fx.Node], rewritten: str, own: str) -> tuple[set[str], list[str]]:
+    def _kept(self, call: Call, dead: set[fx.Node], rewritten: str, place: str) -> tuple[set[str], list[str]]:
         """Paths of children and tensors that other methods than the rewritten one use, and notes that say so.
 
-        The child in its ``own`` place is what they expect there.
+        The child in its own ``place`` is what they expect there.
         """
         called, read = (
             {name for n in dead if n.op == op and (name := _child_of(n, call))} for op in ("call_module", "get_attr")
         )
         needed = needed_elsewhere(call.module, called, read, rewritten)
-        methods = {method: some for method, names in needed.items() if (some := names - {own})}
+        methods = {method: some for method, names in needed.items() if (some := names - {place})}
         where = join(self.unit.path, call.path) or "the model"
         notes = [f"{', '.join(sorted(names))} of {where} stay for its method {m}" for m, names in methods.items()]
         return {join(call.path, name) for names in methods.values() for name in names}, notes

@@ -62,22 +62,22 @@ def folding_again(kind: type[nn.Module], folded: set[str]) -> tuple[str, ...]:
     """
     methods = _all_methods(kind)
     besides = [name for name in methods.keys() - _reached(methods) - {"forward"} if _deleted(methods[name]) & folded]
-    return tuple(sorted(name for name in besides if _reads_statistics(methods, name)))
+    return tuple(sorted(name for name in besides if _reads_statistics(kind, methods, name)))
 
 
-def making_again(kind: type[nn.Module], inside: set[str]) -> tuple[str, ...]:
-    """Methods that may fold into a new layer and return it (``fuse``), which only running them tells.
+def making_again(kind: type[nn.Module], folded: set[str], inside: set[str]) -> dict[str, bool]:
+    """Methods that may fold (``fuse``), which only running them tells, each with whether it names what is ``folded``.
 
     The forward does not use them, they take no arguments at all, and they or what they call read running statistics, or
     call a method of another module that is one of these (``inside``).
     """
-    methods = _all_methods(kind)
-    alone = [
-        name
-        for name in methods.keys() - _reached(methods) - {"forward"}
-        if len(inspect.signature(inspect.unwrap(methods[name])).parameters) == 1
-    ]
-    return tuple(sorted(n for n in alone if _reads_statistics(methods, n) or _used(methods[n]).others & inside))
+    methods, found = _all_methods(kind), {}
+    for name in sorted(methods.keys() - _reached(methods) - {"forward"}):
+        used = _used(methods[name])
+        alone = len(inspect.signature(inspect.unwrap(methods[name])).parameters) == 1
+        if alone and (used.others & inside or _reads_statistics(kind, methods, name)):
+            found[name] = bool((used.own | _stored(methods[name])) & folded)
+    return found
 
 
 def deployed_as(kind: type[nn.Module], folded: set[str]) -> str:
@@ -104,15 +104,30 @@ def folded_from_outside(model: nn.Module, path: str) -> bool:
     """
     names = path.split(".")
     kinds = [plain_class(model.get_submodule(".".join(names[:i]))) for i in range(len(names))]
-    own = any(_statistics(function) for kind in kinds for function in _all_methods(kind).values())
+    own = any(_statistics(function) for kind in kinds for function in _versions(kind))
     return not own and not kinds[-1].__module__.startswith("torch.nn.")
 
 
 def _all_methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
     """The methods of a class, static ones included."""
-    bases = [base for base in reversed(kind.__mro__) if not base.__module__.startswith("torch.nn.modules")]
-    static = [(name, value.__func__) for base in bases for name, value in vars(base).items() if _is_static(value)]
-    return {**{name: function for name, function in static if isinstance(function, FunctionType)}, **methods_of(kind)}
+    static = {name: value.__func__ for base in _bases(kind) for name, value in vars(base).items() if _is_static(value)}
+    return {
+        **{name: function for name, function in static.items() if isinstance(function, FunctionType)},
+        **methods_of(kind),
+    }
+
+
+def _versions(kind: type[nn.Module], names: set[str] | None = None) -> Iterator[FunctionType]:
+    """Every definition of methods in a class and its bases: one calls another by super()."""
+    for base in _bases(kind):
+        for name, value in vars(base).items():
+            function = value.__func__ if _is_static(value) else value
+            if isinstance(function, FunctionType) and (names is None or name in names):
+                yield function
+
+
+def _bases(kind: type[nn.Module]) -> list[type]:
+    return [base for base in reversed(kind.__mro__) if not base.__module__.startswith("torch.nn.modules")]
 
 
 def _is_static(value: Any) -> bool:
@@ -124,9 +139,9 @@ def _statistics(function: FunctionType) -> bool:
     return bool({"running_mean", "running_var"} & (used.own | used.others))
 
 
-def _reads_statistics(methods: Mapping[str, FunctionType], name: str) -> bool:
+def _reads_statistics(kind: type[nn.Module], methods: Mapping[str, FunctionType], name: str) -> bool:
     """Whether a method, or what it calls of its own object or of its module, reads running statistics."""
-    reached = [methods[each] for each in _reached(methods, name)]
+    reached = list(_versions(kind, _reached(methods, name)))
     functions = {value for function in reached for value in _functions_named(function)}
     return any(_statistics(function) for function in [*reached, *functions])
 
@@ -159,9 +174,14 @@ def _deleted(function: FunctionType) -> frozenset[str]:
     parameters = list(inspect.signature(whole).parameters.values())[1:]
     if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return frozenset()
-    code = whole.__code__
-    by_name = {"delattr", "__delattr__"} & set(code.co_names)
-    named = {value for value in code.co_consts if isinstance(value, str)} if by_name else set()
+    code, called, named = whole.__code__, "", set()
+    for step in dis.get_instructions(code):
+        if step.opname in {*_LOADS, "LOAD_GLOBAL"}:
+            called = str(step.argval)
+        elif called in ("delattr", "__delattr__") and step.opname == "LOAD_CONST" and isinstance(step.argval, str):
+            named.add(step.argval)
+    if not named and {"delattr", "__delattr__"} & set(code.co_names):  # by a name that is computed: any of these
+        named = {value for value in code.co_consts if isinstance(value, str)}
     straight = {str(step.argval) for step in dis.get_instructions(code) if step.opname == "DELETE_ATTR"}
     return frozenset(named | straight)
 

@@ -1,7 +1,7 @@
 """Methods that would fold once more what is folded: they have nothing left to do, and return the module as it is.
 
-One that deletes what it folds is known by its code (:func:`passes.fold.methods.folding_again`). One that returns a layer
-is run, on a copy of the module before anything is changed: it folds if what it returns computes the same.
+One that deletes what it folds is known by its code (:func:`passes.fold.methods.folding_again`). Others that may fold
+are run, on a copy of the module before it is changed: they do if another module comes of it that computes the same.
 """
 
 from __future__ import annotations
@@ -40,23 +40,28 @@ def settled(unit: Unit, edits: Iterable[Edit]) -> list[Edit]:
         module = unit.root.get_submodule(owner)
         kind = plain_class(module)
         methods = folding_again(kind, folded[owner])
-        others = (name for name in making_again(kind, known) if name not in methods)
-        methods += tuple(name for name in others if _makes_the_same(module, name))
+        others = making_again(kind, folded[owner], known).items()
+        methods += tuple(name for name, own in others if name not in methods and _folds(module, name, own))
         known.update(methods)
         if methods:
             found.append(Settle(join(unit.path, owner), methods))
     return found
 
 
-def _makes_the_same(module: nn.Module, method: str) -> bool:
-    """Whether a method returns another module that computes what this one does."""
+def _folds(module: nn.Module, method: str, own: bool) -> bool:
+    """Whether a method returns another module that computes what this one does, or makes this one such a module.
+
+    With ``own``, it names children that are folded: a method that folds whatever it finds inside goes on doing so.
+    """
     if any(tensor.is_meta for tensor in module.state_dict().values()):
         return False
     try:
         with torch.no_grad():
-            copied = deep_copy(module).double().eval()
-            made = getattr(copied, method)()
-        if not isinstance(made, nn.Module) or made is copied:
+            made = copied = deep_copy(module).double().eval()
+            returned = getattr(copied, method)()
+        if isinstance(returned, nn.Module) and returned is not copied:
+            made = returned
+        elif returned not in (None, copied) or not own or copied.state_dict().keys() == module.state_dict().keys():
             return False
     # The method is a person's code, which may fail in any way.
     except Exception:
