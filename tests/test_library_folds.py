@@ -137,11 +137,11 @@ def test_the_same_after_an_expansion() -> None:
     same(fuse_outside(copy.deepcopy(reparam.collapse(expanded, like=plain))), plain)
 
 
-@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("form", ["branches", "online", "sampled"])
 @pytest.mark.parametrize("block", sorted(reparam.blocks()))
-def test_a_function_of_a_library_folds_an_expanded_network(block: str, online: bool, tmp_path: Path) -> None:
+def test_a_function_of_a_library_folds_an_expanded_network(block: str, form: str, tmp_path: Path) -> None:
     """The last validation of a training run does: block and norm answer as the convolution and norm that they are."""
-    expanded = reparam.expand(lively(Net(Conv)), block, where="all", init="paper", online=online)
+    expanded = reparam.expand(lively(Net(Conv)), block, where="all", init="paper", form=form)
     with torch.no_grad():
         for parameter in expanded.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

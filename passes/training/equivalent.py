@@ -5,6 +5,7 @@ All three come from the same laws that :mod:`passes.collapse` folds with. Nothin
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 from weakref import WeakValueDictionary
@@ -118,7 +119,9 @@ def plain_layer(block: nn.Module) -> tuple[dict[str, Tensor | None], nn.Module]:
 
     Raises :class:`RefusalError` if the block is not one convolution.
     """
-    form, target = Reading(without_hooks(block)).form(), target_of(block.parameters())
+    alone = copy.copy(without_hooks(block))
+    vars(alone)["folded"] = None  # the sum of its branches, whatever form it trains in: nothing is recorded meanwhile
+    form, target = Reading(alone).form(), target_of(block.parameters())
     with torch.no_grad():
         layer = emit(form, target).eval()
 
