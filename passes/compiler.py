@@ -39,6 +39,7 @@ from passes.laws.regions import Contraction
 from passes.proof.compare import EquivalenceError
 from passes.proof.hold import FoldKey, Ledger
 from passes.proof.prove import prove, prove_spread
+from passes.proof.settling import settled
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.report import Explanation
 from passes.report import Fold as Record
@@ -140,6 +141,8 @@ def _compile_unit(
         key = _fold_key(flow, fold.candidate)
         ledger.touched[key] = where, *(join(unit.path, path) for path in edits)
         ledger.layers[key] = ", ".join(layers_of(flow, fold.candidate))
+    with clock(explanation, "proof"):
+        edited.edits.extend(settled(unit, edited.edits))
     explanation.edits += edited.edits
     explanation.notes += edited.notes
     for key, owners in edited.apart.items():

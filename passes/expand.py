@@ -29,7 +29,7 @@ from passes.edits.carried import other_network, remember
 from passes.edits.edit import Block as BlockEdit
 from passes.edits.edit import Edit, Remove
 from passes.exported import is_program
-from passes.fold.methods import folded_from_outside, parts_used
+from passes.fold.methods import parts_used
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
@@ -38,7 +38,7 @@ from passes.graph.weights import weight_maker
 from passes.proof.compare import EquivalenceError
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.table import section
-from passes.training.build import Cost, build, check_preserved, signature, site_of, try_on_meta
+from passes.training.build import Cost, answers_for, build, check_preserved, signature, site_of, try_on_meta
 from passes.training.discovery import Found, find_convs
 from passes.training.filters import Blocks, Where, block_chooser, named_blocks, selector
 from passes.training.forms import Form
@@ -249,7 +249,7 @@ def _put(
         behind = ("", ()) if norm is None else (norm.path, norm.rest)
         edits.append(BlockEdit(path, block.name, options, str(row.form), preserve, *behind, norms=row.found.norms))
         if site.norm_taken and site.norm is not None and norm is not None:
-            edits.append(Remove(norm.path, norm.rest, answering=folded_from_outside(model, norm.path)))
+            edits.append(Remove(norm.path, norm.rest, answering=answers_for(model, norm.path, blocks[path])))
             moved[norm.path] = site.norm
     apply(model, edits, blocks)
     return edits, moved

@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import CONVS
 from passes.blocks.kit.builder import Site
+from passes.blocks.kit.layers import become
 from passes.blocks.kit.registry import Block, BlockInfo, blocks
 from passes.refusal import Refusal, RefusalError, ReparamError
 from passes.training.build import build, signature, try_on_meta
@@ -298,10 +299,7 @@ def _deploy(layer: BlockLayer, name: str) -> nn.Module:
     left = [module for module in folded.modules() if not isinstance(module, (nn.Sequential, nn.Identity))]
     if len(left) != 1 or not isinstance(left[0], (_ConvNd, nn.Linear)):
         raise ReparamError(f"{name} does not fold into one layer; reparam.explain says why")
-    training = layer.training
-    vars(layer).clear()
-    vars(layer).update(vars(left[0]), training=training)
-    layer.__class__ = type(left[0])  # type: ignore[assignment]
+    become(layer, left[0])
     return layer
 
 

@@ -135,21 +135,166 @@ def test_the_same_after_an_expansion() -> None:
     expanded = reparam.expand(plain, "acb")
     same(fuse_outside(copy.deepcopy(reparam.collapse(expanded))), plain)
     same(fuse_outside(copy.deepcopy(reparam.collapse(expanded, like=plain))), plain)
-    same(
-        fuse_outside(copy.deepcopy(reparam.expand(plain, "doconv").eval())), plain
-    )  # its kernel scales with its weight
-    with pytest.raises(AttributeError, match=r"acb has no weight of its own.*reparam\.collapse"):
-        fuse_outside(expanded)
 
 
-def test_a_method_that_counts_on_no_bias_raises() -> None:
+@pytest.mark.parametrize("form", ["branches", "online", "sampled"])
+@pytest.mark.parametrize("block", sorted(reparam.blocks()))
+def test_a_function_of_a_library_folds_an_expanded_network(block: str, form: str, tmp_path: Path) -> None:
+    """The last validation of a training run does: block and norm answer as the convolution and norm that they are."""
+    expanded = reparam.expand(lively(Net(Conv)), block, where="all", init="paper", form=form)
+    with torch.no_grad():
+        for parameter in expanded.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    torch.save(expanded.eval(), tmp_path / "whole.pt")
+    wanted = copy.deepcopy(expanded)
+    for model in (expanded, torch.load(tmp_path / "whole.pt", weights_only=False)):
+        fused = fuse_outside(copy.deepcopy(model))
+        same(fused, wanted)
+        assert not [name for name in fused.state_dict() if ".bn." in name]
+        same(model, wanted)  # the one that was read is as it was
+
+
+def test_a_weight_that_is_told_cannot_be_written_into() -> None:
+    expanded = reparam.expand(lively(Net(Conv)), "dbb").eval()
+    block = expanded[0].conv
+    for change in (nn.init.zeros_, lambda w: w.data.normal_(), lambda w: w.detach().view(-1).mul_(2)):
+        with pytest.raises(reparam.ReparamError, match="a change in place would be lost"):
+            change(block.weight)
+    block.weight.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in block.square.parameters() if parameter.dim() > 1)
+    kernel, bias = reparam.equivalent_conv(block)
+    assert torch.equal(block.weight, kernel)
+    assert torch.equal(block.bias, bias)
+
+
+def test_who_assigns_a_weight_makes_the_block_a_convolution() -> None:
+    expanded = reparam.expand(lively(Net(Conv)), "acb").eval()
+    wanted, seen, block = expanded(X), [], expanded[0].conv
+    handle = block.register_forward_hook(lambda *_: seen.append(1))
+    block.weight = nn.Parameter(block.weight)  # the bias stays what it was
+    assert type(block) is nn.Conv2d
+    assert type(block.weight) is nn.Parameter
+    assert torch.allclose(expanded(X), wanted, atol=1e-5)
+    handle.remove()
+    expanded(X)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("kind", ["training", "method of its own", "file"])
+def test_a_block_tells_no_weight_where_that_would_be_wrong(kind: str, tmp_path: Path) -> None:
+    """In training there is no one kernel; a method of the library's own leaves out the bias that the block has."""
+    build = (lambda: lively(Net(Conv))) if kind == "training" else (lambda: lively(Net(Fused)))
+    model = reparam.expand(build(), "acb")
+    if kind == "file":
+        model = reparam.load(reparam.save(model, tmp_path / "net.pt"), build)
+    model.train(kind == "training")
+    assert model[0].conv.bias is None
+    with pytest.raises(AttributeError, match=r"the block acb has .*reparam\.collapse\(model, like=plain\)"):
+        model[0].conv.weight  # noqa: B018
+
+
+class Wrong(Fused):
+    """Reads the same and returns a layer, which is not what the forward computes: the norm undone, not applied."""
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        made = super().fuse()
+        made.weight.mul_(2)
+        return made
+
+
+class InPlace(Fused):
+    """As EfficientViM's: folds into its own children and takes the norm away."""
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        self.conv, self.bn = super().fuse(), nn.Identity()
+        return self
+
+
+class Kept(nn.Module):
+    """As ultralytics' RepVGGDW: its method folds into one of the branches, and another forward runs that alone."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.conv, self.conv1, self.act = Fused(a, b), Fused(a, b), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x) + self.conv1(x))
+
+    def forward_fuse(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+    def _pair(self, branch: Fused) -> tuple[Tensor, Tensor]:
+        scale = branch.bn.weight / (branch.bn.running_var + branch.bn.eps).sqrt()
+        return branch.conv.weight * scale[:, None, None, None], branch.bn.bias - branch.bn.running_mean * scale
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        (weight, bias), (other, more) = self._pair(self.conv), self._pair(self.conv1)
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+        conv.weight.copy_(weight + other)
+        conv.bias.copy_(bias + more)
+        self.conv = conv
+        del self.conv1
+
+
+class New(Kept):
+    """As ultralytics' RepConv: its method makes a child of another name."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(a, b)
+        self.conv2 = self.conv
+        del self.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv2(x) + self.conv1(x))
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        if hasattr(self, "conv"):
+            return
+        (weight, bias), (other, more) = self._pair(self.conv1), self._pair(self.conv2)
+        self.conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+        self.conv.weight.copy_(weight + other)
+        self.conv.bias.copy_(bias + more)
+        self.__delattr__("conv1")
+        self.__delattr__("conv2")
+
+
+@pytest.mark.parametrize("kind", [Fused, InPlace])
+def test_a_method_that_folds_into_a_layer_returns_the_module(kind: type[nn.Module]) -> None:
+    """It counts on no bias before the norm: asked again, it would leave out the one that was folded."""
+    plain = lively(Net(kind))
+    collapsed = reparam.collapse(plain)
+    assert collapsed[0].fuse() is collapsed[0]
+    same(collapsed, plain)
+
+
+def test_a_method_that_does_not_return_the_same_raises() -> None:
     """A wrong network without a word is the worst of all."""
-    collapsed = reparam.collapse(lively(Net(Fused)))
+    collapsed = reparam.collapse(lively(Net(Wrong)))
     with pytest.raises(AttributeError):
         collapsed[0].fuse()
     again = reparam.collapse(reparam.expand(lively(Net(Fused)), "acb"))
     with pytest.raises(AttributeError):
         again[0].fuse()
+
+
+@pytest.mark.parametrize("kind", [Kept, New])
+def test_a_class_finds_its_folded_layer_in_its_own_place(kind: type[nn.Module], tmp_path: Path) -> None:
+    plain = lively(Net(kind))
+    own = copy.deepcopy(plain)
+    collapsed = reparam.collapse(plain)
+    for model in (collapsed, reparam.load(reparam.save(collapsed, tmp_path / "net.pt"), lambda: Net(kind))):
+        for block, theirs in ((model[0], own[0]), (model[2], own[2])):
+            theirs.fuse()
+            block.fuse()
+            assert block.state_dict().keys() == theirs.state_dict().keys()
+            block.forward = block.forward_fuse
+        same(copy.deepcopy(model), plain)
+        own.load_state_dict(model.state_dict())  # theirs takes our numbers
+        own = copy.deepcopy(plain)
 
 
 @pytest.mark.parametrize("through", ["as it is", "copy", "pickle", "file"])
@@ -192,14 +337,28 @@ def test_timm_folds_a_collapsed_network_into_itself(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s"])
-def test_timm_raises_where_it_would_be_wrong(name: str) -> None:
+@pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s", "shvit_s1", "efficientvit_m0", "tiny_vit_5m_224"])
+def test_timm_finds_nothing_to_fold_in_classes_that_return_layers(name: str) -> None:
     timm = pytest.importorskip("timm")
     from timm.utils import reparameterize_model
 
-    collapsed = reparam.collapse(lively(timm.create_model(name, num_classes=3)), verify=False)
-    with pytest.raises(AttributeError):
-        reparameterize_model(collapsed)
+    plain = lively(timm.create_model(name, num_classes=3))
+    x = torch.randn(1, *plain.default_cfg["input_size"])
+    collapsed = reparam.collapse(plain, verify=False)
+    with torch.no_grad():
+        assert torch.equal(reparameterize_model(collapsed)(x), collapsed(x))
+
+
+@pytest.mark.parametrize("kind", ["RepConv", "RepVGGDW"])
+def test_ultralytics_fuses_a_collapsed_block(kind: str) -> None:
+    modules = pytest.importorskip("ultralytics.nn.modules")
+    block = pytest.importorskip("ultralytics.nn.modules.block")
+    made = modules.RepConv(8, 8, bn=True) if kind == "RepConv" else block.RepVGGDW(8)
+    collapsed, x = reparam.collapse(lively(made)), torch.randn(1, 8, 9, 9)
+    with torch.no_grad():
+        wanted = collapsed(x)
+        collapsed.fuse_convs() if kind == "RepConv" else collapsed.fuse()
+        assert torch.equal(collapsed.forward_fuse(x), wanted)
 
 
 @pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n.yaml"])
@@ -207,7 +366,8 @@ def test_ultralytics_fuses_a_collapsed_network(name: str) -> None:
     tasks = pytest.importorskip("ultralytics.nn.tasks")
     plain = lively(tasks.DetectionModel(name, verbose=False))
     expanded, x = reparam.expand(plain, "acb", verify=False).eval(), torch.rand(1, 3, 64, 64)
-    for model in (reparam.collapse(expanded, verify=False), reparam.collapse(expanded, like=plain, verify=False)):
+    like = reparam.collapse(expanded, like=plain, verify=False)
+    for model in (expanded, reparam.collapse(expanded, verify=False), like):
         with torch.no_grad():
             wanted = model(x)[0]
             got = copy.deepcopy(model).fuse(verbose=False)(x)[0]

@@ -19,7 +19,7 @@ RECIPES = [
 
 def test_every_tool_has_a_recipe() -> None:
     said = " ".join(f"{heading} {' '.join(packages)}" for heading, packages, _ in RECIPES)
-    tools = "timm torchvision transformers Lightning accelerate ultralytics segmentation monai SWA prune"
+    tools = "timm torchvision transformers Lightning accelerate DDP FSDP2 ultralytics segmentation monai SWA prune"
     for tool in tools.split():
         assert tool in said
     assert TEXT.count("```python") == len(RECIPES)

@@ -20,7 +20,7 @@ from passes.algebra.opaque import OpaqueForm, without_numbers
 from passes.algebra.scale_shift import ScaleShift
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["Target", "all_finite", "emit", "target_of"]
+__all__ = ["Target", "all_finite", "emit", "held_weight", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,19 @@ def emit(form: Form, target: Target) -> nn.Module:
         layer = nn.Linear(form.in_channels, form.out_channels, device="meta")
     elif form.is_transposed:
         layer = _transposed(form)
-        weight = swap_in_out(weight.flip(tuple(range(2, 2 + form.n))), form.groups).contiguous()
+        weight = _swapped(weight, form).contiguous()
     else:
         return _conv(form, weight, bias, target)
     return _fill(layer, weight, bias, target)
+
+
+def held_weight(form: ConvForm) -> Tensor:
+    """The kernel as the emitted layer holds it; differentiable."""
+    return _swapped(form.weight, form) if form.is_transposed else form.weight
+
+
+def _swapped(weight: Tensor, form: ConvForm) -> Tensor:
+    return swap_in_out(weight.flip(tuple(range(2, 2 + form.n))), form.groups)
 
 
 def _conv(form: ConvForm, weight: Tensor, bias: Tensor | None, target: Target) -> nn.Module:

@@ -55,7 +55,7 @@ class Rewritten:
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The new code no longer calls what is set here, or calls it for several layers: not to be ignored in silence.
-        if name in self._folded and isinstance(value, nn.Module):
+        if name in self._folded and isinstance(value, nn.Module) and vars(self)["_modules"].get(name) is not value:
             raise ReparamError(
                 f"{name} of this {self._plain.__name__} is folded with other layers and cannot be replaced any more: "
                 "replace it in the network that was collapsed"

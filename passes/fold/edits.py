@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import CONVS
-from passes.edits.edit import Add, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite, Settle
+from passes.edits.edit import Add, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite
 from passes.edits.layer import Layer, describe
 from passes.edits.program import Program, Value
 from passes.edits.rewritten import plain_class
@@ -24,7 +24,7 @@ from passes.fold.candidates import Candidate, Key, Tie
 from passes.fold.folds import Fold
 from passes.fold.forward import new_forward
 from passes.fold.layout import Layout
-from passes.fold.methods import folded_from_outside, folding_again, needed_elsewhere, parts_used
+from passes.fold.methods import deployed_as, folded_from_outside, needed_elsewhere, parts_used
 from passes.fold.placement import Rewrite as Change
 from passes.graph.capture import Call, call_of, join
 from passes.graph.methods import MethodCall
@@ -81,7 +81,6 @@ class _Writer:
             self._note_methods(slots)
         for call, mine in _merged(changes).items():
             self._rewrite(call, mine)
-        self._settle()
         return self.done
 
     def _slots_together(self) -> list[dict[str, bool]]:
@@ -112,19 +111,6 @@ class _Writer:
         else:
             self._place(full, region, Replace(full, self._description(region)))
 
-    def _settle(self) -> None:
-        """Methods that would fold once more what is folded have nothing left to do."""
-        inside = len(self.unit.path) + 1 if self.unit.path else 0
-        folded: dict[str, set[str]] = {}
-        for edit in self.done.edits:
-            path = edit.path[inside:]
-            for owner in _around(path) if path else ():
-                folded.setdefault(owner, set()).add(_child(path, owner))
-        for owner, names in folded.items():
-            methods = folding_again(plain_class(self.unit.root.get_submodule(owner)), names)
-            if methods:
-                self.done.edits.append(Settle(join(self.unit.path, owner), methods))
-
     def _place(self, full: str, region: Candidate, edit: Edit) -> None:
         self.done.edits.append(edit)
         self.done.layers[full] = self.layers[region]
@@ -146,7 +132,8 @@ class _Writer:
 
     def _rewrite_method(self, call: Call, changes: Changes, dead: set[fx.Node], method: MethodCall | None) -> None:
         uses = list(_uses(self.layout, call, dead))
-        kept, notes = self._kept(call, dead, "forward" if method is None else method.name)
+        place = self._own_place(call, changes, dead)
+        kept, notes = self._kept(call, dead, "forward" if method is None else method.name, place)
         names: dict[Candidate, str] = {}
         holders: dict[Tie, Candidate] = {}
         tied: dict[Candidate, nn.Module] = {}  # these convolve with what another layer holds
@@ -162,7 +149,8 @@ class _Writer:
                 if filled is None and holder is call and self._fits(call, region, dead, uses, kept):
                     filled, names[region] = self.layers[region], call.path
                     continue
-                local = _layer_name(self.layout, holder, region, dead, {*names.values(), *kept}, uses)
+                taken = {*names.values(), *kept}
+                local = place or _layer_name(self.layout, holder, region, dead, taken, uses)
                 names[region] = join(holder.path, local)
         program = new_forward(self.layout, call, changes, names, dead, method, filled, tied)
         for region, name in names.items():
@@ -194,12 +182,30 @@ class _Writer:
         asked = self.layout.reads_numbers(call.path) or self.layout.misled(module, region.form)
         return plain and alone and not asked
 
-    def _kept(self, call: Call, dead: set[fx.Node], rewritten: str) -> tuple[set[str], list[str]]:
-        """Paths of children and tensors that other methods than the rewritten one use, and notes that say so."""
+    def _own_place(self, call: Call, changes: Changes, dead: set[fx.Node]) -> str:
+        """The name of the child in which the class itself keeps the layer that all of this folds into, if any."""
+        folded = {name for n in dead if (name := _child_of(n, call))}
+        name = deployed_as(plain_class(call.module), folded)
+        free = name in folded or not hasattr(call.module, name)
+        alone = len(changes) == 1 and bool(changes[0][0].layer) and changes[0][1].tie is None
+        return name if free and alone and not self._alive_below(call, dead, folded) else ""
+
+    def _alive_below(self, call: Call, dead: set[fx.Node], names: set[str]) -> bool:
+        """Whether something in these children goes on."""
+        paths = {join(call.path, name) for name in names}
+        uses = (used for used, n in _uses(self.layout, call, dead) if n not in dead)
+        return any(used == at or _below(used, at) for used in uses for at in paths)
+
+    def _kept(self, call: Call, dead: set[fx.Node], rewritten: str, place: str) -> tuple[set[str], list[str]]:
+        """Paths of children and tensors that other methods than the rewritten one use, and notes that say so.
+
+        The child in its own ``place`` is what they expect there.
+        """
         called, read = (
             {name for n in dead if n.op == op and (name := _child_of(n, call))} for op in ("call_module", "get_attr")
         )
-        methods = needed_elsewhere(call.module, called, read, rewritten)
+        needed = needed_elsewhere(call.module, called, read, rewritten)
+        methods = {method: some for method, names in needed.items() if (some := names - {place})}
         where = join(self.unit.path, call.path) or "the model"
         notes = [f"{', '.join(sorted(names))} of {where} stay for its method {m}" for m, names in methods.items()]
         return {join(call.path, name) for names in methods.values() for name in names}, notes
@@ -299,12 +305,6 @@ def _child(target: str, path: str) -> str:
     """The name of what ``target`` is, or lies in, below ``path``; empty if it stands elsewhere."""
     inside = target.startswith(path + ".") if path else True
     return target[len(path) + 1 if path else 0 :].split(".")[0] if inside else ""
-
-
-def _around(path: str) -> list[str]:
-    """Paths of the modules around a module, the outermost first."""
-    names = path.split(".")
-    return [".".join(names[:i]) for i in range(len(names))]
 
 
 def _below(path: str, other: str) -> bool:

@@ -20,7 +20,10 @@ from passes.edits.rewritten import plain_class
 from passes.graph.looks import used_by
 from passes.graph.methods import methods_of
 
-__all__ = ["asked_of_others", "folded_from_outside", "folding_again", "needed_elsewhere", "parts_used"]
+__all__ = [
+    "asked_of_others", "deployed_as", "folded_from_outside", "folding_again", "making_again", "needed_elsewhere",
+    "parts_used",
+]  # fmt: skip
 
 
 def needed_elsewhere(module: nn.Module, called: set[str], read: set[str], rewritten: str) -> dict[str, set[str]]:
@@ -56,7 +59,38 @@ def folding_again(kind: type[nn.Module], folded: set[str]) -> tuple[str, ...]:
     """
     methods = _all_methods(kind)
     besides = [name for name in methods.keys() - _reached(methods) - {"forward"} if _deleted(methods[name]) & folded]
-    return tuple(sorted(name for name in besides if any(_statistics(methods[m]) for m in _reached(methods, name))))
+    return tuple(sorted(name for name in besides if _reads_statistics(kind, methods, name)))
+
+
+def making_again(kind: type[nn.Module], folded: set[str], inside: set[str]) -> dict[str, bool]:
+    """Methods that may fold (``fuse``), which only running them tells, each with whether it names what is ``folded``.
+
+    The forward does not use them, they take no arguments at all, and they or what they call read running statistics, or
+    call a method of another module that is one of these (``inside``).
+    """
+    methods, found = _all_methods(kind), {}
+    for name in sorted(methods.keys() - _reached(methods) - {"forward"}):
+        used = _used(methods[name])
+        alone = len(inspect.signature(inspect.unwrap(methods[name])).parameters) == 1
+        if alone and (used.others & inside or _reads_statistics(kind, methods, name)):
+            found[name] = bool((used.own | _stored(methods[name])) & folded)
+    return found
+
+
+def deployed_as(kind: type[nn.Module], folded: set[str]) -> str:
+    """The name under which a class keeps the one layer that its own method folds the children ``folded`` into, or "".
+
+    That method (:func:`folding_again`) sets it and deletes all other children of these, and some method calls it.
+    """
+    methods = _all_methods(kind)
+    called = {name for function in methods.values() for name in _used(function).called}
+    found = set()
+    for method in folding_again(kind, folded):
+        reached = [methods[name] for name in _reached(methods, method)]
+        gone = {name for function in reached for name in _deleted(function)}
+        made = {name for function in reached for name in _stored(function)} - gone
+        found |= made & called if folded - gone <= made & called else {""}
+    return found.pop() if len(found) == 1 else ""
 
 
 def folded_from_outside(model: nn.Module, path: str) -> bool:
@@ -67,15 +101,30 @@ def folded_from_outside(model: nn.Module, path: str) -> bool:
     """
     names = path.split(".")
     kinds = [plain_class(model.get_submodule(".".join(names[:i]))) for i in range(len(names))]
-    own = any(_statistics(function) for kind in kinds for function in _all_methods(kind).values())
+    own = any(_statistics(function) for kind in kinds for function in _versions(kind))
     return not own and not kinds[-1].__module__.startswith("torch.nn.")
 
 
 def _all_methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
     """The methods of a class, static ones included."""
-    bases = [base for base in reversed(kind.__mro__) if not base.__module__.startswith("torch.nn.modules")]
-    static = [(name, value.__func__) for base in bases for name, value in vars(base).items() if _is_static(value)]
-    return {**{name: function for name, function in static if isinstance(function, FunctionType)}, **methods_of(kind)}
+    static = {name: value.__func__ for base in _bases(kind) for name, value in vars(base).items() if _is_static(value)}
+    return {
+        **{name: function for name, function in static.items() if isinstance(function, FunctionType)},
+        **methods_of(kind),
+    }
+
+
+def _versions(kind: type[nn.Module], names: set[str] | None = None) -> Iterator[FunctionType]:
+    """Every definition of methods in a class and its bases: one calls another by super()."""
+    for base in _bases(kind):
+        for name, value in vars(base).items():
+            function = value.__func__ if _is_static(value) else value
+            if isinstance(function, FunctionType) and (names is None or name in names):
+                yield function
+
+
+def _bases(kind: type[nn.Module]) -> list[type]:
+    return [base for base in reversed(kind.__mro__) if not base.__module__.startswith("torch.nn.modules")]
 
 
 def _is_static(value: Any) -> bool:
@@ -87,6 +136,34 @@ def _statistics(function: FunctionType) -> bool:
     return bool({"running_mean", "running_var"} & (used.own | used.others))
 
 
+def _reads_statistics(kind: type[nn.Module], methods: Mapping[str, FunctionType], name: str) -> bool:
+    """Whether a method, or what it calls of its own object or of its module, reads running statistics."""
+    reached = list(_versions(kind, _reached(methods, name)))
+    functions = {value for function in reached for value in _functions_named(function)}
+    return any(_statistics(function) for function in [*reached, *functions])
+
+
+def _functions_named(function: FunctionType) -> Iterator[FunctionType]:
+    """The plain functions that a method names."""
+    whole = inspect.unwrap(function)
+    for name in whole.__code__.co_names:
+        value = whole.__globals__.get(name)
+        if isinstance(value, FunctionType):
+            yield value
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored(function: FunctionType) -> frozenset[str]:
+    """Names of attributes that a method sets on its own object."""
+    code = inspect.unwrap(function).__code__
+    me, before, found = code.co_varnames[:1], None, set()
+    for step in dis.get_instructions(code):
+        if step.opname == "STORE_ATTR" and before is not None and me and me[0] == before:
+            found.add(str(step.argval))
+        before = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+    return frozenset(found)
+
+
 @functools.lru_cache(maxsize=4096)
 def _deleted(function: FunctionType) -> frozenset[str]:
     """Names of attributes that a method without arguments deletes from its own object."""
@@ -94,9 +171,14 @@ def _deleted(function: FunctionType) -> frozenset[str]:
     parameters = list(inspect.signature(whole).parameters.values())[1:]
     if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return frozenset()
-    code = whole.__code__
-    by_name = {"delattr", "__delattr__"} & set(code.co_names)
-    named = {value for value in code.co_consts if isinstance(value, str)} if by_name else set()
+    code, called, named = whole.__code__, "", set()
+    for step in dis.get_instructions(code):
+        if step.opname in {*_LOADS, "LOAD_GLOBAL"}:
+            called = str(step.argval)
+        elif called in ("delattr", "__delattr__") and step.opname == "LOAD_CONST" and isinstance(step.argval, str):
+            named.add(step.argval)
+    if not named and {"delattr", "__delattr__"} & set(code.co_names):  # by a name that is computed: any of these
+        named = {value for value in code.co_consts if isinstance(value, str)}
     straight = {str(step.argval) for step in dis.get_instructions(code) if step.opname == "DELETE_ATTR"}
     return frozenset(named | straight)
 

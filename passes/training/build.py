@@ -23,6 +23,7 @@ from passes.blocks.kit.layers import BranchSum, silence, stand_in
 from passes.blocks.kit.registry import Block
 from passes.blocks.kit.transposed import site_at
 from passes.edits.edit import Block as BlockEdit
+from passes.fold.methods import folded_from_outside
 from passes.graph.copies import deep_copy
 from passes.graph.leaf import inherits_forward, without_hooks
 from passes.graph.modes import kept_modes
@@ -30,11 +31,11 @@ from passes.graph.weights import weight_like, weight_maker, weight_sources
 from passes.graph.within import Inner, Within
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.training.discovery import Found, Norm, plain_norm
-from passes.training.equivalent import Reading
+from passes.training.equivalent import Reading, plain_layer
 from passes.training.forms import Form, scales_for_norms, train_as
 from passes.training.inside import inside_of, is_steady, plain_conv, sizes_for
 
-__all__ = ["Cost", "build", "check_preserved", "rebuilt", "signature", "site_of", "try_on_meta"]
+__all__ = ["Cost", "answers_for", "build", "check_preserved", "rebuilt", "signature", "site_of", "try_on_meta"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def build(layer: str, site: Site, block: Block, form: Form, *, recorded: bool = 
         return alone
     module = BranchSum(str(block), branches, conv, site.layer, site.inside)
     module.training = conv.training
+    module.reparam_layer = plain_layer if site.layer is None else None
     if recorded:
         train_as(module, form)
     return module
@@ -155,7 +157,18 @@ def rebuilt(model: nn.Module, edit: BlockEdit) -> nn.Module:
     found = Found(edit.path, conv, norm, inside=inside, again=not edit.norms)
     form = Form.of(edit.form)
     site = site_of(model, found, edit.preserve, form)
-    return build(edit.path, site, Block(edit.block, **dict(edit.options)), form)
+    made = build(edit.path, site, Block(edit.block, **dict(edit.options)), form)
+    if site.norm_taken and edit.norm:
+        answers_for(model, edit.norm, made)
+    return made
+
+
+def answers_for(model: nn.Module, norm: str, block: nn.Module) -> bool:
+    """Whether what a norm leaves, when it moves into a block, answers as a norm; if not, the block tells no weight."""
+    answering = folded_from_outside(model, norm)
+    if not answering and isinstance(block, BranchSum):
+        block.reparam_layer = None
+    return answering
 
 
 def try_on_meta(model: nn.Module, found: Found, block: Block, preserve: bool, form: Form) -> Cost | Refusal:

@@ -5,6 +5,7 @@ All three come from the same laws that :mod:`passes.collapse` folds with. Nothin
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,11 +17,14 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.geometry import Geometry
+from passes.algebra.lowering import emit, held_weight, target_of
 from passes.algebra.opaque import OpaqueForm
+from passes.algebra.told import Told
 from passes.fold.candidates import Candidate
 from passes.graph.capture import trace_units
 from passes.graph.dataflow import Flow
 from passes.graph.generated import forget_with
+from passes.graph.leaf import without_hooks
 from passes.graph.modes import kept_modes
 from passes.graph.opset import Kind
 from passes.laws.interpreter import Interpreter
@@ -29,7 +33,7 @@ from passes.laws.regions import Contraction
 from passes.laws.values import Signal
 from passes.refusal import Reason, Refusal, RefusalError
 
-__all__ = ["KernelProgram", "Reading"]
+__all__ = ["KernelProgram", "Reading", "plain_layer"]
 
 
 class Reading:
@@ -106,6 +110,25 @@ class Reading:
         if not isinstance(value, Signal) or value.is_moved:
             raise RefusalError(Reason.LAYOUT)
         return value, interpreter
+
+
+def plain_layer(block: nn.Module) -> tuple[dict[str, Tensor | None], nn.Module]:
+    """The convolution that a block is in eval mode, in its dtype and on its device; before it, its numbers by name.
+
+    The numbers are differentiable, and refuse a change in place, which would change nothing.
+
+    Raises :class:`RefusalError` if the block is not one convolution.
+    """
+    alone = copy.copy(without_hooks(block))
+    vars(alone)["folded"] = None  # the sum of its branches, whatever form it trains in: nothing is recorded meanwhile
+    form, target = Reading(alone).form(), target_of(block.parameters())
+    with torch.no_grad():
+        layer = emit(form, target).eval()
+
+    def told(number: Tensor) -> Tensor:
+        return number.to(target.device, target.dtype).as_subclass(Told)
+
+    return {"weight": told(held_weight(form)), "bias": None if form.bias is None else told(form.bias)}, layer
 
 
 class _Holder(nn.Module):

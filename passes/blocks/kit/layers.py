@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import Geometry, Layer
+from passes.algebra.told import Told
 from passes.blocks.kit.kernel_conv import KernelConv
 from passes.graph.within import Inside, Within, bare
 from passes.refusal import Reason, RefusalError, ReparamError
@@ -26,6 +27,7 @@ __all__ = [
     "SumBefore",
     "Times",
     "WindowMean",
+    "become",
     "is_block",
     "silence",
     "stand_in",
@@ -162,12 +164,19 @@ class BranchSum(Within):
         layer, inside: the layer that it stands for, and where that convolves, if ``conv`` is only what a class with a
             forward of its own does in the middle of it.
 
+    In eval mode, ``weight`` and ``bias`` are those of the convolution that it is, to be read and not to be written
+    into; who assigns to one of them makes the block that convolution, as libraries do that fold a norm (``fuse()``).
+
     Attributes:
         form: how it trains; see :mod:`passes.training.forms`.
         folded: what runs in place of the branches, given the block and its input; None: they run themselves.
+        reparam_layer: gives these numbers by name, and that convolution; None where they would tell something wrong.
+        reparam_biased: whether the convolution has a bias.
     """
 
     form = "branches"
+    reparam_layer: Callable[[nn.Module], tuple[dict[str, Tensor | None], nn.Module]] | None = None
+    reparam_biased = True
 
     def __init__(
         self,
@@ -181,6 +190,7 @@ class BranchSum(Within):
         stand_in(self, block, layer or conv)
         self.geometry = Geometry.of(conv)
         self.folded: Any = None
+        self.reparam_biased = conv.reparam_biased if isinstance(conv, BranchSum) else conv.bias is not None
         for name, branch in branches.items():
             if hasattr(self, name):
                 raise ReparamError(f"a branch of {block} cannot be named {name!r}: torch uses that name")
@@ -229,12 +239,31 @@ class BranchSum(Within):
         return kernel, alone.bias  # type: ignore[return-value]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise AttributeError(
-                f"the block {self.reparam_block} has no weight of its own: what a library folds or exports is "
-                "the collapsed network, reparam.collapse(model, like=plain); reparam.equivalent_conv has its kernel"
-            )
+        if name == "bias" and not self.reparam_biased and (self.training or self.reparam_layer is None):
+            return None  # what surrounding code may ask of the layer that stood here
+        if name in ("weight", "bias"):
+            return self._read(name)[0][name]
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("weight", "bias"):
+            super().__setattr__(name, value)
+            return
+        become(self, self._read(name)[1])
+        setattr(self, name, nn.Parameter(value.detach().clone()) if isinstance(value, Told) else value)
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor | None], nn.Module]:
+        """Weight and bias of the convolution that this is, and that convolution."""
+        why = f"has its {name} in eval mode only" if self.reparam_layer is not None else f"has no {name} of its own"
+        try:
+            if not self.training and self.reparam_layer is not None:
+                return self.reparam_layer(self)
+        except RefusalError as error:
+            why = f"is no one layer: {error}"
+        raise AttributeError(
+            f"the block {self.reparam_block} {why}: what a library folds or exports is the collapsed network, "
+            "reparam.collapse(model, like=plain); reparam.equivalent_conv has its kernel"
+        )
 
     def extra_repr(self) -> str:
         return f"block={self.reparam_block}" + ("" if self.form == "branches" else f", {self.form}")
@@ -264,6 +293,14 @@ def stand_in(module: nn.Module, block: str, conv: Any) -> None:
         if hasattr(conv, name):
             setattr(module, name, getattr(conv, name))
     module.reparam_block = block  # type: ignore[assignment]
+
+
+def become(module: nn.Module, layer: nn.Module) -> None:
+    """Let a module be another layer from now on, for whoever holds it; its mode and its hooks stay."""
+    kept = {name: value for name, value in vars(module).items() if name == "training" or "_hooks" in name}
+    vars(module).clear()
+    vars(module).update({**vars(layer), **kept})
+    module.__class__ = type(layer)
 
 
 def is_block(module: nn.Module) -> bool:
