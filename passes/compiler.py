@@ -5,7 +5,6 @@ Nothing of the caller's model changes until every fold of a unit is computed and
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from passes.fold.layout import Layout
 from passes.fold.placement import Placement, place
 from passes.fold.reasons import worth_saying
 from passes.fold.selection import Guard, select
-from passes.graph.capture import Unit, in_one_context, join, trace_units
+from passes.graph.capture import Unit, in_one_context, join, no_collection, trace_units
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example, observed_ranks
 from passes.graph.opset import base_operation
@@ -52,19 +51,7 @@ ROUNDS = 8
 """How often the candidates of one unit are selected again because some failed, before whole layers are given up."""
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Put off garbage collection: graphs are many small objects, and one full pass takes longer than the planning."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_no_collection()
+@no_collection()
 def compile_model(
     model: nn.Module,
     example: Example | None,

@@ -27,6 +27,7 @@ from passes.edits.apply import apply
 from passes.edits.carried import made_by
 from passes.edits.text import from_text, to_text
 from passes.training.build import rebuilt
+from passes.training.inside import kind_of
 from reparam import Reason
 
 # ------------------------------------------------------------------ kinds
@@ -486,3 +487,28 @@ def test_whole_networks_come_back(name: str) -> None:
     stock.load_state_dict(restored.state_dict(), strict=True)
     x = torch.randn(1, 3, 70, 65)
     assert reparam.verify(expanded, stock, x).ok
+
+
+class Decided(nn.Conv2d):
+    """Convolves as its buffer or attribute says."""
+
+    def __init__(self, *args: Any, flag: float = 0.0, kind: Any = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_buffer("flag", torch.tensor([flag]))
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.flag.item() > 0:
+            return F.conv2d(x, self.weight * 2, self.weight.mean((1, 2, 3)), padding=1)
+        return super().forward(x)
+
+
+def test_layers_are_of_one_kind_only_if_a_forward_finds_the_same_in_them() -> None:
+    def kind(*args: Any, **options: Any) -> Any:
+        return kind_of(Decided(*(args or (4, 4, 3)), padding=1, **options))
+
+    assert kind() == kind()  # other numbers in the weight
+    others = [kind(flag=1.0), kind(kind=1), kind(kind=True), kind(kind=[1]), kind(kind=object()), kind(bias=False)]
+    others += [kind(4, 8, 3), kind(stride=2), kind_of(nn.Conv2d(4, 4, 3, padding=1))]
+    assert len({kind(), *others}) == 1 + len(others)
+    assert kind_of(FixedSame(4, 4, 3)) is None  # it holds a layer, which may hold anything

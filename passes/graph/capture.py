@@ -11,10 +11,12 @@ if the graphs differ, it keeps something between calls, and no single graph says
 
 from __future__ import annotations
 
+import gc
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from types import MappingProxyType
@@ -44,6 +46,7 @@ __all__ = [
     "in_one_context",
     "inherits_forward",
     "join",
+    "no_collection",
     "trace_units",
     "trace_variant",
 ]
@@ -123,6 +126,19 @@ def join(*parts: str) -> str:
     return ".".join(p for p in parts if p)
 
 
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Put off garbage collection: graphs are many small objects, and one full pass takes longer than the planning."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@no_collection()
 def trace_units(
     model: nn.Module,
     inputs: tuple[Any, ...] | None = None,

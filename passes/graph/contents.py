@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CONTAINERS", "FOREIGN", "copied", "has_data", "inside", "is_changeable", "refill", "same_items"]
+__all__ = ["CONTAINERS", "FOREIGN", "copied", "has_data", "inside", "is_changeable", "refill", "same_items", "sameness"]
 
 CONTAINERS = (list, dict, set, deque)
 LARGE = 10_000
@@ -52,6 +52,11 @@ def copied(value: Any) -> Any:
 def same_items(now: Any, before: Any) -> bool:
     """Whether something holds the very same things as were noted; their == may be anything."""
     return _kind(now).same(now, before)
+
+
+def sameness(value: Any) -> Callable[[Any, Any], bool]:
+    """What :func:`same_items` asks of this thing, for who asks often."""
+    return _kind(value).same
 
 
 def refill(value: Any, content: Any) -> None:
@@ -85,7 +90,7 @@ def _kind(value: Any) -> _Kind:
 
 
 def _kind_of(value: Any) -> _Kind | None:
-    if isinstance(value, CONTAINERS):
+    if type(value) in CONTAINERS or isinstance(value, CONTAINERS):
         return _CONTAINER
     for of, kind in _OTHERS:
         if isinstance(value, of):
@@ -102,13 +107,16 @@ def _container_copied(value: Any) -> Any:
 
 
 def _container_same(now: Any, before: Any) -> bool:
-    if isinstance(before, int):
-        return len(now) == before
+    kind = type(before)  # asked at every step of a trace, which is why a type is asked for, and the likely thing first
+    if kind is int:
+        return bool(len(now) == before)
     if len(now) != len(before):
         return False
-    if isinstance(now, dict):
+    if kind is dict:
+        if all(map(operator.is_, now, before)) and all(map(operator.is_, now.values(), before.values())):
+            return True
         return now.keys() == before.keys() and all(map(operator.is_, map(now.__getitem__, before), before.values()))
-    if isinstance(now, (set, frozenset)):
+    if type(now) is not list and isinstance(now, (set, frozenset)):
         return {id(v) for v in now} == {id(v) for v in before}
     return all(map(operator.is_, now, before))
 

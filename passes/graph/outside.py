@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.graph.contents import CONTAINERS, FOREIGN, copied, has_data, inside, is_changeable, refill, same_items
+from passes.graph.contents import CONTAINERS, FOREIGN, copied, has_data, inside, is_changeable, refill, sameness
 
 __all__ = ["Outside", "kept_outside", "kept_statistics", "speaks_of_weights"]
 
@@ -40,7 +40,7 @@ class Outside:
             for name in ("_forward_hooks", "_forward_pre_hooks"):
                 for hook in vars(module).get(name, {}).values():
                     walk.value(hook)
-        self._containers = [(c, copied(c)) for c in walk.containers.values()]
+        self._containers = [(c, copied(c), sameness(c)) for c in walk.containers.values()]
         self._slots = [(get, put, get()) for get, put in walk.slots.values()]
         self._now = self._state()
         sizes = (len(c) if isinstance(c, CONTAINERS) else 1 for c in walk.containers.values())
@@ -60,21 +60,24 @@ class Outside:
         return bool(walk.iterators)
 
     def _state(self) -> tuple[list[Any], list[Any]]:
-        return [copied(c) for c, _ in self._containers], [get() for get, _, _ in self._slots]
+        return [copied(c) for c, _, _ in self._containers], [get() for get, _, _ in self._slots]
 
     def changed(self) -> bool:
         """Whether anything has changed since this was last asked."""
         contents, values = self._now
-        same = all(same_items(c, before) for (c, _), before in zip(self._containers, contents, strict=True))
-        if same and all(get() is before for (get, _, _), before in zip(self._slots, values, strict=True)):
-            return False
+        for (container, _, same), before in zip(self._containers, contents, strict=True):
+            if not same(container, before):
+                break
+        else:
+            if all(get() is before for (get, _, _), before in zip(self._slots, values, strict=True)):
+                return False
         self._now = self._state()
         return True
 
     def restore(self) -> None:
         """Give everything the content that it had."""
-        for container, content in self._containers:
-            if not same_items(container, content):
+        for container, content, same in self._containers:
+            if not same(container, content):
                 refill(container, content)
         for get, put, value in self._slots:
             if get() is not value:

@@ -29,7 +29,7 @@ from passes.graph.weights import weight_maker, weight_sources
 from passes.graph.within import Inside, arounds
 from passes.refusal import UNREAD, Reason, Refusal, RefusalError
 from passes.training.hooks import hook_refusal, sees_result
-from passes.training.inside import inside_of
+from passes.training.inside import inside_of, kind_of
 
 __all__ = ["Found", "Norm", "find_convs", "plain_norm"]
 
@@ -126,14 +126,20 @@ def _found(model: nn.Module, kinds: _Kinds) -> list[Found]:
 def _insides(model: nn.Module) -> dict[nn.Module, Inside | Refusal]:
     """Where convolutions of a class with a forward of its own convolve, or why that cannot be said."""
     found: dict[nn.Module, Inside | Refusal] = {}
+    tried: dict[Any, Inside | Refusal] = {}
     around = arounds(model.modules())
     for conv in model.modules():
         if not isinstance(conv, _ConvNd) or inherits_forward(conv) or id(conv) in around or _computed(conv):
             continue
-        try:
-            found[conv] = inside_of(conv)
-        except RefusalError as error:
-            found[conv] = error.refusal
+        kind = kind_of(conv)
+        if kind is None or kind not in tried:
+            try:
+                found[conv] = inside_of(conv)
+            except RefusalError as error:
+                found[conv] = error.refusal
+            tried[kind] = found[conv]
+        else:
+            found[conv] = tried[kind]
     return found
 
 

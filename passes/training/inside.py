@@ -11,6 +11,7 @@ seen by running it, with both.
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from passes.algebra.conv_form import Ints, per_dim
 from passes.algebra.geometry import CONVS, Geometry, Layer
+from passes.graph.contents import LARGE
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
 from passes.graph.leaf import without_hooks
@@ -32,7 +34,7 @@ from passes.graph.within import CONVOLUTIONS, Given, Inside, Options, bare, conv
 from passes.laws.watch import watched
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["inside_of", "is_steady", "plain_conv", "sizes_for", "takes_any_weight"]
+__all__ = ["inside_of", "is_steady", "kind_of", "plain_conv", "sizes_for", "takes_any_weight"]
 
 _ASKED = ("shape", "size", "dim", "ndim", "dtype", "device", "numel", "requires_grad", "is_floating_point", "stride")
 """What may be asked of a weight beside its numbers."""
@@ -65,6 +67,38 @@ def inside_of(layer: _ConvNd) -> Inside:
     return _given(layer, why)
 
 
+def kind_of(layer: _ConvNd) -> Any:
+    """What is the same for layers of which one is tried for all; None for a layer that has to be tried itself.
+
+    All that a forward can find in its layer but the numbers of the weight and bias, which no trial looks at. Objects of
+    a class of their own are the same only if they are the very same.
+    """
+    if layer._modules:
+        return None
+    tables = ("_parameters", "_buffers", "_modules")
+    tensors = []
+    for name, t in [*layer._parameters.items(), *layer._buffers.items()]:
+        numbers = None
+        if t is not None and name not in ("weight", "bias") and not t.is_meta:
+            if t.numel() > LARGE:
+                return None
+            numbers = tuple(t.detach().flatten().tolist())
+        tensors.append((name, t if t is None else (type(t), t.shape, t.dtype, t.device, t.requires_grad, numbers)))
+    return type(layer), tuple(tensors), tuple((k, _value(v)) for k, v in vars(layer).items() if k not in tables)
+
+
+def _value(value: Any) -> Any:
+    """Something that equals another's if the two are the same."""
+    kind = type(value)
+    if kind in (list, tuple, set, dict, OrderedDict, torch.Size):
+        items = value.items() if isinstance(value, dict) else value
+        return kind, tuple(map(_value, items))
+    return kind, value if kind in _PLAIN else id(value)
+
+
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
+
+
 def _seen(layer: _ConvNd, *, biased: bool) -> Inside:
     """What is seen at several sizes and in both modes, with a bias to be used or without."""
     found: set[Inside] = set()
@@ -85,21 +119,24 @@ def _given(layer: _ConvNd, why: RefusalError) -> Inside:
     """Of a layer that does more with its weight: it does that with a tensor given in its place, or ``why``."""
     with torch.no_grad(), kept_generators():
         torch.manual_seed(0)
+        tensors = [("weight", layer.weight), ("bias", layer.bias)]
+        numbers = {name: torch.randn(t.shape) for name, t in tensors if t is not None}
+        kept = {name: t.clone() for name, t in numbers.items()}
         for training in (False, True):
             for sizes in sizes_for(layer):
-                if not _same_given(layer, sizes, training):
+                same = _same_given(layer, sizes, training, numbers)
+                if not same or not all(torch.equal(kept[name], t) for name, t in numbers.items()):
                     raise why
     options = tuple(layer.stride), (0,) * len(layer.kernel_size), tuple(layer.dilation), layer.groups
     return Inside(_geometry(layer.weight.shape, options), options, layer.bias is not None, False, computed=True)
 
 
-def _same_given(layer: _ConvNd, sizes: Ints, training: bool) -> bool:
-    """Whether a layer computes the same with numbers of its own and with these given to it, and changes nothing."""
+def _same_given(layer: _ConvNd, sizes: Ints, training: bool, numbers: dict[str, Tensor]) -> bool:
+    """Whether a layer computes the same with ``numbers`` of its own and with these given to it, and changes nothing."""
     own = _on_cpu(bare(layer)).train(training)
     around = _shown(deep_copy(own), layer.bias is not None)
-    numbers = {name: torch.randn(t.shape) for name in ("weight", "bias") if (t := vars(own)[name]) is not None}
-    vars(own).update({name: t.clone() for name, t in numbers.items()})
-    pairs: list[tuple[Any, Any]] = [(vars(around)[name], t.clone()) for name, t in numbers.items()]
+    vars(own).update(numbers)
+    pairs: list[tuple[Any, Any]] = [(vars(around)[name], t) for name, t in numbers.items()]
     before, x = _plain(own), torch.randn(2, layer.in_channels, *sizes)
     kept, results = x.clone(), list[Any]()
     for each, mode in ((own, nullcontext()), (around, Given(pairs))):
@@ -111,14 +148,14 @@ def _same_given(layer: _ConvNd, sizes: Ints, training: bool) -> bool:
         except Exception:
             return False
     wanted, got = results
-    unchanged = [(kept, x), *((vars(own)[name], t) for name, t in numbers.items())]
     return (
         isinstance(wanted, Tensor)
         and isinstance(got, Tensor)
         and torch.equal(wanted, got)
         and wanted.untyped_storage()._cdata != x.untyped_storage()._cdata
         and _plain(own) == before
-        and all(torch.equal(a, b) for a, b in unchanged)
+        and all(vars(own)[name] is t for name, t in numbers.items())
+        and torch.equal(kept, x)
     )
 
 
