@@ -10,14 +10,14 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
 from torch import nn
 
 from passes.edits.rewritten import plain_class
-from passes.graph.looks import used_by
+from passes.graph.looks import LOADS, used_by
 from passes.graph.methods import methods_of
 
 __all__ = [
@@ -70,7 +70,7 @@ def making_again(kind: type[nn.Module], folded: set[str], inside: set[str]) -> d
     """
     methods, found = _all_methods(kind), {}
     for name in sorted(methods.keys() - _reached(methods) - {"forward"}):
-        used = _used(methods[name])
+        used = used_by(methods[name])
         alone = len(inspect.signature(inspect.unwrap(methods[name])).parameters) == 1
         if alone and (used.others & inside or _reads_statistics(kind, methods, name)):
             found[name] = bool((used.own | _stored(methods[name])) & folded)
@@ -83,7 +83,7 @@ def deployed_as(kind: type[nn.Module], folded: set[str]) -> str:
     That method (:func:`folding_again`) sets it and deletes all other children of these, and some method calls it.
     """
     methods = _all_methods(kind)
-    called = {name for function in methods.values() for name in _used(function).called}
+    called = {name for function in methods.values() for name in used_by(function).called}
     found = set()
     for method in folding_again(kind, folded):
         reached = [methods[name] for name in _reached(methods, method)]
@@ -173,7 +173,7 @@ def _deleted(function: FunctionType) -> frozenset[str]:
         return frozenset()
     code, called, named = whole.__code__, "", set()
     for step in dis.get_instructions(code):
-        if step.opname in {*_LOADS, "LOAD_GLOBAL"}:
+        if step.opname in {*LOADS, "LOAD_GLOBAL"}:
             called = str(step.argval)
         elif called in ("delattr", "__delattr__") and step.opname == "LOAD_CONST" and isinstance(step.argval, str):
             named.add(step.argval)

@@ -16,7 +16,7 @@ from torch import nn
 from passes.graph.attributes import is_plain
 from passes.graph.methods import methods_of
 
-__all__ = ["Step", "Used", "attributes_asked", "only_loads", "takes_apart", "used_by"]
+__all__ = ["LOADS", "Step", "Used", "attributes_asked", "only_loads", "takes_apart", "used_by"]
 
 Step = dis.Instruction
 
@@ -67,7 +67,7 @@ def takes_apart(module: nn.Module, name: str) -> bool:
     return any(name in each.own for each in used) and not any(name in each.called for each in used)
 
 
-_LOADS = {"LOAD_ATTR", "LOAD_METHOD"}
+LOADS = {"LOAD_ATTR", "LOAD_METHOD"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def used_by(function: FunctionType) -> Used:
     for code in _codes(whole):
         before: Any = None
         for step in dis.get_instructions(code):
-            if step.opname in _LOADS:
+            if step.opname in LOADS:
                 mine = before == me or (isinstance(before, tuple) and before[-1:] == (me,))
                 (own if mine else others).add(str(step.argval))
                 if mine and (step.opname == "LOAD_METHOD" or (sys.version_info >= (3, 12) and (step.arg or 0) & 1)):
