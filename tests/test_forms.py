@@ -211,6 +211,13 @@ def test_copies_pickles_and_casts_train_on() -> None:
     assert model.float()(images().float()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("form", ["online", "sampled", "frozen"])
+def test_what_comes_out_of_a_pickle_collapses_before_its_first_forward(form: str) -> None:
+    """Recording a block's code inside the trace of the network would not end."""
+    loaded = pickle.loads(pickle.dumps(built("acb", form).eval()))
+    assert gap(reparam.collapse(loaded)(images()), loaded(images())) < 1e-10
+
+
 def test_collapse_tells_of_statistics_of_samples(caplog: pytest.LogCaptureFixture) -> None:
     model = built("acb", "sampled")
     assert not reparam.collapse_with_report(copy.deepcopy(model).eval())[1].notes

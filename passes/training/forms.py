@@ -15,7 +15,6 @@ The kernel comes from the algebra that collapse folds with, recorded once as str
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from dataclasses import dataclass
@@ -137,7 +136,8 @@ class Folded:
 
     def _record(self, block: BranchSum) -> None:
         self.dtype = next(block.parameters()).dtype
-        plain = copy.copy(block)  # the sum alone, whatever is around it and however it trains
+        plain = BranchSum.__new__(BranchSum)  # the sum alone, whatever is around it and however it trains
+        plain.__dict__.update(block.__dict__)
         plain._modules = {"around": None, **block.branches()}
         plain.folded, plain.inside, plain.form = None, None, BranchSum.form
         self.program = KernelProgram.of(plain, self.dtype)

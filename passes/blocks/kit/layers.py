@@ -268,6 +268,12 @@ class BranchSum(Within):
     def extra_repr(self) -> str:
         return f"block={self.reparam_block}" + ("" if self.form == "branches" else f", {self.form}")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Out of a pickle, complete before the first forward: inside a trace of a network nothing can be recorded."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.folded is not None and self.form != "branches":
+            self.folded.made(self)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BranchSum:
         """Move or cast; recorded code computes in one dtype."""
         super()._apply(fn, recurse)
