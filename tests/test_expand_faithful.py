@@ -84,7 +84,8 @@ def test_attributes_that_other_code_reads(asked: str, affine: bool) -> None:
     model = exact(Asks(ASKED[asked], affine))
     for block in ("acb", "doconv"):
         expanded = reparam.expand(model, block)
-        assert blocks(expanded) == ["conv"]
+        # The norm's shift is in the block's bias, which libraries that fold ask for: it cannot be None as well.
+        assert blocks(expanded) == (["conv"] if asked != "no bias of the convolution" or block == "doconv" else [])
         computes(model, expanded, double())
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import reparam
+from passes.expand import Plan
 from passes.refusal import Reason, Refusal
 from zoo import roundtrip as trips
 from zoo.bench import bench
@@ -160,27 +161,27 @@ def test_a_row_fails_when_the_collapsed_network_differs(monkeypatch: pytest.Monk
 
 
 def test_a_row_fails_when_the_start_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = reparam.expand
+    right = Plan.apply
 
-    def wrong(model: nn.Module, block: str, **options: Any) -> nn.Module:
-        expanded: Any = right(model, block, **options)
+    def wrong(plan: Plan) -> nn.Module:
+        expanded: Any = right(plan)
         with torch.no_grad():
             expanded.head.bias += 1e-6
         return expanded
 
-    monkeypatch.setattr(reparam, "expand", wrong)
+    monkeypatch.setattr(Plan, "apply", wrong)
     assert "starts off by" in small().failure
 
 
 def test_a_row_fails_when_a_branch_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = reparam.expand
+    right = Plan.apply
 
-    def wrong(model: nn.Module, block: str, **options: Any) -> nn.Module:
-        expanded: Any = right(model, block, **options)
+    def wrong(plan: Plan) -> nn.Module:
+        expanded: Any = right(plan)
         expanded.conv.line1.register_forward_hook(lambda module, args, output: output.detach())
         return expanded
 
-    monkeypatch.setattr(reparam, "expand", wrong)
+    monkeypatch.setattr(Plan, "apply", wrong)
     assert small().failure == "ValueError: conv: no gradient reaches the branch 'line1'"
 
 

@@ -80,7 +80,7 @@ def test_a_layer_that_another_holds_stays() -> None:
     """Code that was not read may call it past its place."""
     model = lively(Head(FOLDS["levels"]))
     model.held = lambda x, conv=model.conv: conv(x)  # type: ignore[assignment]
-    report = reparam.explain(model)
+    _, report = reparam.collapse_with_report(model, inplace=True)
     assert report.folds == []
     assert Reason.HELD in {refusal.reason for refusal in report.refusals}
 

@@ -326,8 +326,8 @@ def test_step_benchmark_writes_its_table(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench", "step", "--blocks", "acb,largekernel", *small])
     assert result.exit_code == 0, result.output
     row = next(line for line in out.read_text(encoding="utf-8").splitlines() if line.startswith("| acb |"))
-    layers, *ratios = row.strip("| ").split(" | ")[1:]
+    layers, form, ratio = row.strip("| ").split(" | ")[1:4]
     assert int(layers) == 16  # the 3x3 convolutions of ResNet-18
-    assert float(ratios[0]) > 0
+    assert (form, float(ratio) > 0) == ("branches", True)
     assert "largekernel" in out.read_text(encoding="utf-8")  # named as one that applies nowhere
     assert CliRunner().invoke(app, ["bench", "step", "--blocks", "acbb"]).exit_code == 2

@@ -160,7 +160,7 @@ def _stored(function: FunctionType) -> frozenset[str]:
     for step in dis.get_instructions(code):
         if step.opname == "STORE_ATTR" and before is not None and me and me[0] == before:
             found.add(str(step.argval))
-        before = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+        before = step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
     return frozenset(found)
 
 

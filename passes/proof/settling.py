@@ -16,6 +16,7 @@ from passes.edits.rewritten import plain_class
 from passes.fold.methods import folding_again, making_again
 from passes.graph.capture import Unit, join
 from passes.graph.copies import deep_copy
+from passes.graph.generators import kept_generators
 from passes.graph.inputs import likely
 from passes.proof.compare import compared
 from passes.proof.run import outputs
@@ -56,7 +57,7 @@ def _folds(module: nn.Module, method: str, own: bool) -> bool:
     if any(tensor.is_meta for tensor in module.state_dict().values()):
         return False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), kept_generators():
             made = copied = deep_copy(module).double().eval()
             returned = getattr(copied, method)()
         if isinstance(returned, nn.Module) and returned is not copied:

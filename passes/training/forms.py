@@ -139,7 +139,7 @@ class Folded:
         plain = BranchSum.__new__(BranchSum)  # the sum alone, whatever is around it and however it trains
         plain.__dict__.update(block.__dict__)
         plain._modules = {"around": None, **block.branches()}
-        plain.folded, plain.inside, plain.form = None, None, BranchSum.form
+        plain.folded, plain.inside, plain.form, plain.reparam_layer = None, None, BranchSum.form, None
         self.program = KernelProgram.of(plain, self.dtype)
         self._paths = [name.split(".") for name in self.program.names]
         self._statistics = statistics_code(plain, self.norms) if self.form.name == "sampled" and self.norms else None
