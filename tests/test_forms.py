@@ -247,12 +247,25 @@ def test_updated_statistics_are_those_of_whole_batches() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("form", ["branches", "sampled", "frozen", "online"])
-@pytest.mark.parametrize("block", ["acb", "dbb", "doconv", "ecb", "orepa", "difference", "conv3xc", "repnext"])
+@pytest.mark.parametrize(
+    "block", ["acb", "dbb", "doconv", "ecb", "orepa", "difference", "conv3xc", "repnext", "repvgg"]
+)
 def test_blocks_are_scripted(block: str, form: str, tmp_path: Path) -> None:
     model = built(block, form).eval()
     scripted = torch.jit.script(model)  # type: ignore[no-untyped-call]
     scripted.save(tmp_path / "net.pt")
     assert gap(torch.jit.load(tmp_path / "net.pt")(images()), model(images())) < 1e-9  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("form", ["branches", "sampled", "frozen", "online"])
+def test_a_block_that_tells_its_weight_is_scripted(form: str) -> None:
+    """One in whose place a norm stood answers libraries that fold; TorchScript has no word for that."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)).double()
+    model = reparam.expand(plain.eval(), "repvgg", form=form)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    scripted = torch.jit.script(model)  # type: ignore[no-untyped-call]
+    assert gap(scripted(x), model(x)) < 1e-9
 
 
 @pytest.mark.parametrize("form", ["sampled:fraction=1/2", "frozen", "online"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +175,7 @@ class BranchSum(Within):
     """
 
     form = "branches"
-    reparam_layer: Callable[[nn.Module], tuple[dict[str, Tensor | None], nn.Module]] | None = None
+    reparam_layer = cast("Any", None)  # not annotated: TorchScript would look the type up
     reparam_biased = True
 
     def __init__(
@@ -257,7 +257,8 @@ class BranchSum(Within):
         why = f"has its {name} in eval mode only" if self.reparam_layer is not None else f"has no {name} of its own"
         try:
             if not self.training and self.reparam_layer is not None:
-                return self.reparam_layer(self)
+                told: tuple[dict[str, Tensor | None], nn.Module] = self.reparam_layer(self)
+                return told
         except RefusalError as error:
             why = f"is no one layer: {error}"
         raise AttributeError(
