@@ -294,6 +294,20 @@ def test_mixed_precision_measures_and_folds_in_float32() -> None:
     assert all(b.dtype in (torch.float32, torch.int64) for b in model.buffers())
 
 
+@pytest.mark.parametrize("form", ["sampled:fraction=1", "sampled:fraction=1/2", "frozen", "branches"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_of_half_precision_trains_in_each_form(form: str, dtype: torch.dtype) -> None:
+    model = built("dbb", form)
+    wanted = copy.deepcopy(model)(images())
+    low = model.to(dtype)
+    y = low(images().to(dtype))
+    assert y.dtype == dtype
+    assert gap(y.double(), wanted) < 0.05
+    y.float().square().mean().backward()
+    assert reparam.verify(low.eval(), reparam.collapse(low), images().to(dtype)).ok
+    assert all(p.grad is None or (p.grad.dtype == dtype and bool(p.grad.isfinite().all())) for p in low.parameters())
+
+
 def test_second_derivatives_and_checkpoints() -> None:
     block = built("acb", "sampled:fraction=1").a
     x = images(2, 5).requires_grad_()

@@ -150,8 +150,8 @@ class KernelProgram:
     Raises :class:`RefusalError` if the module is not one convolution.
 
     Args:
-        module: the module, with its parameters in ``dtype``.
-        dtype: of the kernel.
+        module: the module.
+        dtype: in which the kernel is computed; what is given later has it, too, or all of it another one.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -168,7 +168,7 @@ class KernelProgram:
 
         # Not on the meta device: there the laws tell shapes only.
         floats = [state[name] for name in self.names]
-        example = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in floats]
+        example = [torch.empty_strided(t.shape, t.stride(), dtype=dtype, device="cpu") for t in floats]
         # Without in-place operations, so that every value is a function of others wherever the code is read again.
         functional = torch.func.functionalize(kernel, remove="mutations")
         recorded = make_fx(functional, tracing_mode="fake")(*example)

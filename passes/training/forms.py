@@ -140,7 +140,7 @@ class Folded:
         plain.__dict__.update(block.__dict__)
         plain._modules = {"around": None, **block.branches()}
         plain.folded, plain.inside, plain.form, plain.reparam_layer = None, None, BranchSum.form, None
-        self.program = KernelProgram.of(plain, self.dtype)
+        self.program = KernelProgram.of(plain, torch.promote_types(self.dtype, torch.float32))
         self._paths = [name.split(".") for name in self.program.names]
         self._statistics = statistics_code(plain, self.norms) if self.form.name == "sampled" and self.norms else None
 
@@ -194,10 +194,15 @@ class Folded:
             measured[name] if name in measured else _at(block, path)
             for name, path in zip(self.program.names, self._paths, strict=True)
         ]
-        # An optimizer's small steps are lost in bfloat16: the kernel is computed in the parameters' own dtype.
+        # An optimizer's small steps are lost in bfloat16: the kernel is computed in the parameters' own dtype, and not
+        # in half precision, in which no statistics are measured either.
         device = values[0].device.type if isinstance(values[0], Tensor) else "cpu"
+        half = self.dtype in (torch.float16, torch.bfloat16)
         with torch.autocast("cpu" if device == "meta" else device, enabled=False):
-            return self.program(values)
+            if not half:
+                return self.program(values)
+            weight, bias = self.program([_wide(value) for value in values])
+            return weight.to(values[0].dtype), None if bias is None else bias.to(values[0].dtype)
 
     def made(self, block: BranchSum) -> None:
         """Record the code anew if this comes out of a pickle."""
@@ -257,6 +262,11 @@ def note_on_samples(model: nn.Module) -> str:
         f"the running statistics of {found[0]}{more} are of samples of batches: "
         "reparam.update_statistics(model, loader) makes them of whole ones"
     )
+
+
+def _wide(value: Tensor) -> Tensor:
+    # The proof of a collapse runs in float64, whatever the block was made in.
+    return value if isinstance(value, Tensor) and value.dtype == torch.float64 else value.float()
 
 
 def _at(module: Any, path: list[str]) -> Any:
