@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -178,6 +179,68 @@ def test_an_option_that_uses_what_would_vanish_keeps_it() -> None:
     (refusal,) = report.refusals
     assert "states" in refusal.message
     assert "You have to specify" not in refusal.message
+
+
+def pad_by_size(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Whose every call asks something that depends on the size."""
+    along = 2 if x.shape[-1] % 2 == 0 else 1
+    return F.pad(x, (1, along) * 2)
+
+
+class Deep(nn.Module):
+    """As Hugging Face's MobileNets: padding by a function, and one option that every layer asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, bias=False) for _ in range(24))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(24))
+
+    def forward(self, pixels: Tensor | None = None, states: bool | None = None) -> Any:
+        if pixels is None:
+            raise ValueError("You have to specify pixels")
+        found = []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            pixels = norm(conv(pad_by_size(pixels, conv))).relu()
+            if states:
+                found.append(pixels)
+        return (pixels, *found)
+
+
+def test_an_option_that_every_layer_asks_for_is_one_question() -> None:
+    """More layers than ways that are tried, and too many for a question of each to be answered both ways."""
+    model = lively(Deep())
+    folded, report = reparam.collapse_with_report(model)
+    assert not report.refusals
+    assert len(report.folds) == len(folded.convs)
+    x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
+    for states in (None, True, False):
+        torch.testing.assert_close(folded(x, states=states), model(x, states=states))
+
+
+class Filling(nn.Module):
+    """An option that is empty at first, and is not any more once the forward has put something in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor, seen: list[Tensor] | None = None) -> Any:
+        before = self.conv(x)
+        after = self.norm(before)
+        if seen is not None:
+            was = bool(seen)
+            seen.append(x)
+            if seen and not was:
+                return after + before
+        return after
+
+
+def test_an_option_that_was_used_since_is_asked_again() -> None:
+    model = lively(Filling())
+    folded = reparam.collapse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for seen in (None, [], [x]):
+        torch.testing.assert_close(folded(x, copy.copy(seen)), model(x, copy.copy(seen)))
 
 
 class Skipping(nn.Module):

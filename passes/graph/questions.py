@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ __all__ = ["Questions"]
 _TENSOR = torch.empty(0)
 
 
+@dataclass(frozen=True)
+class Told:
+    """The truth of an argument that a caller may give, who asked for it first, and how often it was used by then."""
+
+    call: Call
+    answer: bool
+    users: int
+
+
 class Questions(TracerBase):
     """The part of a tracer that answers.
 
@@ -40,7 +50,7 @@ class Questions(TracerBase):
         super().__init__()
         self.answers, self.forks, self.forced = answers, forks, forced
         self.either: list[tuple[Call, bool]] = []
-        self.truths: dict[fx.Node, tuple[Call, bool]] = {}
+        self.truths: dict[fx.Node, Told] = {}
         self.current = Call("", root, None, context=context())
         self.fixed: dict[Call, Refusal] = {}
         self.asked: set[int] = set()
@@ -74,12 +84,13 @@ class Questions(TracerBase):
         node = self.own(value)
         self._asked.add(node)
         if what in ("truth", "type") and self.forks and self.answers.is_open(node):
-            told = self.truths.get(node) if what == "truth" and node.op == "placeholder" else None
-            if told is None:
-                told = self.current, self._either(False)
-            if what == "truth":
-                self.truths[node] = told
-            return told[1]
+            if what != "truth" or node.op != "placeholder":
+                return self._either(False)
+            # An argument that nothing was done with since has the truth that it had.
+            told = self.truths.get(node)
+            if told is None or told.users != len(node.users):
+                told = self.truths[node] = Told(self.current, self._either(False), len(node.users))
+            return told.answer
         if node.op == "placeholder" and what in ("type", "class"):
             self.stop(Reason.INPUT_TYPE, Reason.INPUT_TYPE.value)
         if isinstance(self.current.module, _ConvNd) and self.current.parent is not None:

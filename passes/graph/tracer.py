@@ -224,7 +224,7 @@ class Tracer(Questions):
     def _roll_back(self, last: fx.Node | None, count: int, path: str) -> None:
         self._pending = None
         self.either = [(call, answer) for call, answer in self.either if call not in self.calls[count:]]
-        self.truths = {node: told for node, told in self.truths.items() if told[0] not in self.calls[count:]}
+        self.truths = {node: told for node, told in self.truths.items() if told.call not in self.calls[count:]}
         while (node := self._last()) is not last and node is not None:
             self.graph.erase_node(node)
         for call in self.calls[count:]:
