@@ -40,7 +40,7 @@ from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.table import section
 from passes.training.build import Cost, answers_for, build, check_preserved, signature, site_of, try_on_meta
 from passes.training.discovery import Found, find_convs
-from passes.training.filters import Blocks, Where, block_chooser, named_blocks, selector
+from passes.training.filters import Blocks, Forms, Where, block_chooser, form_chooser, named_blocks, selector
 from passes.training.forms import Form
 from passes.training.inside import takes_any_weight
 from passes.training.positions import positions_of
@@ -70,7 +70,8 @@ _TAKEN_BACK = (Reason.NOT_RUN, Reason.DIFFERS)
 class PlanRow:
     """One convolution in a plan: the block that it gets and what that costs, or the refusal that says why not.
 
-    ``norm_stays`` says why a norm that reads it stays outside of the block.
+    ``norm_stays`` says why a norm that reads it stays outside of the block; ``price`` what the block adds to the time and
+    memory of a training step, in plain steps, if that was measured.
     """
 
     layer: str
@@ -80,6 +81,7 @@ class PlanRow:
     cost: Cost | None
     found: Found = field(repr=False)
     form: Form = field(default_factory=Form)
+    price: tuple[float, float] | None = None
 
     @property
     def norm_stays(self) -> Refusal | None:
@@ -94,6 +96,7 @@ class Plan:
         rows: one per convolution, in order of registration.
         per_sample: whether multiply-adds are those of one sample, else of one output position.
         compared: what the trial compared and on what, or why it could not; empty without a trial.
+        budget: lines on what a step may take, is predicted to take, and takes; empty without a budget.
     """
 
     rows: tuple[PlanRow, ...]
@@ -104,6 +107,7 @@ class Plan:
     _verify: bool | str = True
     compared: tuple[str, ...] = ()
     _alone: bool = False
+    budget: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -149,6 +153,22 @@ class Plan:
         """How many convolutions are left alone for each reason, unselected ones included."""
         return Counter(row.refusal.message for row in self.rows if row.refusal is not None)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of :func:`reparam.expand` that choose just these blocks and forms, on any network of these layers."""
+        return {
+            "block": {row.layer: row.block for row in self.expanded},
+            "form": {row.layer: row.form for row in self.expanded},
+            "where": [row.layer for row in self.expanded],
+            "init": "preserve" if self._preserve else "paper",
+        }
+
+    def expanded_copy(self) -> nn.Module:
+        """The expanded model in training, unchecked: to be measured."""
+        model = deep_copy(self._model)
+        _put(model, self.expanded, self._preserve, check=False)
+        return model if self._model.training else model.train()
+
     def apply(self) -> nn.Module:
         """The expanded model: a copy, or the model itself if the plan was made with ``inplace=True``.
 
@@ -191,17 +211,29 @@ class Plan:
             if modules.get(row.layer) is not row.found.conv or (norm is not None and norm.path not in modules):
                 raise ReparamError(f"{row.layer} is no longer the layer that was planned for: plan again")
 
+    @property
+    def prices(self) -> list[tuple[str, str]]:
+        """What the block of each expanded row adds to a step's time and memory, and their sums, in plain steps."""
+        found = [row.price or (0.0, 0.0) for row in self.expanded]
+        return [
+            (f"{time:+.3f}", f"{memory:+.3f}") for time, memory in [*found, tuple(map(sum, zip(*found, strict=True)))]
+        ]
+
     def __str__(self) -> str:
         lines = [f"{len(self.expanded)} of {len(self.rows)} {self.noun} get a block"]
         costs = [row.cost for row in self.expanded if row.cost is not None]
         if costs:
             cells = [_aligned([c.parameters for c in costs]), _aligned([c.multiply_adds for c in costs])]
-            names = [(row.layer, str(row.geometry), str(row.block)) for row in self.expanded]
+            names = [(row.layer, str(row.geometry), f"{row.block}{_in_form(row)}") for row in self.expanded]
             names.append(("total", "", ""))
             work = "multiply-adds" if self.per_sample else "multiply-adds a position"
             body = [(*name, *row) for name, *row in zip(names, *cells, strict=True)]
             lines += ["parameters and multiply-adds are those before -> in training -> after collapse"]
-            lines += section("", ("layer", "geometry", "block", "parameters", work), body)
+            headings: tuple[str, ...] = ("layer", "geometry", "block", "parameters", work)
+            if self.budget:
+                headings = (*headings, "time", "memory")
+                body = [(*row, *cells) for row, cells in zip(body, self.prices, strict=True)]
+            lines += section("", headings, body)
         back = self.taken_back
         said = [(row, row.refusal) for row in self.refused if row not in back]
         stays = [(row, row.norm_stays) for row in self.expanded if row.norm_stays is not None]
@@ -216,6 +248,8 @@ class Plan:
             lines += ["", *(line for note in notes for line in textwrap.wrap(note, 110, subsequent_indent="  "))]
         if self.compared:
             lines += ["", *(line for text in self.compared for line in textwrap.wrap(f"tried: {text}", 110))]
+        if self.budget:
+            lines += ["", *(line for text in self.budget for line in textwrap.wrap(text, 110, subsequent_indent="  "))]
         return "\n".join(lines)
 
 
@@ -261,7 +295,7 @@ def make_plan(
     *,
     where: Where = None,
     init: str = "preserve",
-    form: Form | None = None,
+    form: Forms = None,
     example_inputs: Any = None,
     verify: bool | str = True,
     strict: bool = False,
@@ -269,7 +303,6 @@ def make_plan(
 ) -> Plan:
     """Decide for every convolution of ``model``; see :func:`reparam.plan`. The model is not changed."""
     linear = any(each.info.linear for each in named_blocks(block))
-    _check(model, init, verify, inplace, linear=linear)
     _check(model, init, verify, inplace, linear=linear)
     if alone := isinstance(model, (_ConvNd, nn.Linear) if linear else _ConvNd):
         model = nn.Sequential(OrderedDict({ALONE: model})).train(model.training)
@@ -342,9 +375,9 @@ class _Decision:
         self.model, self.preserve, self.positions = model, preserve, positions
         self._decided: dict[Any, Cost | Refusal] = {}
 
-    def rows(self, convs: list[Found], block: Blocks, where: Where, form: Form | None) -> tuple[PlanRow, ...]:
+    def rows(self, convs: list[Found], block: Blocks, where: Where, form: Forms) -> tuple[PlanRow, ...]:
         paths = [found.path for found in convs]
-        selected, chosen = selector(where, paths), block_chooser(block, paths)
+        selected, chosen, form_of = selector(where, paths), block_chooser(block, paths), form_chooser(form, paths)
         rows = []
         for found in convs:
             mine = chosen(found.path)
@@ -362,7 +395,7 @@ class _Decision:
                     PlanRow(found.path, Geometry.of(found.conv), None, refusal and refusal.at(found.path), None, found)
                 )
             else:
-                rows.append(self.row(found, mine, form or Form.meant(mine)))
+                rows.append(self.row(found, mine, form_of(found.path, mine)))
         return tuple(rows)
 
     def row(self, found: Found, block: Block, form: Form) -> PlanRow:
@@ -432,6 +465,10 @@ def _times(cost: Cost, positions: float) -> Cost:
 
 
 # ------------------------------------------------------------------ printing
+
+
+def _in_form(row: PlanRow) -> str:
+    return "" if row.form.name == "branches" else f", {row.form}"
 
 
 def _aligned(triples: Sequence[Sequence[float]]) -> list[str]:

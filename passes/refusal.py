@@ -65,6 +65,7 @@ class Reason(Enum):
     NOT_RUN = "its block would never run"
     DIFFERS = "with its block the network computes something else"
     NOT_FINITE = "the result is not finite"
+    OVER_BUDGET = "over the budget"
     TAKEN_BACK = "taken back: it does not hold"
 
 

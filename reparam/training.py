@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,14 @@ from torch.optim.swa_utils import update_bn
 
 from passes.algebra.conv_form import ConvForm
 from passes.blocks.kit.layers import BranchSum, ChannelScale, is_block
+from passes.budgeted import make_budgeted_plan
 from passes.edits.carried import revise
 from passes.edits.edit import Block as BlockEdit
 from passes.expand import Plan, make_plan
 from passes.refusal import RefusalError, ReparamError
+from passes.training.budget import Limits
 from passes.training.equivalent import Reading
-from passes.training.filters import Blocks, Where
+from passes.training.filters import Blocks, Forms, Where, is_auto
 from passes.training.forms import Folded, Form
 from reparam.api import undisturbed
 
@@ -28,12 +30,14 @@ __all__ = ["equivalent_conv", "expand", "param_groups", "plan", "set_form", "upd
 
 def expand(
     model: nn.Module,
-    block: Blocks,
+    block: Blocks | Plan,
     *,
     where: Where = None,
     init: str = "preserve",
-    form: str | Form | None = None,
+    form: str | Form | Mapping[str, str | Form] | None = None,
     online: bool | None = None,
+    budget: float | None = None,
+    memory: float | None = None,
     example_inputs: Any = None,
     verify: bool | str = True,
     strict: bool = False,
@@ -52,6 +56,8 @@ def expand(
         model: any module; parts that torch.fx cannot trace are expanded inside.
         block: a name of :func:`reparam.blocks`, a :class:`reparam.Block` with options, or a mapping from patterns on
             layer paths to either; the first pattern that matches wins, and what matches none is left alone.
+            ``"auto:acb,dbb"``: a budget chooses of these. Or a :class:`reparam.Plan`, made for a network of the same
+            layers: just its blocks in its forms.
         where: which layers. Default: those that the block is meant for by its publication (``meant_for`` of
             :func:`reparam.blocks`); ``"all"``: every one that can have it (a layer of that name is ``["all"]``). Else a
             pattern (``"layer1.*"``; a module's path stands for all inside) or several, a predicate
@@ -67,8 +73,14 @@ def expand(
             convolution runs over all of it. ``"frozen"``: norms as in evaluation, folded in every forward.
             ``"online"``: one convolution whose kernel is computed in every forward; batch norms of branches become
             factors per channel. Default: as the block says (``orepa`` trains online);
-            :func:`set_form` changes it later.
+            :func:`set_form` changes it later. A mapping from patterns to forms is read like one of blocks.
         online: the former name of ``form="online"`` and ``form="branches"``; it will go.
+        budget: so many plain training steps may a training step take, ``1.5`` for example, measured on ``example_inputs``
+            and the device at hand, in the model's dtype: on the CPU, process time of one thread. Layers get blocks in the
+            order of kernel numbers for what the block adds, first in the cheapest form, then, while there is room, in
+            the richest; ``form=None`` offers ``branches`` and ``sampled``. An order by cost and capacity, not by proven
+            accuracy. The plan says what was predicted and what was measured.
+        memory: the same for what a step holds as its backward begins (on a GPU: at its peak); with or without a budget.
         example_inputs: what to run the network on; a tuple for several arguments. They are made up if left out, and
             multiply-adds are then not counted per sample.
         verify: True: every kind of block is run against the layers that it replaces, and the network with all blocks
@@ -86,8 +98,8 @@ def expand(
         EquivalenceError: with ``strict`` a block does not hold; without, the network differs whatever is taken back.
     """
     planned = plan(
-        model, block, where=where, init=init, form=form_of(form, online), example_inputs=example_inputs, verify=verify,
-        strict=strict, inplace=inplace,
+        model, block, where=where, init=init, form=form_of(form, online), budget=budget, memory=memory,
+        example_inputs=example_inputs, verify=verify, strict=strict, inplace=inplace,
     )  # fmt: skip
     with undisturbed(model):
         return planned.apply()
@@ -95,12 +107,14 @@ def expand(
 
 def plan(
     model: nn.Module,
-    block: Blocks,
+    block: Blocks | Plan,
     *,
     where: Where = None,
     init: str = "preserve",
-    form: str | Form | None = None,
+    form: str | Form | Mapping[str, str | Form] | None = None,
     online: bool | None = None,
+    budget: float | None = None,
+    memory: float | None = None,
     example_inputs: Any = None,
     verify: bool | str = True,
     strict: bool = False,
@@ -114,23 +128,30 @@ def plan(
     for another model, and raises if the model's layers have been replaced in the meantime. Raises as :func:`expand`
     does.
     """
+    how: dict[str, Any] = {
+        "where": where, "init": init, "example_inputs": example_inputs, "verify": verify, "strict": strict,
+        "inplace": inplace,
+    }  # fmt: skip
+    forms = form_of(form, online)
+    limits = None if budget is None and memory is None else Limits(budget, memory)
+    if isinstance(block, Plan):
+        if limits is not None or forms is not None or where is not None or init != "preserve":
+            raise ReparamError("a plan says which layers get what: leave out where=, init=, form=, budget= and memory=")
+        how |= block.arguments
+        block, forms = how.pop("block"), how.pop("form")
     with undisturbed(model):
-        return make_plan(
-            model,
-            block,
-            where=where,
-            init=init,
-            form=form_of(form, online),
-            example_inputs=example_inputs,
-            verify=verify,
-            strict=strict,
-            inplace=inplace,
-        )
+        if limits is not None:
+            return make_budgeted_plan(model, block, limits, form=forms, **how)
+        if any(map(is_auto, block.values() if isinstance(block, Mapping) else [block])):
+            raise ReparamError("auto chooses by what a training step costs: pass budget= or memory=")
+        return make_plan(model, block, form=forms, **how)
 
 
-def form_of(form: str | Form | None, online: bool | None) -> Form | None:
+def form_of(form: str | Form | Mapping[str, str | Form] | None, online: bool | None) -> Forms:
     """The form that was asked for, by either name."""
     if online is None:
+        if isinstance(form, Mapping):
+            return {pattern: Form.of(each) for pattern, each in form.items()}
         return None if form is None else Form.of(form)
     if form is not None or not isinstance(online, bool):
         raise ReparamError(

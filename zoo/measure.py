@@ -8,7 +8,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import reparam
+from passes.training.step import one_thread
 from reparam import Counts, sources
 from zoo.families import Baseline, Network
 from zoo.outcome import Size
@@ -91,17 +91,6 @@ def measure(network: Network, seed: int = 0) -> Row:
         log.debug("%s failed", network.spec, exc_info=True)
         return replace(row, failure=row.failure or _one_line(error))
     return replace(row, failure=_verdict(row))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread inside: times compare, and thousands of small operations do not wait for threads to meet."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def warm_up() -> None:

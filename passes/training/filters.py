@@ -13,16 +13,32 @@ from passes.algebra.geometry import Geometry
 from passes.blocks.kit.filters import GEOMETRIC, check_filters, fits
 from passes.blocks.kit.registry import Block
 from passes.refusal import Reason, Refusal, ReparamError
+from passes.training.forms import Form
 
-__all__ = ["ALL", "Blocks", "Where", "block_chooser", "named_blocks", "selector"]
+__all__ = [
+    "ALL",
+    "AUTO",
+    "Blocks",
+    "Where",
+    "alternatives",
+    "block_chooser",
+    "form_chooser",
+    "is_auto",
+    "named_blocks",
+    "selector",
+]
 
 Where = None | str | Sequence[str] | Callable[[str, nn.Module], bool] | Mapping[str, Any]
 Blocks = str | Block | Mapping[str, str | Block]
+Forms = Form | Mapping[str, Form] | None
 
 Choice = Callable[[str, nn.Module, Block], Refusal | None]
 
 ALL = "all"
 """``where`` for every layer that can have the block at all."""
+
+AUTO = "auto"
+"""Stands before the names of blocks of which a budget chooses: ``auto:acb,dbb``."""
 
 _FILTERS = ("name", *GEOMETRIC)
 
@@ -58,6 +74,37 @@ def block_chooser(block: Blocks, paths: Sequence[str]) -> Callable[[str], Block 
     table = [(pattern, Block.of(chosen)) for pattern, chosen in block.items()]
     _patterns(block, paths)
     return lambda path: next((chosen for pattern, chosen in table if matches(path, pattern)), None)
+
+
+def form_chooser(form: Forms, paths: Sequence[str]) -> Callable[[str, Block], Form]:
+    """A function that gives the form of a layer's block; where no pattern matches, it is as the block says."""
+    if not isinstance(form, Mapping):
+        return lambda path, block: form or Form.meant(block)
+    _patterns(form, paths)
+    return lambda path, block: next((f for pattern, f in form.items() if matches(path, pattern)), Form.meant(block))
+
+
+def alternatives(block: Blocks) -> list[Blocks]:
+    """What ``auto:acb,dbb`` stands for: one after the other, also in a mapping; anything else stands for itself."""
+    if not isinstance(block, Mapping):
+        return [*_candidates(block)]
+    table = {pattern: _candidates(chosen) for pattern, chosen in block.items()}
+    most = max(map(len, table.values()), default=1)
+    return [{pattern: each[min(i, len(each) - 1)] for pattern, each in table.items()} for i in range(most)]
+
+
+def is_auto(block: Any) -> bool:
+    """Whether this leaves the choice of the block open."""
+    return isinstance(block, str) and block.partition(":")[0].strip() == AUTO
+
+
+def _candidates(block: Any) -> list[Any]:
+    if not is_auto(block):
+        return [block]
+    names = [name.strip() for name in block.partition(":")[2].split(",") if name.strip()]
+    if not names:
+        raise ReparamError("auto names the blocks that may be chosen: auto:acb,dbb,doconv")
+    return [Block(name) for name in dict.fromkeys(names)]
 
 
 def named_blocks(block: Blocks) -> list[Block]:

@@ -1,0 +1,215 @@
+"""A plan whose training step is measured, and stays within a budget; the rule is in :mod:`passes.training.budget`.
+
+Every candidate is planned as it is without a budget, and what was chosen is planned, tried and measured as what it is:
+one block and form per layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from passes.expand import Plan, PlanRow, make_plan
+from passes.graph.copies import deep_copy
+from passes.graph.generators import kept_generators
+from passes.graph.inputs import Example, as_example, copied, tensors_in
+from passes.refusal import Reason, Refusal, ReparamError
+from passes.training.budget import Limits, Option, Pair, Round, settle
+from passes.training.build import build, signature, site_of
+from passes.training.filters import Blocks, Forms, alternatives, named_blocks
+from passes.training.forms import Form
+from passes.training.step import Measure, Step, measure
+
+__all__ = ["make_budgeted_plan"]
+
+log = logging.getLogger("reparam")
+
+NOTE = "The order of layers is by cost and capacity, not by proven accuracy."
+
+
+def make_budgeted_plan(
+    model: nn.Module,
+    block: Blocks,
+    limits: Limits,
+    *,
+    form: Forms = None,
+    example_inputs: Any = None,
+    measured_by: Measure = measure,
+    **how: Any,
+) -> Plan:
+    """The plan that keeps a training step on ``example_inputs`` within ``limits``; ``how`` as for :func:`make_plan`.
+
+    ``form=None``: as ``branches``, then ``sampled``, or as the block is meant. The model is not changed.
+    """
+    if example_inputs is None:
+        raise ReparamError("a budget is measured: pass example_inputs=, a batch like those of training")
+    if not torch.is_grad_enabled():
+        raise ReparamError("a budget measures training steps, and gradients are switched off here")
+    blocks = alternatives(block)
+    forms: list[Forms] = [form]
+    if form is None and any(not each.info.online for some in blocks for each in named_blocks(some)):
+        forms.append(Form("sampled"))
+    how["example_inputs"] = example_inputs
+    plans = [(rank, make_plan(model, each, form=f, **how)) for each in blocks for rank, f in enumerate(forms)]
+    base, possible = plans[0][1], [(rank, row) for rank, plan in plans for row in plan.expanded]
+    if min(limits.room) == 0:
+        none = dict.fromkeys(row.layer for _, row in possible)
+        return _decided(base, none, "the budget has no room", f"no block: {limits} is what the plain step takes")
+    with kept_generators(p.device for p in model.parameters()):
+        meter = _Meter(base._model, base._preserve, as_example(example_inputs, base._model), measured_by)
+        options = []
+        for rank, row in possible:
+            if meter.calls.get(row.layer) and (form is not None or rank == 0 or not _meant_online(row)):
+                options.append(_option(rank, row, meter.price(row)))
+
+        def tried(chosen: Sequence[Option]) -> tuple[set[str], Callable[[], Pair], Plan]:
+            blocks = {option.layer: option.block for option in chosen}
+            forms = {option.layer: option.form for option in chosen}
+            plan = make_plan(model, blocks, form=forms, **{**how, "where": list(blocks)})
+            return {row.layer for row in plan.expanded}, lambda: meter.factors(plan), plan
+
+        best, rounds = settle(options, limits, tried)
+    decided: dict[str, PlanRow | None] = dict.fromkeys(option.layer for option in options)
+    for each in rounds:
+        decided |= {row.layer: row for row in each.result.taken_back}
+    lines = [f"budget: {limits}; the plain step takes {meter.plain.seconds * 1e3:.0f} ms on {meter.where}"]
+    lines += [_said(each, limits) for each in rounds]
+    if best is None:
+        lines.append(_nothing_fits(options, limits))
+        log.warning("budget: %s", lines[-1])
+        return _decided(base, decided, "no block fits the budget", *lines)
+    if best is not rounds[-1]:
+        lines.append(f"kept: {_said(best, limits)}")
+    for row in best.result.expanded:
+        price = next(option.price for option in best.chosen if option.layer == row.layer)
+        decided[row.layer] = replace(row, price=(price[0] * best.scale[0], price[1] * best.scale[1]))
+    log.info("budget: %s", lines[-1])
+    return _decided(replace(base, compared=best.result.compared), decided, "the budget went to other layers", *lines)
+
+
+def _decided(base: Plan, decided: Mapping[str, PlanRow | None], why: str, *lines: str) -> Plan:
+    """The plan with the rows that were decided on, None for a layer that is left alone; blocks of no other layer run."""
+    rows = []
+    for row in base.rows:
+        mine = decided.get(row.layer, row)
+        if mine is None or (mine is row and row.refusal is None):
+            said = why if row.layer in decided else "it does not run in a training step, so no block has a price"
+            mine = replace(row, block=None, cost=None, refusal=Refusal(Reason.OVER_BUDGET, said).at(row.layer))
+        rows.append(mine)
+    return replace(base, rows=tuple(rows), budget=(*lines, NOTE))
+
+
+def _meant_online(row: PlanRow) -> bool:
+    return row.block is not None and row.block.info.online
+
+
+def _option(rank: int, row: PlanRow, price: Pair) -> Option:
+    assert row.block is not None and row.cost is not None
+    g = row.geometry
+    kernel = g.out_channels * g.in_channels // g.groups * math.prod(g.kernel)
+    return Option(row.layer, row.block, row.form, kernel, row.cost.parameters[1], rank, price)
+
+
+def _said(each: Round, limits: Limits) -> str:
+    """A round in words; of what has no limit, too."""
+    predicted, measured = (f"time {time:.3f}, memory {memory:.3f}" for time, memory in (each.predicted, each.measured))
+    over = "" if each.holds(limits) else "; over the budget"
+    return f"{len(each.chosen)} blocks: predicted {predicted}; measured {measured} times the plain step{over}"
+
+
+def _nothing_fits(options: Sequence[Option], limits: Limits) -> str:
+    if not options:
+        return "no layer that runs in a training step can have a block"
+    limited = [i for i, room in enumerate(limits.room) if room < math.inf]
+    least = min(options, key=lambda o: max(o.price[i] / limits.room[i] for i in limited))
+    adds = f"{least.price[0]:.3f} to the time and {least.price[1]:.3f} to the memory of the plain step"
+    return f"no block fits: the cheapest, {least.block} as {least.form} at {least.layer}, adds {adds}"
+
+
+class _Meter:
+    """Measures single layers, each kind once, and whole networks, in training on ``example``.
+
+    Attributes:
+        calls: by layer, the inputs that one step calls it with.
+        plain: what a step of the network takes.
+        where: on what.
+    """
+
+    def __init__(self, model: nn.Module, preserve: bool, example: Example | None, measured_by: Measure) -> None:
+        assert example is not None
+        self.preserve, self.example, self.measure = preserve, example, measured_by
+        self.model = deep_copy(model)
+        if not model.training:
+            self.model.train()
+        self.step = self._whole(self.model)
+        self.calls = self._calls()
+        (self.plain,) = measured_by([self.step])
+        cuda = self.step.device.type == "cuda"
+        self.where = torch.cuda.get_device_name(self.step.device) if cuda else "one CPU thread"
+        self._known: dict[Any, Pair] = {}
+
+    def _whole(self, model: nn.Module) -> Step:
+        def call() -> Any:
+            args, kwargs = copied((self.example.args, dict(self.example.kwargs)))  # which a forward may write into
+            return model(*args, **kwargs)
+
+        return Step(model, call, whole=True)
+
+    def _calls(self) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+
+        def note(path: str, args: Any, kwargs: Any) -> None:
+            x = next(tensors_in((args, kwargs)))
+            found.setdefault(path, []).append(torch.empty_like(x, device="meta", requires_grad=x.requires_grad))
+
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, path=path: note(path, args, kwargs), with_kwargs=True
+            )
+            for path, module in self.model.named_modules()
+            if isinstance(module, (_ConvNd, nn.Linear))
+        ]
+        try:
+            self.step()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def price(self, row: PlanRow) -> Pair:
+        """What the block of a row adds to a step."""
+        assert row.block is not None
+        seconds = size = 0.0
+        for x in self.calls[row.layer]:
+            site = site_of(self.model, row.found, self.preserve, row.form)
+            trained = tuple(p.requires_grad for m in (site.conv, site.norm) if m is not None for p in m.parameters())
+            key = (signature(site, row.block, row.form), x.shape, x.stride(), x.dtype, x.requires_grad, trained)
+            if key not in self._known:
+                plain, block = self.measure(self._pair(row, x))
+                self._known[key] = block.seconds - plain.seconds, block.bytes - plain.bytes
+            seconds, size = seconds + self._known[key][0], size + self._known[key][1]
+        return seconds / self.plain.seconds, size / self.plain.bytes
+
+    def _pair(self, row: PlanRow, like: Tensor) -> list[Step]:
+        """A layer with its norm, and the block in their place."""
+        assert row.block is not None
+        mine, theirs = (copy.deepcopy(site_of(self.model, row.found, self.preserve, row.form)) for _ in range(2))
+        block = build(row.layer, theirs, row.block, row.form)
+        plain = nn.Sequential(mine.layer or mine.conv)
+        if theirs.norm_taken and mine.norm is not None:
+            plain.append(mine.norm)
+        x = torch.empty_like(like, device=self.step.device).normal_().requires_grad_(like.requires_grad)
+        return [Step(plain, lambda: plain(x)), Step(block, lambda: block(x))]
+
+    def factors(self, plan: Plan) -> Pair:
+        """What a step of the planned network takes, in steps of the plain one that take turns with it."""
+        plain, expanded = self.measure([self.step, self._whole(plan.expanded_copy())])
+        return expanded.seconds / plain.seconds, expanded.bytes / plain.bytes
