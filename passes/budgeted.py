@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.expand import Plan, PlanRow, make_plan
-from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
 from passes.graph.inputs import Example, as_example, copied, tensors_in
 from passes.refusal import Reason, Refusal, ReparamError
@@ -38,8 +37,8 @@ NOTE = "The order of layers is by cost and capacity, not by proven accuracy."
 def make_budgeted_plan(
     model: nn.Module,
     block: Blocks,
-    limits: Limits,
     *,
+    limits: Limits,
     form: Forms = None,
     example_inputs: Any = None,
     measured_by: Measure = measure,
@@ -64,7 +63,7 @@ def make_budgeted_plan(
         none = dict.fromkeys(row.layer for _, row in possible)
         return _decided(base, none, "the budget has no room", f"no block: {limits} is what the plain step takes")
     with kept_generators(p.device for p in model.parameters()):
-        meter = _Meter(base._model, base._preserve, as_example(example_inputs, base._model), measured_by)
+        meter = _Meter(base, as_example(example_inputs, base._model), limits, measured_by)
         options = []
         for rank, row in possible:
             if meter.calls.get(row.layer) and (form is not None or rank == 0 or not _meant_online(row)):
@@ -96,7 +95,7 @@ def make_budgeted_plan(
 
 
 def _decided(base: Plan, decided: Mapping[str, PlanRow | None], why: str, *lines: str) -> Plan:
-    """The plan with the rows that were decided on, None for a layer that is left alone; blocks of no other layer run."""
+    """The plan with the rows that were decided on; None for a layer that is left alone."""
     rows = []
     for row in base.rows:
         mine = decided.get(row.layer, row)
@@ -112,17 +111,23 @@ def _meant_online(row: PlanRow) -> bool:
 
 
 def _option(rank: int, row: PlanRow, price: Pair) -> Option:
-    assert row.block is not None and row.cost is not None
+    assert row.block is not None
+    assert row.cost is not None
     g = row.geometry
     kernel = g.out_channels * g.in_channels // g.groups * math.prod(g.kernel)
     return Option(row.layer, row.block, row.form, kernel, row.cost.parameters[1], rank, price)
 
 
 def _said(each: Round, limits: Limits) -> str:
-    """A round in words; of what has no limit, too."""
-    predicted, measured = (f"time {time:.3f}, memory {memory:.3f}" for time, memory in (each.predicted, each.measured))
-    over = "" if each.holds(limits) else "; over the budget"
-    return f"{len(each.chosen)} blocks: predicted {predicted}; measured {measured} times the plain step{over}"
+    parts = [
+        f"{name} predicted {predicted:.3f}, measured {measured:.3f}"
+        for name, limit, predicted, measured in zip(
+            ("time", "memory"), (limits.time, limits.memory), each.predicted, each.measured, strict=True
+        )
+        if limit is not None
+    ]
+    over = "" if each.holds(limits) else ": over the budget"
+    return f"{len(each.chosen)} blocks: {'; '.join(parts)} times the plain step{over}"
 
 
 def _nothing_fits(options: Sequence[Option], limits: Limits) -> str:
@@ -130,8 +135,8 @@ def _nothing_fits(options: Sequence[Option], limits: Limits) -> str:
         return "no layer that runs in a training step can have a block"
     limited = [i for i, room in enumerate(limits.room) if room < math.inf]
     least = min(options, key=lambda o: max(o.price[i] / limits.room[i] for i in limited))
-    adds = f"{least.price[0]:.3f} to the time and {least.price[1]:.3f} to the memory of the plain step"
-    return f"no block fits: the cheapest, {least.block} as {least.form} at {least.layer}, adds {adds}"
+    adds = " and ".join(f"{least.price[i]:.3f} of the plain step's {('time', 'memory')[i]}" for i in limited)
+    return f"no block fits {limits}: the cheapest, {least.block} as {least.form} at {least.layer}, adds {adds}"
 
 
 class _Meter:
@@ -143,15 +148,14 @@ class _Meter:
         where: on what.
     """
 
-    def __init__(self, model: nn.Module, preserve: bool, example: Example | None, measured_by: Measure) -> None:
+    def __init__(self, plan: Plan, example: Example | None, limits: Limits, measured_by: Measure) -> None:
         assert example is not None
-        self.preserve, self.example, self.measure = preserve, example, measured_by
-        self.model = deep_copy(model)
-        if not model.training:
-            self.model.train()
+        self.preserve, self.example, self.measure = plan._preserve, example, measured_by
+        self.memory = limits.memory is not None
+        self.model = replace(plan, rows=()).expanded_copy()
         self.step = self._whole(self.model)
         self.calls = self._calls()
-        (self.plain,) = measured_by([self.step])
+        self.plain = measured_by([self.step])[0]
         cuda = self.step.device.type == "cuda"
         self.where = torch.cuda.get_device_name(self.step.device) if cuda else "one CPU thread"
         self._known: dict[Any, Pair] = {}
@@ -161,7 +165,7 @@ class _Meter:
             args, kwargs = copied((self.example.args, dict(self.example.kwargs)))  # which a forward may write into
             return model(*args, **kwargs)
 
-        return Step(model, call, whole=True)
+        return Step(model, call, whole=True, memory=self.memory)
 
     def _calls(self) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {}
@@ -196,7 +200,7 @@ class _Meter:
                 plain, block = self.measure(self._pair(row, x))
                 self._known[key] = block.seconds - plain.seconds, block.bytes - plain.bytes
             seconds, size = seconds + self._known[key][0], size + self._known[key][1]
-        return seconds / self.plain.seconds, size / self.plain.bytes
+        return seconds / self.plain.seconds, size / max(self.plain.bytes, 1)
 
     def _pair(self, row: PlanRow, like: Tensor) -> list[Step]:
         """A layer with its norm, and the block in their place."""
@@ -207,9 +211,9 @@ class _Meter:
         if theirs.norm_taken and mine.norm is not None:
             plain.append(mine.norm)
         x = torch.empty_like(like, device=self.step.device).normal_().requires_grad_(like.requires_grad)
-        return [Step(plain, lambda: plain(x)), Step(block, lambda: block(x))]
+        return [Step(plain, lambda: plain(x), memory=self.memory), Step(block, lambda: block(x), memory=self.memory)]
 
     def factors(self, plan: Plan) -> Pair:
         """What a step of the planned network takes, in steps of the plain one that take turns with it."""
         plain, expanded = self.measure([self.step, self._whole(plan.expanded_copy())])
-        return expanded.seconds / plain.seconds, expanded.bytes / plain.bytes
+        return expanded.seconds / plain.seconds, expanded.bytes / plain.bytes if self.memory else 1.0

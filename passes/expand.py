@@ -8,6 +8,7 @@ blocks are tried on a copy that is run against the original (:mod:`passes.traini
 from __future__ import annotations
 
 import logging
+import math
 import textwrap
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
@@ -70,8 +71,8 @@ _TAKEN_BACK = (Reason.NOT_RUN, Reason.DIFFERS)
 class PlanRow:
     """One convolution in a plan: the block that it gets and what that costs, or the refusal that says why not.
 
-    ``norm_stays`` says why a norm that reads it stays outside of the block; ``price`` what the block adds to the time and
-    memory of a training step, in plain steps, if that was measured.
+    ``norm_stays`` says why a norm that reads it stays outside of the block; ``price`` what the block adds to the time
+    and, if asked for, the memory of a training step, in plain steps.
     """
 
     layer: str
@@ -212,12 +213,11 @@ class Plan:
                 raise ReparamError(f"{row.layer} is no longer the layer that was planned for: plan again")
 
     @property
-    def prices(self) -> list[tuple[str, str]]:
-        """What the block of each expanded row adds to a step's time and memory, and their sums, in plain steps."""
-        found = [row.price or (0.0, 0.0) for row in self.expanded]
-        return [
-            (f"{time:+.3f}", f"{memory:+.3f}") for time, memory in [*found, tuple(map(sum, zip(*found, strict=True)))]
-        ]
+    def prices(self) -> dict[str, list[str]]:
+        """What each expanded row adds to a step's time and memory, and their sums; what was measured alone."""
+        priced = [row.price for row in self.expanded if row.price is not None]
+        columns = {name: [price[i] for price in priced] for i, name in enumerate(("time", "memory"))}
+        return {n: [f"{p:+.3f}" for p in [*each, math.fsum(each)]] for n, each in columns.items() if any(each)}
 
     def __str__(self) -> str:
         lines = [f"{len(self.expanded)} of {len(self.rows)} {self.noun} get a block"]
@@ -229,11 +229,9 @@ class Plan:
             work = "multiply-adds" if self.per_sample else "multiply-adds a position"
             body = [(*name, *row) for name, *row in zip(names, *cells, strict=True)]
             lines += ["parameters and multiply-adds are those before -> in training -> after collapse"]
-            headings: tuple[str, ...] = ("layer", "geometry", "block", "parameters", work)
-            if self.budget:
-                headings = (*headings, "time", "memory")
-                body = [(*row, *cells) for row, cells in zip(body, self.prices, strict=True)]
-            lines += section("", headings, body)
+            added = self.prices
+            body = [(*row, *prices) for row, *prices in zip(body, *added.values(), strict=True)]
+            lines += section("", ("layer", "geometry", "block", "parameters", work, *added), body)
         back = self.taken_back
         said = [(row, row.refusal) for row in self.refused if row not in back]
         stays = [(row, row.norm_stays) for row in self.expanded if row.norm_stays is not None]

@@ -92,6 +92,21 @@ FormName = Annotated[
         show_default="as the block says",
     ),
 ]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        help="So many plain training steps may one take; measured here, so give --inputs.",
+        rich_help_panel=EXPANSION,
+    ),
+]
+Memory = Annotated[
+    float | None, typer.Option("--memory", help="The same for a step's peak memory.", rich_help_panel=EXPANSION)
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option("--inputs", metavar="32x3x224x224", help="A batch of training.", rich_help_panel=EXPANSION),
+]
 Init = Annotated[
     str, typer.Option("--init", help="preserve (same function) or paper (published).", rich_help_panel=EXPANSION)
 ]
@@ -109,15 +124,18 @@ def plan(
     init: Init = "preserve",
     form: FormName = None,
     online: Online = None,
+    budget: Budget = None,
+    memory: Memory = None,
+    inputs: Inputs = None,
     everything: Everything = False,
 ) -> None:
     """Show which convolutions would get a block, what that costs, and why the others do not. Nothing is changed."""
     sources.name_code(target)  # which may register blocks
     recipe = _recipe(block, where, kernel, depthwise, form_of(form, online), init)
     network = _load(target, plain=True, quiet=True)
-    inputs = _inputs(network.model)
-    planned = recipe.plan(network.model, example_inputs=inputs)
-    size = "" if inputs is None else f", multiply-adds for {'x'.join(map(str, inputs[0].shape[1:]))}"
+    batch = _batch(network.model, inputs, budget, memory)
+    planned = recipe.plan(network.model, example_inputs=batch, budget=budget, memory=memory)
+    size = "" if batch is None else f", multiply-adds for {'x'.join(map(str, batch[0].shape[1:]))}"
     title = f"{escape(target)} with {escape(str(recipe))}{size}"
     tables.show(console, tables.plan_table(planned, title, everything=everything))
     reasons = tables.plan_reasons(planned, everything=everything)
@@ -125,6 +143,8 @@ def plan(
         tables.show(console, reasons)
     left = f", {len(planned.refused)} are left" if planned.refused else ""
     console.print(f"{len(planned.expanded)} of {len(planned.rows)} {planned.noun} get a block{left}", soft_wrap=True)
+    for line in planned.budget:
+        console.print(escape(line), soft_wrap=True)
 
 
 def expand(
@@ -137,6 +157,9 @@ def expand(
     init: Init = "preserve",
     form: FormName = None,
     online: Online = None,
+    budget: Budget = None,
+    memory: Memory = None,
+    inputs: Inputs = None,
     pretrained: Pretrained = False,
     weights: Weights = None,
     key: Key = None,
@@ -152,10 +175,15 @@ def expand(
     recipe = _recipe(block, where, kernel, depthwise, form_of(form, online), init)
     network = _load(target, plain=True, pretrained=pretrained, weights=weights, key=key, seed=seed)
     torch.manual_seed(seed)
-    planned = recipe.plan(network.model)
+    limited = budget is not None or memory is not None
+    batch = _batch(network.model, inputs, budget, memory) if limited or inputs else None
+    planned = recipe.plan(network.model, example_inputs=batch, budget=budget, memory=memory)
+    for line in planned.budget:
+        console.print(escape(line), soft_wrap=True)
     if not planned.expanded:
         raise ReparamError(f"no convolution of {target} gets a block: {'; '.join(planned.reasons()) or 'it has none'}")
     expanded = planned.apply()
+    recipe = Recipe.of(planned) if limited else recipe
     console.print(f"{escape(target)} with {escape(str(recipe))}", style="italic", soft_wrap=True)
     console.print(tables.counts_table({"before": Counts.of(network.model), "in training": Counts.of(expanded)}))
     console.print(f"{len(planned.expanded)} of {len(planned.rows)} {planned.noun} expanded", soft_wrap=True)
@@ -428,6 +456,22 @@ def _inputs(model: nn.Module) -> tuple[torch.Tensor, ...] | None:
         return tuple(x[:1] for x in guessed) if all(isinstance(x, torch.Tensor) for x in guessed) else None
     except ReparamError:
         return None
+
+
+def _batch(
+    model: nn.Module, inputs: str | None, budget: float | None, memory: float | None
+) -> tuple[torch.Tensor, ...] | None:
+    """The batch that --inputs describes, which a budget needs; else one sample."""
+    if inputs is None:
+        if budget is not None or memory is not None:
+            raise UsageError("--budget and --memory are measured: say on what batch, --inputs 32x3x224x224 for example")
+        return _inputs(model)
+    sizes = inputs.lower().split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise UsageError(f"--inputs is the shape of a batch, written 32x3x224x224, got {inputs!r}")
+    first = next(model.parameters())
+    made = torch.randn(*map(int, sizes), generator=torch.Generator().manual_seed(0))
+    return (made.to(first.device, first.dtype),)
 
 
 def _check_output(path: Path, *read_for_it: str | Path | None) -> None:

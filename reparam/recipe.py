@@ -6,6 +6,7 @@ A block is written ``acb``, with options ``acb:gamma=1/3,bn=after``, and for som
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -13,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 from torch import nn
 
 import reparam
-from passes.training.filters import ALL
+from passes.training.filters import ALL, is_auto
 from reparam import Block, Form, Plan, ReparamError
 from reparam.sources import literal, split_commas
 
@@ -32,19 +33,24 @@ class Recipe:
         block: a name, a :class:`reparam.Block`, or a mapping from patterns to either.
         where: as :func:`reparam.expand`; a predicate cannot be stored, so :meth:`to_text` refuses it.
         init: ``"preserve"`` or ``"paper"``.
-        form: as :func:`reparam.expand`, as text; None means as the block says.
+        form: as :func:`reparam.expand`, as text, or a mapping from patterns to texts; None means as the block says.
     """
 
     block: str | Block | Mapping[str, str | Block]
     where: Any = None
     init: str = "preserve"
-    form: str | None = None
+    form: str | Mapping[str, str] | None = None
 
-    def plan(self, model: nn.Module, *, example_inputs: Any = None) -> Plan:
-        """:func:`reparam.plan` with these arguments."""
-        return reparam.plan(
-            model, self.block, where=self.where, init=self.init, form=self.form, example_inputs=example_inputs
-        )
+    @staticmethod
+    def of(plan: Plan) -> Recipe:
+        """The recipe for just what a plan says, layer by layer."""
+        chosen = plan.arguments
+        return Recipe(**{**chosen, "form": {layer: str(form) for layer, form in chosen["form"].items()}})
+
+    def plan(self, model: nn.Module, *, example_inputs: Any = None, **limits: float | None) -> Plan:
+        """:func:`reparam.plan` with these arguments, and with ``budget`` and ``memory``."""
+        how: dict[str, Any] = {"where": self.where, "init": self.init, "form": self.form, **limits}
+        return reparam.plan(model, self.block, example_inputs=example_inputs, **how)
 
     def expand(self, model: nn.Module) -> nn.Module:
         """:func:`reparam.expand` with these arguments: a copy."""
@@ -102,8 +108,12 @@ class Recipe:
         return Recipe(block, _from_plain(_plain(self.where)), self.init, self.form)
 
     def __str__(self) -> str:
-        single = not isinstance(self.block, Mapping)
-        parts = [block_text(b) if single else f"{p}={block_text(b)}" for p, b in self.blocks.items()]
+        if isinstance(self.form, Mapping):  # one by one these would fill a page
+            kinds = Counter(f"{block_text(b)} as {self.form.get(p, 'it says')}" for p, b in self.blocks.items())
+            parts = [f"{kind} in {count} layers" for kind, count in kinds.items()]
+            return ", ".join(parts + ([] if self.init == "preserve" else [f"init {self.init}"]))
+        table = self.block if isinstance(self.block, Mapping) else {"": self.block}
+        parts = [f"{p}={_text(b)}" if p else _text(b) for p, b in table.items()]
         if self.form is not None:
             parts.append(self.form)
         if self.init != "preserve":
@@ -111,11 +121,17 @@ class Recipe:
         return ", ".join(parts + _where_text(self.where))
 
 
-def _form_of(content: Mapping[str, Any]) -> str | None:
+def _text(block: str | Block) -> str:
+    return str(block) if is_auto(block) else block_text(Block.of(block))
+
+
+def _form_of(content: Mapping[str, Any]) -> str | dict[str, str] | None:
     """The form in a note on an expansion; older ones say only whether it was online."""
     if "form" not in content:
         return {True: "online", False: "branches", None: None}[content["online"]]
     form = content["form"]
+    if isinstance(form, dict):
+        return {pattern: str(Form.of(each)) for pattern, each in form.items()}
     return None if form is None else str(Form.of(form))
 
 
@@ -211,20 +227,22 @@ def _kernel(text: str) -> Any:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def parse_blocks(texts: Iterable[str]) -> Block | dict[str, Block]:
+def parse_blocks(texts: Iterable[str]) -> Block | str | dict[str, Block | str]:
     """One block, or a mapping from patterns to blocks, from the values of ``--block``.
 
     A block without a pattern beside some with one is for all layers that those do not match. Raises
     :class:`RecipeError` for anything malformed or unknown.
     """
-    table: dict[str, Block] = {}
-    rest: Block | None = None
+    table: dict[str, Block | str] = {}
+    rest: Block | str | None = None
     for text in texts:
         head = text.partition(":")[0]
         pattern, equals, name = head.partition("=")
         if not equals:
             if rest is not None:
-                raise RecipeError(f"two blocks for all layers, {rest.name} and {head}; write one as PATTERN=BLOCK")
+                raise RecipeError(
+                    f"two blocks for all layers, {str(rest).partition('(')[0]} and {head}; write one as PATTERN=BLOCK"
+                )
             rest = parse_block(text)
             continue
         if not pattern or not name:
@@ -239,8 +257,10 @@ def parse_blocks(texts: Iterable[str]) -> Block | dict[str, Block]:
     return table if rest is None else {**table, "*": rest}
 
 
-def parse_block(text: str) -> Block:
-    """A block from ``name`` or ``name:option=value,...``. Raises :class:`RecipeError`."""
+def parse_block(text: str) -> Block | str:
+    """A block from ``name`` or ``name:option=value,...``; ``auto:name,name`` as it is. Raises :class:`RecipeError`."""
+    if is_auto(text):
+        return text
     name, colon, rest = text.partition(":")
     options: dict[str, Any] = {}
     for pair in split_commas(rest) if colon else []:

@@ -87,9 +87,13 @@ def plan_table(plan: Plan, title: str, *, everything: bool = False, limit: int =
     table.add_column("block or reason", overflow="fold")
     table.add_column("parameters", totals[0], justify="right", no_wrap=True)
     table.add_column(unit, totals[1] if plan.per_sample else "", justify="right", no_wrap=True)
+    prices = plan.prices
+    for name, added in prices.items():
+        table.add_column(name, added[-1], justify="right", no_wrap=True)
+    of_layer = dict(zip([row.layer for row in plan.expanded], zip(*prices.values(), strict=True), strict=False))
     wanted = plan.rows if everything else tuple(row for row in plan.rows if row.refusal is None or row in plan.refused)
     for row in wanted if everything else wanted[:limit]:
-        table.add_row(*_plan_cells(row), style="dim" if row.refusal is not None else None)
+        table.add_row(*_plan_cells(row), *of_layer.get(row.layer, ()), style="dim" if row.refusal is not None else None)
     if not everything and len(wanted) > limit:
         table.add_row(f"… {len(wanted) - limit} more, see --all")
     return table

@@ -75,12 +75,12 @@ def expand(
             factors per channel. Default: as the block says (``orepa`` trains online);
             :func:`set_form` changes it later. A mapping from patterns to forms is read like one of blocks.
         online: the former name of ``form="online"`` and ``form="branches"``; it will go.
-        budget: so many plain training steps may a training step take, ``1.5`` for example, measured on ``example_inputs``
-            and the device at hand, in the model's dtype: on the CPU, process time of one thread. Layers get blocks in the
-            order of kernel numbers for what the block adds, first in the cheapest form, then, while there is room, in
-            the richest; ``form=None`` offers ``branches`` and ``sampled``. An order by cost and capacity, not by proven
-            accuracy. The plan says what was predicted and what was measured.
-        memory: the same for what a step holds as its backward begins (on a GPU: at its peak); with or without a budget.
+        budget: so many plain training steps may a step (forward, backward, SGD with momentum) take, ``1.5`` for
+            example, measured on ``example_inputs`` and the device at hand; on the CPU, process time of one thread.
+            Layers get blocks in the order of kernel numbers for what the block adds, first in the cheapest form, then,
+            while there is room, in the richest; ``form=None`` offers ``branches`` and ``sampled``. That orders by cost
+            and capacity, not by proven accuracy. The plan says what was predicted and what was measured.
+        memory: the same for the peak memory of a step, with or without a budget for its time.
         example_inputs: what to run the network on; a tuple for several arguments. They are made up if left out, and
             multiply-adds are then not counted per sample.
         verify: True: every kind of block is run against the layers that it replaces, and the network with all blocks
@@ -98,7 +98,7 @@ def expand(
         EquivalenceError: with ``strict`` a block does not hold; without, the network differs whatever is taken back.
     """
     planned = plan(
-        model, block, where=where, init=init, form=form_of(form, online), budget=budget, memory=memory,
+        model, block, where=where, init=init, form=form, online=online, budget=budget, memory=memory,
         example_inputs=example_inputs, verify=verify, strict=strict, inplace=inplace,
     )  # fmt: skip
     with undisturbed(model):
@@ -132,26 +132,29 @@ def plan(
         "where": where, "init": init, "example_inputs": example_inputs, "verify": verify, "strict": strict,
         "inplace": inplace,
     }  # fmt: skip
-    forms = form_of(form, online)
+    forms: Forms = (
+        {pattern: Form.of(each) for pattern, each in form.items()}
+        if isinstance(form, Mapping) and online is None
+        else form_of(form, online)
+    )
     limits = None if budget is None and memory is None else Limits(budget, memory)
     if isinstance(block, Plan):
         if limits is not None or forms is not None or where is not None or init != "preserve":
             raise ReparamError("a plan says which layers get what: leave out where=, init=, form=, budget= and memory=")
         how |= block.arguments
-        block, forms = how.pop("block"), how.pop("form")
+    else:
+        how |= {"block": block, "form": forms}
     with undisturbed(model):
         if limits is not None:
-            return make_budgeted_plan(model, block, limits, form=forms, **how)
+            return make_budgeted_plan(model, limits=limits, **how)
         if any(map(is_auto, block.values() if isinstance(block, Mapping) else [block])):
             raise ReparamError("auto chooses by what a training step costs: pass budget= or memory=")
-        return make_plan(model, block, form=forms, **how)
+        return make_plan(model, **how)
 
 
-def form_of(form: str | Form | Mapping[str, str | Form] | None, online: bool | None) -> Forms:
+def form_of(form: str | Form | None, online: bool | None) -> Form | None:
     """The form that was asked for, by either name."""
     if online is None:
-        if isinstance(form, Mapping):
-            return {pattern: Form.of(each) for pattern, each in form.items()}
         return None if form is None else Form.of(form)
     if form is not None or not isinstance(online, bool):
         raise ReparamError(

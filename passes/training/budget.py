@@ -1,7 +1,7 @@
 """Which layers get which block in which form, so that a training step costs at most so many times the plain one.
 
-Two limits, time and memory, each a factor on the plain step. What is above 1 is the *room*; an option (a block in a form
-at one layer) takes up a share of each room. The rule:
+Two limits, time and memory, each a factor on the plain step. What is above 1 is the *room*; an option (a block in a
+form at one layer) takes up a share of each room. The rule:
 
 1. The cheapest option of each layer, by the sum of its shares. Layers in the order of their *worth*: numbers of the
    kernel per share. Each gets its option if that still fits, else a dearer one that does, else none.
@@ -149,7 +149,9 @@ def settle(
 
     ``tried`` says of a choice which of its layers keep their block, what a step takes then, and anything to remember.
     """
-    scale, rounds, seen = (1.0, 1.0), [], set()
+    scale: Pair = (1.0, 1.0)
+    rounds: list[Round] = []
+    seen: set[tuple[Option, ...]] = set()
     while len(rounds) < ROUNDS:
         chosen = choose(options, limits.room, scale)
         if not chosen or chosen in seen:

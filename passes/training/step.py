@@ -2,14 +2,15 @@
 
 A step is forward, backward and SGD with momentum; its rate is zero, so that the numbers stay what they are. On the CPU
 its time is the process's own on one thread, in which neighbours on the machine do not count; on a GPU that of the
-synchronised clock. Its memory is what it holds as the backward begins: weights, buffers, momentum, and what autograd
-has saved. That adds up over layers, temporary values do not; of a whole network on a GPU the allocator's peak is taken.
+synchronised clock. The memory of a network's step is its peak. That of a layer's is what adds up over layers: weights,
+buffers, momentum, gradients of weights, and what autograd has saved; temporary values do not.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.graph.inputs import tensors_in
 from passes.refusal import ReparamError
@@ -32,17 +34,24 @@ ON_GPU = 10
 
 
 class Use(NamedTuple):
-    """What a step takes: seconds, and bytes at once."""
+    """What a step takes: seconds, and bytes."""
 
     seconds: float
     bytes: float
 
 
 class Step:
-    """A training step of ``model``; ``call`` is its forward. ``whole``: a network, not a layer of one."""
+    """A training step.
 
-    def __init__(self, model: nn.Module, call: Callable[[], Any], whole: bool = False) -> None:
-        self.model, self.call, self.whole = model, call, whole
+    Args:
+        model: what is trained.
+        call: its forward.
+        whole: whether it is a network, not a layer of one.
+        memory: whether its memory is asked for; else it counts as none.
+    """
+
+    def __init__(self, model: nn.Module, call: Callable[[], Any], *, whole: bool = False, memory: bool = False) -> None:
+        self.model, self.call, self.whole, self.memory = model, call, whole, memory
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(self.trained, lr=0.0, momentum=0.9) if self.trained else None
         self.device = next(model.parameters()).device
@@ -50,7 +59,7 @@ class Step:
     def __call__(self) -> None:
         loss = self._loss()
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -75,7 +84,9 @@ class Step:
         return (time.perf_counter() - started) / ON_GPU
 
     def bytes(self) -> float:
-        """What one step holds at most, of the kind that the module's docstring says."""
+        """Memory, of the kind that the module's docstring says."""
+        if not self.memory:
+            return 0.0
         held: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -85,16 +96,52 @@ class Step:
 
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             note(tensor)
-        own = sum(held.values()) + sum(p.nbytes for p in self.trained)
-        if self.whole and self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            self()
-            return own + torch.cuda.max_memory_allocated(self.device) - before
+        trained = sum(p.nbytes for p in self.trained)
+        if self.whole:
+            return sum(held.values()) + trained + self._peak(set(held))
         with saved_tensors_hooks(note, lambda tensor: tensor):
             loss = self._loss()  # what is saved lives as long as this, and no storage takes another one's place
         del loss
-        return sum(held.values()) + sum(p.nbytes for p in self.trained)
+        return sum(held.values()) + 2 * trained
+
+    def _peak(self, before: set[int]) -> int:
+        """Bytes that a step adds at most: of tensors, or on a GPU as its allocator counts."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            allocated = torch.cuda.memory_allocated(self.device)
+            self()
+            return torch.cuda.max_memory_allocated(self.device) - allocated
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        momentum = {t.untyped_storage().data_ptr() for t in tensors_in(list(states))}
+        with _Alive(before | momentum) as alive:
+            self()
+        return alive.most
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, but for those of storages that were there before."""
+
+    def __init__(self, before: set[int]) -> None:
+        super().__init__()
+        self.known, self.now, self.most = before, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.known.add(storage.data_ptr())
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
+        return result
+
+    def _count(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def _gone(self, pointer: int, size: int) -> None:
+        self.known.discard(pointer)
+        self._count(-size)
 
 
 Measure = Callable[[Sequence[Step]], Sequence[Use]]
