@@ -243,13 +243,13 @@ def parse_blocks(texts: Iterable[str]) -> Block | str | dict[str, Block | str]:
                 raise RecipeError(
                     f"two blocks for all layers, {str(rest).partition('(')[0]} and {head}; write one as PATTERN=BLOCK"
                 )
-            rest = parse_block(text)
+            rest = _choice(text)
             continue
         if not pattern or not name:
             raise RecipeError(f"a block for some layers is written PATTERN=BLOCK, such as layer1.*=dbb; got {text!r}")
         if pattern in table:
             raise RecipeError(f"two blocks for the pattern {pattern!r}; the first that matches would win")
-        table[pattern] = parse_block(text[len(pattern) + 1 :])
+        table[pattern] = _choice(text[len(pattern) + 1 :])
     if not table:
         if rest is None:
             raise RecipeError("name a block: --block acb; `reparam blocks` lists them")
@@ -257,10 +257,13 @@ def parse_blocks(texts: Iterable[str]) -> Block | str | dict[str, Block | str]:
     return table if rest is None else {**table, "*": rest}
 
 
-def parse_block(text: str) -> Block | str:
-    """A block from ``name`` or ``name:option=value,...``; ``auto:name,name`` as it is. Raises :class:`RecipeError`."""
-    if is_auto(text):
-        return text
+def _choice(text: str) -> Block | str:
+    """A block, or ``auto:name,name`` as it is."""
+    return text if is_auto(text) else parse_block(text)
+
+
+def parse_block(text: str) -> Block:
+    """A block from ``name`` or ``name:option=value,...``. Raises :class:`RecipeError`."""
     name, colon, rest = text.partition(":")
     options: dict[str, Any] = {}
     for pair in split_commas(rest) if colon else []:

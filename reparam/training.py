@@ -134,7 +134,7 @@ def plan(
     }  # fmt: skip
     forms: Forms = (
         {pattern: Form.of(each) for pattern, each in form.items()}
-        if isinstance(form, Mapping) and online is None
+        if isinstance(form, Mapping)
         else form_of(form, online)
     )
     limits = None if budget is None and memory is None else Limits(budget, memory)

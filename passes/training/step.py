@@ -110,7 +110,7 @@ class Step:
             torch.cuda.reset_peak_memory_stats(self.device)
             allocated = torch.cuda.memory_allocated(self.device)
             self()
-            return torch.cuda.max_memory_allocated(self.device) - allocated
+            return int(torch.cuda.max_memory_allocated(self.device) - allocated)
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         momentum = {t.untyped_storage().data_ptr() for t in tensors_in(list(states))}
         with _Alive(before | momentum) as alive:
@@ -122,7 +122,7 @@ class _Alive(TorchDispatchMode):
     """Counts the bytes of tensors that are alive, but for those of storages that were there before."""
 
     def __init__(self, before: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known, self.now, self.most = before, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
