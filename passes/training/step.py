@@ -113,7 +113,8 @@ class Step:
             return int(torch.cuda.max_memory_allocated(self.device) - allocated)
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         momentum = {t.untyped_storage().data_ptr() for t in tensors_in(list(states))}
-        with _Alive(before | momentum) as alive:
+        alive = _Alive(before | momentum)
+        with alive:
             self()
         return alive.most
 
