@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from glob import escape
 from typing import Any
 
 import torch
@@ -52,13 +53,18 @@ def make_budgeted_plan(
         raise ReparamError("a budget is measured: pass example_inputs=, a batch like those of training")
     if not torch.is_grad_enabled():
         raise ReparamError("a budget measures training steps, and gradients are switched off here")
+    if foreign := sorted({p.device.type for p in model.parameters()} - {"cpu", "cuda"}):
+        raise ReparamError(f"a budget is measured on the CPU or a CUDA device, and the model is on {foreign[0]}")
     blocks = alternatives(block)
     forms: list[Forms] = [form]
     if form is None and any(not each.info.online for some in blocks for each in named_blocks(some)):
         forms.append(Form("sampled"))
     how["example_inputs"] = example_inputs
     plans = [(rank, make_plan(model, each, form=f, **how)) for each in blocks for rank, f in enumerate(forms)]
-    base, possible = plans[0][1], [(rank, row) for rank, plan in plans for row in plan.expanded]
+    base, possible = (
+        _all_rows([plan for _, plan in plans]),
+        [(rank, row) for rank, plan in plans for row in plan.expanded],
+    )
     if min(limits.room) == 0:
         none = dict.fromkeys(row.layer for _, row in possible)
         return _decided(base, none, "the budget has no room", f"no block: {limits} is what the plain step takes")
@@ -70,8 +76,8 @@ def make_budgeted_plan(
                 options.append(_option(rank, row, meter.price(row)))
 
         def tried(chosen: Sequence[Option]) -> tuple[set[str], Callable[[], Pair], Plan]:
-            blocks = {option.layer: option.block for option in chosen}
-            forms = {option.layer: option.form for option in chosen}
+            blocks = {escape(option.layer): option.block for option in chosen}
+            forms = {escape(option.layer): option.form for option in chosen}
             plan = make_plan(model, blocks, form=forms, **{**how, "where": list(blocks)})
             return {row.layer for row in plan.expanded}, lambda: meter.factors(plan), plan
 
@@ -92,6 +98,13 @@ def make_budgeted_plan(
         decided[row.layer] = replace(row, price=(price[0] * best.scale[0], price[1] * best.scale[1]))
     log.info("budget: %s", lines[-1])
     return _decided(replace(base, compared=best.result.compared), decided, "the budget went to other layers", *lines)
+
+
+def _all_rows(plans: Sequence[Plan]) -> Plan:
+    """The first plan with the rows of the others, too: some blocks take linear layers, which others never see."""
+    found = {row.layer: row for plan in reversed(plans) for row in plan.rows}
+    longest = max(plans, key=lambda plan: len(plan.rows))
+    return replace(plans[0], rows=tuple(found[row.layer] for row in longest.rows))
 
 
 def _decided(base: Plan, decided: Mapping[str, PlanRow | None], why: str, *lines: str) -> Plan:
@@ -183,6 +196,11 @@ class _Meter:
         ]
         try:
             self.step()
+        except ReparamError:
+            raise
+        # The model is user code: whatever it raises means that it does not train on these inputs.
+        except Exception as error:
+            raise ReparamError(f"a training step on example_inputs fails: {error}") from error
         finally:
             for hook in hooks:
                 hook.remove()
@@ -215,5 +233,10 @@ class _Meter:
 
     def factors(self, plan: Plan) -> Pair:
         """What a step of the planned network takes, in steps of the plain one that take turns with it."""
-        plain, expanded = self.measure([self.step, self._whole(plan.expanded_copy())])
+        try:
+            plain, expanded = self.measure([self.step, self._whole(plan.expanded_copy())])
+        except torch.OutOfMemoryError as error:
+            raise ReparamError(
+                f"a step with {len(plan.expanded)} blocks does not fit into memory: pass memory="
+            ) from error
         return expanded.seconds / plain.seconds, expanded.bytes / plain.bytes if self.memory else 1.0

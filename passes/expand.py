@@ -13,6 +13,7 @@ import textwrap
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -158,9 +159,9 @@ class Plan:
     def arguments(self) -> dict[str, Any]:
         """Those of :func:`reparam.expand` that choose just these blocks and forms, on any network of these layers."""
         return {
-            "block": {row.layer: row.block for row in self.expanded},
-            "form": {row.layer: row.form for row in self.expanded},
-            "where": [row.layer for row in self.expanded],
+            "block": {escape(row.layer): row.block for row in self.expanded},
+            "form": {escape(row.layer): row.form for row in self.expanded},
+            "where": [escape(row.layer) for row in self.expanded],
             "init": "preserve" if self._preserve else "paper",
         }
 

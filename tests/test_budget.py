@@ -284,6 +284,55 @@ def test_a_layer_that_does_not_run_in_a_step_is_left_alone() -> None:
     assert plan.rows[2].refusal is not None
 
 
+@pytest.mark.parametrize("block", ["auto:acb,lora", "auto:lora,acb"])
+def test_blocks_for_linear_layers_stand_beside_those_for_convolutions(block: str) -> None:
+    model = nn.Sequential(Net(), nn.Flatten(), nn.Linear(16 * 16 * 16, 4))
+    plan = reparam.plan(model, block, budget=9, example_inputs=X)
+    assert {row.layer: str(row.block) for row in plan.expanded}["2"] == "lora"
+    assert [row.layer for row in plan.expanded] == ["0.conv0", "0.conv1", "0.conv2", "2"]
+    assert any(line.startswith("4 blocks") for line in plan.budget)
+
+
+class Named(nn.Module):
+    """Layers whose names are patterns, one of which matches another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of = nn.ModuleDict({"a*": nn.Conv2d(3, 8, 3), "ab": nn.Conv2d(8, 16, 3), "3x3[a]": nn.Conv2d(16, 32, 3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.of.values():
+            x = layer(x)
+        return x
+
+
+def test_a_layer_is_named_by_its_path_not_by_what_that_matches() -> None:
+    limits = Limits(1.9)  # for one dbb as branches and one or two sampled
+    plan = make_budgeted_plan(Named(), "auto:acb,dbb", limits=limits, example_inputs=X, measured_by=Fake())
+    assert len(set(chosen(plan).values())) > 1
+    assert chosen(reparam.plan(Named(), plan)) == chosen(plan)
+    assert chosen(Recipe.from_text(Recipe.of(plan).to_text()).plan(Named())) == chosen(plan)
+
+
+def test_a_step_that_fails_says_so() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    with pytest.raises(ReparamError, match="a training step on example_inputs fails: Expected more than 1 value"):
+        reparam.plan(model, "dbb", where="all", budget=2, example_inputs=torch.randn(1, 3, 1, 1))
+    with pytest.raises(ReparamError, match="measured on the CPU or a CUDA device, and the model is on meta"):
+        reparam.plan(Net().to("meta"), "dbb", budget=2, example_inputs=X.to("meta"))
+
+
+def test_a_choice_that_does_not_fit_into_memory_says_so() -> None:
+    class Small(Fake):
+        def use(self, step: Step) -> Use:
+            if step.whole and any(isinstance(m, BranchSum) for m in step.model.modules()):
+                raise torch.OutOfMemoryError("out of memory")
+            return super().use(step)
+
+    with pytest.raises(ReparamError, match="a step with 3 blocks does not fit into memory: pass memory="):
+        planned("acb", Limits(9), Small())
+
+
 def test_the_model_and_the_generators_are_left_as_they_were() -> None:
     model = Net().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
