@@ -21,7 +21,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import reparam
-from reparam import files
+from passes.blocks.kit.layers import BranchSum
+from reparam import ReparamError, files
 from reparam.cli import app
 from zoo.train import build, data
 from zoo.train.checkpoint import CheckpointError, Folder
@@ -128,6 +129,36 @@ def test_optimizers_with_more_state_resume_too(tmp_path: Path) -> None:
     train(config, tmp_path, stop_after=1)
     resumed = train(config, tmp_path).model.state_dict()
     assert all(torch.equal(value, straight[name]) for name, value in resumed.items())
+
+
+@pytest.mark.parametrize("last", ["frozen", "branches"])
+def test_the_last_epochs_have_a_form_of_their_own(tmp_path: Path, last: str) -> None:
+    config = variant(dataclasses.replace(QUICK, last_epochs=1, ema=None), f"dbb@sampled@last:{last}")
+    training = Training(config, tmp_path)
+    blocks = [m for m in training.model.modules() if isinstance(m, BranchSum)]
+    forms, means = [], []
+    for _ in training.epochs():
+        forms.append({block.form for block in blocks})
+        means.append(torch.cat([b.flatten() for m in blocks for n, b in m.named_buffers() if n.endswith("_mean")]))
+    assert forms == [{str(reparam.Form.of("sampled"))}] * 2 + [{last}]
+    assert not torch.equal(means[0], means[1])
+    assert torch.equal(means[1], means[2]) == (last == "frozen")
+    again = tmp_path / "again"
+    train(config, again, stop_after=2)
+    resumed = train(config, again).model.state_dict()
+    assert all(torch.equal(value, training.model.state_dict()[name]) for name, value in resumed.items())
+
+
+def test_last_epochs_that_cannot_be_are_told_before_the_first() -> None:
+    with pytest.raises(ReparamError, match="built as online and cannot train as frozen"):
+        Training(variant(dataclasses.replace(QUICK, last_epochs=1), "dbb@online@last:frozen"))
+    with pytest.raises(ConfigError, match="no blocks that could be frozen"):
+        Training(dataclasses.replace(QUICK, block=None, last_form="frozen", last_epochs=1))
+    with pytest.raises(ConfigError, match="fewer than all 3 epochs, got 3"):
+        dataclasses.replace(QUICK, last_form="frozen", last_epochs=3)
+    with pytest.raises(ConfigError, match="'thawed' is none of the marks"):
+        variant(QUICK, "acb@last:thawed")
+    assert variant(variant(Config(), "acb@last:frozen"), "plain").last_form is None
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, whole: Path) -> None:

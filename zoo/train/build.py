@@ -7,6 +7,7 @@ itself anew: ``doconv@paper`` has no main branch that could be kept.)
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -38,12 +39,17 @@ def build(config: Config, data: Data) -> nn.Module:
     model = stock(config, data)
     expansion = recipe(config)
     if expansion is None:
+        if config.last_form is not None:
+            raise ConfigError(f"the plain network has no blocks that could be {config.last_form} in the last epochs")
         return model
     planned = expansion.plan(model)
     if not planned.expanded:
         reasons = "; ".join(planned.reasons()) or "it has none"
         raise ConfigError(f"no convolution of {config.model} gets the block {config.block}: {reasons}")
-    return planned.apply()
+    expanded = planned.apply()
+    if config.last_form is not None:
+        reparam.set_form(copy.deepcopy(expanded), config.last_form)  # raises now, not after hours
+    return expanded
 
 
 def stock(config: Config, data: Data) -> nn.Module:

@@ -21,7 +21,7 @@ from reparam.networks import UsageError
 from reparam.sources import name_code
 from zoo.networks import find_spec
 from zoo.render import console
-from zoo.train.config import PLAIN, Config, ConfigError, override
+from zoo.train.config import LAST, PLAIN, Config, ConfigError, override
 from zoo.train.recipes import recipe, recipe_text
 from zoo.train.result import Epoch, Result
 
@@ -149,7 +149,8 @@ def _name(config: Config) -> str:
 
 def _variant(config: Config) -> str:
     """The blocks as a part of a folder's name."""
-    marks = ([] if config.form is None else [config.form]) + ["paper"] * (config.init == "paper")
+    forms = [config.form, config.last_form and LAST + config.last_form]
+    marks = [form for form in forms if form is not None] + ["paper"] * (config.init == "paper")
     return _file_name("@".join([config.block, *marks])) if config.block else PLAIN
 
 

@@ -20,7 +20,7 @@ from reparam import Form, ReparamError
 from reparam.recipe import parse_blocks
 from reparam.sources import near
 
-__all__ = ["PLAIN", "Config", "ConfigError", "field_text", "override", "variant"]
+__all__ = ["LAST", "PLAIN", "Config", "ConfigError", "field_text", "override", "variant"]
 
 PLAIN = "plain"
 """The variant without blocks."""
@@ -31,7 +31,7 @@ CHOICES = {
     "precision": ("no", "bf16", "fp16"),
 }
 """Fields that are one of a few words."""
-POSITIVE = ("size", "epochs", "batch", "rate", "evaluate_every", "drop")
+POSITIVE = ("size", "epochs", "last_epochs", "batch", "rate", "evaluate_every", "drop")
 SHARES = ("momentum", "smoothing", "ema")
 """Fields from 0 up to, not including, 1."""
 MARKS: dict[str, dict[str, Any]] = {
@@ -40,6 +40,8 @@ MARKS: dict[str, dict[str, Any]] = {
     "all": {"where": ALL},
 }
 """What may follow a variant's block behind an ``@``, and the fields it sets."""
+LAST = "last:"
+"""What stands before the form of the last epochs behind an ``@``."""
 
 
 class ConfigError(ReparamError):
@@ -55,6 +57,8 @@ class Config:
         block: as for ``reparam expand --block``, such as ``acb:gamma=1/3``; None: the plain network.
         init: ``preserve`` or ``paper``, as for :func:`reparam.expand`.
         form: as for :func:`reparam.expand`, as text; None: as the block says.
+        last_form: that of the last epochs, as for :func:`reparam.set_form`; None: the same. ``frozen`` fine-tunes.
+        last_epochs: how many those are.
         where: None: the layers that the block is meant for; ``all``: every one that can have it; else a pattern.
         data: a name that :func:`zoo.train.data.load_data` knows, or a folder.
         root: folder of data sets that are downloaded; None: ``~/.cache/reparam``.
@@ -88,6 +92,8 @@ class Config:
     block: str | None = None
     init: str = "preserve"
     form: str | None = None
+    last_form: str | None = None
+    last_epochs: int = 5
     where: str | None = None
     data: str = "digits"
     root: str | None = None
@@ -121,8 +127,11 @@ class Config:
                 raise ConfigError(f"{name} is {'above' if name in POSITIVE else 'at least'} zero, got {number!r}")
             if name in SHARES and number >= 1:
                 raise ConfigError(f"{name} is less than 1, got {number!r}")
-        if self.form is not None:
-            object.__setattr__(self, "form", str(Form.of(self.form)))
+        for name in ("form", "last_form"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(Form.of(getattr(self, name))))
+        if self.last_form is not None and self.last_epochs >= self.epochs:
+            raise ConfigError(f"last_epochs are fewer than all {self.epochs} epochs, got {self.last_epochs}")
         if any(not 0 < share < 1 for share in self.milestones) or list(self.milestones) != sorted(self.milestones):
             raise ConfigError(f"milestones are rising fractions of the run, such as 0.5,0.75; got {self.milestones}")
 
@@ -166,23 +175,28 @@ def override(config: Config, settings: Iterable[str]) -> Config:
 def variant(config: Config, text: str) -> Config:
     """The configuration with another block: ``plain``, ``acb``, ``acb:gamma=1/3@paper``, ``dbb@online``.
 
-    Behind an ``@`` stand ``paper``, ``preserve``, ``all`` or a form (``sampled:fraction=1/4``); what is not said stays
-    as it is in ``config``. The plain network has no initialisation of blocks, so plain variants of one configuration
-    are equal.
+    Behind an ``@`` stand ``paper``, ``preserve``, ``all``, a form (``sampled:fraction=1/4``), or that of the last
+    epochs (``last:frozen``); what is not said stays as it is in ``config``. The plain network has no blocks that could
+    begin or train in some way, so plain variants of one configuration are equal.
 
     Raises :class:`reparam.ReparamError` for an unknown block, option or mark.
     """
     block, *marks = (part.strip() for part in text.split("@"))
-    unknown = [mark for mark in marks if mark not in MARKS and mark.partition(":")[0] not in FORMS]
-    if unknown:
-        raise ConfigError(f"{text!r}: {unknown[0]!r} is none of the marks {', '.join([*MARKS, *FORMS])}")
+    forms = [mark.removeprefix(LAST).partition(":")[0] for mark in marks if mark not in MARKS]
+    if unknown := [form for form in forms if form not in FORMS]:
+        raise ConfigError(f"{text!r}: {unknown[0]!r} is none of the marks {', '.join([*MARKS, *FORMS])}, {LAST}FORM")
     if block == PLAIN:
         if marks:
             raise ConfigError(f"{text!r}: the plain network has no blocks that could be {marks[0]}")
-        return replace(config, block=None, init="preserve", form=None, where=None)
+        return replace(config, block=None, init="preserve", form=None, last_form=None, where=None)
     parse_blocks([block])  # raises now, not after the variants before it have been trained
-    fields = {key: value for mark in marks for key, value in MARKS.get(mark, {"form": mark}).items()}
+    fields = {key: value for mark in marks for key, value in (MARKS.get(mark) or _form(mark)).items()}
     return replace(config, block=block, **fields)
+
+
+def _form(mark: str) -> dict[str, Any]:
+    """The field that a form behind an ``@`` sets."""
+    return {"last_form": mark.removeprefix(LAST)} if mark.startswith(LAST) else {"form": mark}
 
 
 # ------------------------------------------------------------------------------------------------- fields

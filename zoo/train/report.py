@@ -272,7 +272,11 @@ def _published(config: Config) -> str:
 def _differing(config: Config, name: str) -> str:
     """The values of a configuration that are not the recipe's, but for block and seed, which a comparison varies."""
     published = recipe(name, config.model)
-    fields = [f.name for f in dataclasses.fields(config) if f.name not in ("block", "init", "form", "seed", "where")]
+    fields = [
+        f.name
+        for f in dataclasses.fields(config)
+        if f.name not in ("block", "init", "form", "last_form", "seed", "where")
+    ]
     pairs = [(field, getattr(config, field), getattr(published, field)) for field in fields]
     told = [f"{field} {field_text(mine)} for {field_text(theirs)}" for field, mine, theirs in pairs if mine != theirs]
     return ", ".join(told) or "nothing"

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import reparam
 from reparam import ReparamError
 from reparam.disk import told
 from reparam.saving import save_model
@@ -191,6 +192,8 @@ class Training:
 
     def _epoch(self, number: int, on_step: Callable[[int], None] | None) -> Epoch:
         config = self.config
+        if config.last_form is not None and number > config.epochs - config.last_epochs:
+            reparam.set_form(self.model, config.last_form)
         # Processes draw different dropout, but each the same one again.
         seeds = np.random.SeedSequence([config.seed, number, self.accelerator.process_index])
         set_seed(int(seeds.generate_state(1)[0]))
