@@ -63,11 +63,6 @@ def parametrized(*steps: nn.Module) -> Callable[[nn.Module], Any]:
     return wrap
 
 
-def pruned(layer: nn.Module) -> nn.Module:
-    prune.l1_unstructured(layer, "weight", 0.5)
-    return prune.random_unstructured(layer, "weight", 0.2)  # type: ignore[no-any-return]
-
-
 ANY: dict[str, Callable[[nn.Module], Any]] = {
     "weight_norm": parametrizations.weight_norm,
     "weight_norm over all": lambda layer: parametrizations.weight_norm(layer, dim=None),  # type: ignore[arg-type]
@@ -83,7 +78,6 @@ SOME: dict[str, Callable[[nn.Module], Any]] = {
     "orthogonal": parametrizations.orthogonal,
     "positive": parametrized(Positive()),
     "symmetric": parametrized(Symmetric()),
-    "pruned": pruned,
 }
 """What computes some weights only, so no sum of branches."""
 
@@ -247,7 +241,7 @@ def test_online(kind: str) -> None:
 
 
 @pytest.mark.parametrize("block", ["doconv", Block("mobileone", n=2)], ids=["doconv", "mobileone"])
-@pytest.mark.parametrize("kind", ["weight_norm", "old spectral_norm", "pruned"])
+@pytest.mark.parametrize("kind", ["weight_norm", "old spectral_norm"])
 def test_a_block_that_starts_from_the_weight_is_refused(kind: str, block: Any) -> None:
     plan = reparam.plan(net((ANY | SOME)[kind]), block, where="all")
     if block != "doconv":
@@ -259,7 +253,25 @@ def test_a_block_that_starts_from_the_weight_is_refused(kind: str, block: Any) -
     assert "doconv starts from a weight that is a parameter" in refusal.message
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm", "spectral_norm", "old spectral_norm", "pruned"])
+@pytest.mark.parametrize("block", ["acb", "dbb", "doconv", "lora"])
+def test_a_pruned_layer_is_left_to_its_zeros(block: str) -> None:
+    """Its mask would not be that of the block's kernel."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 5 * 4, 5))
+    for layer in (model[0], model[2]):
+        prune.l1_unstructured(layer, "weight", 0.5)
+        prune.random_unstructured(layer, "weight", 0.2)
+    plan = reparam.plan(model, block, where="all")
+    assert not plan.expanded
+    for row in plan.rows:
+        assert row.refusal is not None
+        assert row.refusal.reason is Reason.COMPUTED
+        assert "torch.nn.utils.prune masks its weight" in row.refusal.message
+    for layer in (model[0], model[2]):
+        prune.remove(layer, "weight")
+    assert reparam.plan(model, block, where="all").expanded
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm", "spectral_norm", "old spectral_norm"])
 def test_edits_are_read_again_and_taken_back(kind: str) -> None:
     wrap = (ANY | SOME)[kind]
     expanded = reparam.expand(net(wrap), "acb")
@@ -280,7 +292,7 @@ def see(_: Any, args: Any) -> None:
     SEEN.append(args[0].shape)
 
 
-@pytest.mark.parametrize("kind", ["old weight_norm", "old spectral_norm", "pruned", "weight_norm"])
+@pytest.mark.parametrize("kind", ["old weight_norm", "old spectral_norm", "weight_norm"])
 def test_a_persons_hook_goes_on_beside_the_one_that_computes_the_weight(kind: str) -> None:
     model = net((ANY | SOME)[kind])
     handle = model[0].register_forward_pre_hook(see)
@@ -302,7 +314,7 @@ def test_planning_in_training_does_no_power_iteration() -> None:
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm", "pruned"])
+@pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm"])
 def test_dtype_and_training_of_what_it_is_computed_from(kind: str) -> None:
     """The tensor that a hook computed last has neither, after the model was cast or frozen."""
     model = net((ANY | SOME)[kind]).float()
@@ -323,7 +335,7 @@ def test_transposed(kind: str) -> None:
         assert_same(expanded, reparam.collapse(expanded, like=net(wrap, transposed=True)))
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "old spectral_norm", "pruned"])
+@pytest.mark.parametrize("kind", ["weight_norm", "old spectral_norm"])
 def test_an_adapter_beside_a_linear_layer(kind: str) -> None:
     """What the weight is computed from is frozen, and only in the network that is returned."""
     model = nn.Sequential((ANY | SOME)[kind](nn.Linear(6, 5))).double().eval()

@@ -25,7 +25,7 @@ from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
 from passes.graph.outside import speaks_of_weights
 from passes.graph.variants import own_calls, variants
-from passes.graph.weights import weight_maker, weight_sources
+from passes.graph.weights import is_pruned, weight_maker, weight_sources
 from passes.graph.within import Inside, arounds
 from passes.refusal import UNREAD, Reason, Refusal, RefusalError
 from passes.training.hooks import hook_refusal, sees_result
@@ -183,6 +183,9 @@ def _computed(conv: _ConvNd) -> Refusal | None:
         return Refusal(Reason.COMPUTED, "its bias is computed in each call: make that permanent first")
     if "weight" in conv._parameters:
         return None
+    if is_pruned(conv):
+        filled = "torch.nn.utils.prune masks its weight, and what a block adds would fill the zeros"
+        return Refusal(Reason.COMPUTED, f"{filled}: prune what collapse returns, or make the mask permanent")
     if (maker := weight_maker(conv)) is None:
         return Refusal(Reason.COMPUTED, "its weight is no parameter, and nothing that is known computes it")
     if not inherits_forward(conv):
