@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.conv_form import Form
+from passes.algebra.conv_form import ConvForm, Form
 from passes.fold.cost import calls_of, numbers_of, staying_numbers
 from passes.fold.rules import DEFAULT, Rules
 from passes.graph.capture import Call, call_of
@@ -68,6 +68,7 @@ class Candidate(Region):
         factor: how many times ``numbers`` and ``work`` the one layer may cost.
         parts: of a map that several layers take over: what each of them becomes.
         tie: of calls of one weight, what they have in common.
+        sized: dying values whose size is asked for and is that of the entry, not that of the result.
     """
 
     between: tuple[fx.Node, ...]
@@ -81,6 +82,7 @@ class Candidate(Region):
     factor: float = field(default=1.0, kw_only=True)
     parts: tuple[Candidate, ...] = field(default=(), kw_only=True)
     tie: Tie | None = field(default=None, kw_only=True)
+    sized: frozenset[fx.Node] = field(default=frozenset(), kw_only=True)
 
     @property
     def swallowed(self) -> tuple[Candidate, ...]:
@@ -230,6 +232,8 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal, rules: Rule
     work = sum(s.work * s.form.rate for s in signals.values())
     inner = [region for n in between if isinstance(region := graph.regions.get(n), Candidate)]
     swallowed = [region for region in inner if region.result in dying]
+    if any(region.sized for region in swallowed):
+        return None  # what was between may have that size
     fewer, factor = 0, 1.0
     if rules.factor is not None:
         fewer = sum(bool(s.work) for s in signals.values()) - calls_of(form)
@@ -282,6 +286,7 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal, rules: Rule
         factor=factor,
         moved=tuple(moved),
         head=head,
+        sized=_sized(interpreter, dying, form),
     )  # fmt: skip
 
 
@@ -386,13 +391,28 @@ def _dying(interpreter: Interpreter, between: list[fx.Node], result: fx.Node, fo
 
 
 def _harmless(interpreter: Interpreter, user: fx.Node, node: fx.Node, form: Form) -> bool:
-    """A question about the shape may be asked of the result instead, if it has the same shape."""
+    """A question about the shape may be asked of the result or the entry instead, if that has the same shape."""
     if not interpreter.flow.shape_only(user):
         return False
     value = interpreter.value(node)
     if not isinstance(value, Signal):
         return True
-    return not value.is_moved and value.form.same_size(form)
+    return not value.is_moved and (value.form.same_size(form) or _keeps_size(value.form))
+
+
+def _keeps_size(form: Form) -> bool:
+    return isinstance(form, ConvForm) and form.same_size(ConvForm.identity(form.in_channels, len(form.stride)))
+
+
+def _sized(interpreter: Interpreter, dying: list[fx.Node], form: Form) -> frozenset[fx.Node]:
+    """The values of :attr:`Candidate.sized`."""
+    found = set()
+    for node in dying:
+        asked = any(interpreter.flow.shape_only(user) and user not in dying for user in interpreter.graph.readers(node))
+        value = interpreter.value(node) if asked else None
+        if isinstance(value, Signal) and not value.is_moved and not value.form.same_size(form):
+            found.add(node)
+    return frozenset(found)
 
 
 def dying_constants(graph: Contraction, dying: list[fx.Node]) -> list[fx.Node]:

@@ -151,8 +151,8 @@ class _Local:
             new = self._convolve(self.tied.get(region, self.filled), self._value(source), holder)
         else:
             new = self.graph.call_module(self._relative(self.names[region]), (self._value(source),))
-        for node in region.dying:  # whoever still asks for their shape asks the result
-            self.env[node] = new
+        for node in region.dying:  # whoever still asks for their shape asks the result, or what goes in
+            self.env[node] = self._value(source) if node in region.sized else new
 
     def _convolve(self, layer: Any, x: fx.Node, holder: str) -> fx.Node:
         """The weight and bias that the module itself or a child holds, used as the folded layer would use them."""

@@ -247,6 +247,8 @@ def _as_chain(layout: Layout, region: Candidate, call: Call, step: Step, trial: 
         return False
     at = next((i for i, item in enumerate(items) if _has_conv(layout, region, item)), 0) if step.layer else -1
     source = step.source
+    if step.layer and any(_makes(item, region.sized, i == at) for i, item in enumerate(items) if i >= at):
+        return False  # whoever asks for that size would ask the layer
     for i, item in enumerate(items):
         last = i == len(items) - 1
         target = step.old if last else (item if isinstance(item, fx.Node) else item.output)
@@ -264,6 +266,15 @@ def _as_chain(layout: Layout, region: Candidate, call: Call, step: Step, trial: 
                 return False
         source = target
     return True
+
+
+def _makes(item: fx.Node | Call, nodes: frozenset[fx.Node], is_layer: bool) -> bool:
+    """Whether this item makes one of these values; inside of what gets the layer, that is seen later."""
+    if isinstance(item, fx.Node):
+        return item in nodes
+    if is_layer:
+        return not nodes.isdisjoint(nodes_in(item.output))
+    return any(item in call_of(node).chain() for node in nodes)
 
 
 def _leaf_slot(

@@ -203,12 +203,15 @@ class _Why:
 
     def _behind(self, node: fx.Node) -> str:
         """What a convolution behind a norm was told, which it might have folded into."""
+        unknown = None
+        if self.flow.rank.get(node) is None:
+            unknown = Refusal(Reason.RANK_UNKNOWN, Reason.RANK_UNKNOWN.value)
         for _ in range(FAR):
             readers = [user for user in node.users if not self.flow.shape_only(user)]
             if len(readers) != 1 or readers[0] not in self.flow.affine:
                 return ""
             node = readers[0]
-            told = self._told(node)
+            told = self._told(node) or unknown
             if self._conv(node):
                 return f"; and {self.flow.unit.name(node)} behind it: {told.message}" if told is not None else ""
         return ""
