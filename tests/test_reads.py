@@ -137,7 +137,6 @@ def test_pruning_masks_are_folded_and_told(trained: bool) -> None:
     assert folded.state_dict().keys() == {"0.weight", "0.bias"}
     assert prune.is_pruned(model)
     assert not prune.is_pruned(folded)
-    assert not reparam.plan(model, "acb").refused
 
 
 def test_the_shape_of_what_vanishes_may_be_asked() -> None:
