@@ -45,6 +45,8 @@ def worth_saying(flow: Flow, selection: Selection, failed: Mapping[Key, Refusal]
             name = flow.unit.name(node)
             found = why.stays(node)
             fails = node in lost and found.reason in (Reason.NOT_SELECTED, Reason.LAYOUT)
+            if found.reason is Reason.BATCH_STATISTICS:
+                said[name] = found  # whatever stands before it
             said.setdefault(name, _lost(lost[node], name) if fails else found)
     return list(said.values())
 
@@ -71,7 +73,7 @@ class _Why:
         name = self.flow.unit.name(node)
         before = [r for n in self._affine_before(node) for r in self.said.get(self.flow.unit.name(n), ())]
         unknown = (r for r in before if r.reason is Reason.RANK_UNKNOWN)
-        found = next(unknown, None) or self._own_statistics(node) or self._walked(node)
+        found = self._own_statistics(node) or next(unknown, None) or self._walked(node)
         behind = self._behind(node) if found.reason is Reason.NO_CONVOLUTION else ""
         return Refusal(found.reason, found.message + behind, name)
 
@@ -99,7 +101,7 @@ class _Why:
         return self.flow.inputs(node)
 
     def _own_statistics(self, node: fx.Node) -> Refusal | None:
-        """A norm that no law was asked about, since nothing stands before it."""
+        """What is said of a norm whose statistics are its input's own."""
         module = self.flow.modules.get(node)
         if module is not None and self._normalises(node) and isinstance(module, _NormBase):
             kind = "instance norm uses the statistics of each input"
