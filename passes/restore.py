@@ -11,6 +11,7 @@ becomes the identity otherwise: mean 0, ``var + eps`` exactly 1, gamma 1. The st
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from passes.proof.hold import Exact
 from passes.proof.prove import prove
 from passes.refusal import RefusalError, ReparamError
 from passes.report import Counts, Explanation, Fold
-from passes.training.discovery import find_convs, plain_norm
+from passes.training.discovery import Found, find_convs, plain_norm
 from passes.training.equivalent import Reading
 from passes.training.forms import note_on_samples
 
@@ -82,68 +83,107 @@ def restore_blocks(
 
     None if ``model`` is not ``like`` with blocks in the places of convolutions.
     """
-    model = _unwrapped(model, like)
-    result = _copy_with_room(like, model)
-    have, wanted = dict(model.state_dict(keep_vars=True)), result.state_dict(keep_vars=True)
-    inside = dict(model.named_modules())
-    linear = any(is_block(module) and hasattr(module, "in_features") for module in inside.values())
-    convs = {found.path: found for found in find_convs(result, linear=linear)}
-    changed = {path for path in convs if path in inside and _own(have, path) != _own(wanted, path)}
-    # A weight that is computed is put back only where it has to be.
-    normed = {path for path in convs if convs[path].norm is not None and weight_maker(convs[path].conv) is None}
-    folding = {path for path in convs if path in changed or (path in inside and path in normed)}
-    norms = {norm.path for path in folding if (norm := convs[path].norm) is not None}
-    names = _names(result)
-    taken = {
-        key
-        for path in folding | norms
-        for name in names[id(result.get_submodule(path))]
-        for state in (have, wanted)
-        for key in _own(state, name)
-    }
-    rest = wanted.keys() - taken
-    if rest != have.keys() - taken or any(have[key].shape != wanted[key].shape for key in rest):
+    match = _Match.of(_unwrapped(model, like), like)
+    if match is None:
         return None
-    explanation = Explanation(before=Counts.of(model), seconds={})
-    if note := note_on_samples(model):
+    explanation = Explanation(before=Counts.of(match.model), seconds={})
+    if note := note_on_samples(match.model):
         explanation.notes.append(note)
-    with kept_modes(model), torch.no_grad():
-        for key in rest:
-            _copy(wanted[key], have[key], exact)
-        for path in [path for path in convs if path in folding]:
-            conv, norm = convs[path].conv, convs[path].norm
-            layers = [inside[path]]
-            if norm is not None and isinstance(behind := inside.get(norm.path), _BatchNorm):
-                layers.append(plain_norm(behind, weight_like(conv).dim() - 2))
-            try:
-                reading = Reading(nn.Sequential(*layers))
-                candidate, form = reading.candidate(), reading.layer()
-                folded: Any = emit(form, target_of(t for layer in layers for t in layer.parameters()))
-                numbers: Any = emit(form, Target(torch.float64, form.weight.device, False, False))
-                said = ", ".join(layers_of(reading.flow, candidate))
-                error = prove(reading.flow, candidate, form, folded, said) if prove_folds else None
-            except RefusalError:
+    with kept_modes(match.model), torch.no_grad():
+        for key in match.rest:
+            _copy(match.wanted[key], match.have[key], exact)
+        for path in match.folding:
+            fold = _restore_one(match, path, exact, prove_folds)
+            if fold is None:
                 return None
-            if not isinstance(folded, (_ConvNd, nn.Linear)) or Geometry.of(folded) != Geometry.of(conv):
-                return None
-            if type(folded) is not type(conv) and not (inherits_forward(folded) and inherits_forward(conv)):
-                return None  # a class with a forward of its own takes the numbers of its own kind only
-            _put_weight(path, conv, folded.weight, exact, numbers.weight)
-            for name, tensor in _beside(wanted, path, conv).items():  # of a class with a forward of its own
-                held = have.get(join(path, "around", name), have.get(join(path, name)))
-                if held is None or held.shape != tensor.shape:
-                    return None
-                _copy(tensor, held, exact)
-                check_copy(join(path, name), tensor, held)
-            behind_it = None if norm is None else result.get_submodule(norm.path)
-            _put_bias(path, conv, folded.bias, behind_it, exact, numbers.bias)
-            check_pair(path, conv, behind_it, folded.weight, folded.bias)
-            explanation.edits += _put_back(inside, result, [path, *([] if norm is None else [norm.path])])
-            explanation.folds.append(Fold.of(reading.flow, candidate, form, path, error))
-        for key in rest:
-            check_copy(key, wanted[key], have[key])
-    explanation.after = Counts.of(result)
-    return result, explanation
+            norm = match.convs[path].norm
+            explanation.edits += _put_back(match.inside, match.result, [path, *([] if norm is None else [norm.path])])
+            explanation.folds.append(fold)
+        for key in match.rest:
+            check_copy(key, match.wanted[key], match.have[key])
+    explanation.after = Counts.of(match.result)
+    return match.result, explanation
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A network that is an architecture with blocks in the places of some convolutions.
+
+    Args:
+        model: the network.
+        result: a copy of the architecture in eval mode, to be filled.
+        have, wanted: tensors of the two, by key.
+        inside: modules of the network, by path.
+        convs: convolutions and linear layers of the architecture, by path.
+        folding: paths of those whose numbers are folded.
+        rest: keys of what both have, which is taken over.
+    """
+
+    model: nn.Module
+    result: nn.Module
+    have: dict[str, Tensor]
+    wanted: dict[str, Tensor]
+    inside: dict[str, nn.Module]
+    convs: dict[str, Found]
+    folding: list[str]
+    rest: list[str]
+
+    @staticmethod
+    def of(model: nn.Module, like: nn.Module) -> _Match | None:
+        result = _copy_with_room(like, model)
+        have, wanted = dict(model.state_dict(keep_vars=True)), result.state_dict(keep_vars=True)
+        inside = dict(model.named_modules())
+        linear = any(is_block(module) and hasattr(module, "in_features") for module in inside.values())
+        convs = {found.path: found for found in find_convs(result, linear=linear)}
+        changed = {path for path in convs if path in inside and _own(have, path) != _own(wanted, path)}
+        # A weight that is computed is put back only where it has to be.
+        normed = {path for path in convs if convs[path].norm is not None and weight_maker(convs[path].conv) is None}
+        folding = [path for path in convs if path in changed or (path in inside and path in normed)]
+        norms = {norm.path for path in folding if (norm := convs[path].norm) is not None}
+        names = _names(result)
+        taken = {
+            key
+            for path in norms.union(folding)
+            for name in names[id(result.get_submodule(path))]
+            for state in (have, wanted)
+            for key in _own(state, name)
+        }
+        rest = [key for key in wanted if key not in taken]
+        if set(rest) != have.keys() - taken or any(have[key].shape != wanted[key].shape for key in rest):
+            return None
+        return _Match(model, result, have, wanted, inside, convs, folding, rest)
+
+
+def _restore_one(match: _Match, path: str, exact: Exact, prove_folds: bool) -> Fold | None:
+    """Fold what stands at ``path``, and the norm behind it, into the layer there; None if that cannot take it."""
+    conv, norm = match.convs[path].conv, match.convs[path].norm
+    layers = [match.inside[path]]
+    if norm is not None and isinstance(behind := match.inside.get(norm.path), _BatchNorm):
+        layers.append(plain_norm(behind, weight_like(conv).dim() - 2))
+    try:
+        reading = Reading(nn.Sequential(*layers))
+        candidate, form = reading.candidate(), reading.layer()
+        folded: Any = emit(form, target_of(t for layer in layers for t in layer.parameters()))
+        numbers: Any = emit(form, Target(torch.float64, form.weight.device, False, False))
+        said = ", ".join(layers_of(reading.flow, candidate))
+        error = prove(reading.flow, candidate, form, folded, said) if prove_folds else None
+    except RefusalError:
+        return None
+    if not isinstance(folded, (_ConvNd, nn.Linear)) or Geometry.of(folded) != Geometry.of(conv):
+        return None
+    if type(folded) is not type(conv) and not (inherits_forward(folded) and inherits_forward(conv)):
+        return None  # a class with a forward of its own takes the numbers of its own kind only
+    _put_weight(path, conv, folded.weight, exact, numbers.weight)
+    for name, tensor in _beside(match.wanted, path, conv).items():  # of a class with a forward of its own
+        held = match.have.get(join(path, "around", name), match.have.get(join(path, name)))
+        if held is None or held.shape != tensor.shape:
+            return None
+        _copy(tensor, held, exact)
+        check_copy(join(path, name), tensor, held)
+    behind_it = None if norm is None else match.result.get_submodule(norm.path)
+    _put_bias(path, conv, folded.bias, behind_it, exact, numbers.bias)
+    check_pair(path, conv, behind_it, folded.weight, folded.bias)
+    return Fold.of(reading.flow, candidate, form, path, error)
 
 
 def _put_back(inside: dict[str, nn.Module], result: nn.Module, paths: list[str]) -> list[Edit]:
