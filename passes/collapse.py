@@ -26,6 +26,7 @@ from passes.fold.rules import DEFAULT, Rules
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.inputs import Example
+from passes.graph.leaf import SCRIPT
 from passes.graph.modes import evaluate, has_own_modes
 from passes.proof.check import Checked, explained
 from passes.proof.compare import Verdict
@@ -154,7 +155,7 @@ def _finished(
     if explanation.edits and (warning := other_network(attempt.result)):
         explanation.notes.append(warning)
         log.warning("collapse: %s", warning)
-    for refusal in explanation.taken_back:
+    for refusal in (*explanation.taken_back, *(each for each in explanation.untraced if each.message == SCRIPT)):
         log.warning("collapse: %s", refusal)
     if checked is not None:
         log.info("collapse: %s", checked)
@@ -201,7 +202,8 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
         fix = ": for an ONNX file or model there is reparam.onnx" if onnx else ""
         raise ReparamError(f"expected a torch.nn.Module, got {type(model).__name__}{fix}")
     if next(model.parameters(), None) is None:
-        raise ReparamError(f"{type(model).__name__} has no parameters")
+        script = f": {SCRIPT}" if isinstance(model, torch.jit.ScriptModule) else ""  # a frozen one
+        raise ReparamError(f"{type(model).__name__} has no parameters{script}")
     for name, module in model.named_modules():
         if _is_quantised(module):
             raise ReparamError(f"{name} is quantised: rewrite the model first, quantise the result")
