@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from passes.edits.carried import made_by
-from passes.edits.rewritten import plain_class
 from passes.graph.generators import kept_generators
+from passes.portable import plain_class
 from reparam import ReparamError
 from reparam.files import FileError, load_into, load_state
 from reparam.fitting import misfit

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from passes.edits.edit import Edit, Settle
-from passes.edits.rewritten import plain_class
 from passes.fold.methods import folding_again, making_again
 from passes.graph.capture import Unit, join
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
 from passes.graph.inputs import likely
+from passes.portable import plain_class
 from passes.proof.compare import compared
 from passes.proof.run import outputs
 
