@@ -26,7 +26,9 @@ from passes.fold.rules import DEFAULT, Rules
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.inputs import Example
+from passes.graph.leaf import SCRIPT
 from passes.graph.modes import evaluate, has_own_modes
+from passes.graph.shards import check_whole
 from passes.proof.check import Checked, explained
 from passes.proof.compare import Verdict
 from passes.proof.hold import Before, Exact, Ledger, check_against, place_of
@@ -154,7 +156,7 @@ def _finished(
     if explanation.edits and (warning := other_network(attempt.result)):
         explanation.notes.append(warning)
         log.warning("collapse: %s", warning)
-    for refusal in explanation.taken_back:
+    for refusal in (*explanation.taken_back, *(each for each in explanation.untraced if each.message == SCRIPT)):
         log.warning("collapse: %s", refusal)
     if checked is not None:
         log.info("collapse: %s", checked)
@@ -201,17 +203,13 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
         fix = ": for an ONNX file or model there is reparam.onnx" if onnx else ""
         raise ReparamError(f"expected a torch.nn.Module, got {type(model).__name__}{fix}")
     if next(model.parameters(), None) is None:
-        raise ReparamError(f"{type(model).__name__} has no parameters")
+        script = f": {SCRIPT}" if isinstance(model, torch.jit.ScriptModule) else ""  # a frozen one
+        raise ReparamError(f"{type(model).__name__} has no parameters{script}")
     for name, module in model.named_modules():
         if _is_quantised(module):
             raise ReparamError(f"{name} is quantised: rewrite the model first, quantise the result")
+    check_whole(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if _is_shard(tensor):
-            raise ReparamError(
-                f"{name} is a part of what several processes hold (FSDP): take the whole state dict, "
-                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
-                "torch.distributed.checkpoint.state_dict on every rank, into the network as it was, and give that"
-            )
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ReparamError(f"{name} is not initialised yet: run the model once first")
         if numbers and tensor.is_meta:
@@ -226,14 +224,6 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
         if broken or isinstance(layer, (_ConvNd, nn.Linear, _NormBase)):
             kind = "NaN" if broken else "an infinite value"
             raise ReparamError(f"{name} holds {kind}: the model is broken before any fold; restore an older checkpoint")
-
-
-def _is_shard(tensor: Tensor) -> bool:
-    """A tensor of FSDP2 or tensor parallelism, or the flat parameter of the first FSDP."""
-    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(tensor).__mro__}
-    return getattr(tensor, "_is_flat_param", False) or any(
-        name.startswith("torch.distributed.") and name.endswith((".DTensor", ".FlatParameter")) for name in names
-    )
 
 
 def _is_quantised(module: nn.Module) -> bool:

@@ -129,7 +129,7 @@ def _compile_unit(
         ledger.touched[key] = where, *(join(unit.path, path) for path in edits)
         ledger.layers[key] = ", ".join(layers_of(flow, fold.candidate))
     with clock(explanation, "proof"):
-        edited.edits.extend(settled(unit, edited.edits))
+        edited.edits.extend(settled(unit, edited.edits, model))
     explanation.edits += edited.edits
     explanation.notes += edited.notes
     for key, owners in edited.apart.items():

@@ -17,7 +17,6 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, fx, nn
 
 from passes.algebra.by_rule import BY_RULE
-from passes.algebra.scale_shift import ScaleShift
 from passes.compiler import clock, decide
 from passes.edits.edit import Substitute
 from passes.edits.layer import describe
@@ -29,6 +28,7 @@ from passes.graph.capture import Call, Unit
 from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind
 from passes.laws.regions import Contraction, Spread
+from passes.portable import ScaleShift
 from passes.proof.check import Checked
 from passes.proof.hold import Ledger
 from passes.refusal import Reason, Refusal

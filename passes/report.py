@@ -14,10 +14,10 @@ from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.opaque import OpaqueForm
 from passes.blocks.kit.kernel_conv import KernelConv
 from passes.edits.edit import Edit
-from passes.edits.rewritten import Rewritten
 from passes.fold.candidates import Candidate, layers_of
 from passes.graph.dataflow import Flow
 from passes.graph.within import arounds
+from passes.portable import Rewritten
 from passes.proof.check import Checked
 from passes.refusal import Refusal
 from passes.table import section

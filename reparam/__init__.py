@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from passes.algebra.scale_shift import ScaleShift
     from passes.blocks.kit.builder import Site
     from passes.blocks.kit.registry import Block, BlockInfo, block, blocks
     from passes.expand import Plan
+    from passes.portable import ScaleShift
     from passes.proof.compare import Equivalence, EquivalenceError, Verdict
     from passes.refusal import Reason, Refusal, ReparamError
     from passes.report import Counts, Explanation, Fold
@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "passes.algebra.scale_shift": ("ScaleShift",),
+    "passes.portable": ("ScaleShift",),
     "passes.blocks": ("Block", "BlockInfo", "Site", "block", "blocks"),
     "passes.proof.compare": ("Equivalence", "EquivalenceError", "Verdict"),
     "passes.refusal": ("Reason", "Refusal", "ReparamError"),

@@ -19,6 +19,7 @@ from passes.fold.rules import DEFAULT, rules_of
 from passes.graph.generators import alone
 from passes.graph.inputs import Example, as_example, likely
 from passes.graph.outside import kept_outside, kept_statistics
+from passes.graph.shards import check_whole
 from passes.proof.compare import Equivalence
 from passes.proof.run import default_device, run, runner_of
 from passes.proof.verify import compare
@@ -117,6 +118,8 @@ def collapse_with_report(
     if program is not None and (like is not None or inplace):
         raise ReparamError("an exported program is copied, and has no layers to fill: drop like= and inplace=")
     check_model(module, numbers=bool(verify))
+    if like is not None:
+        check_whole(like)
     found: Any
     if program is None and is_block(module) and not inplace:  # a single layer that was expanded comes back as one
         inside = nn.Sequential(OrderedDict({ALONE: module})).train(module.training)
@@ -212,6 +215,7 @@ def check_model_shape(candidate: Any) -> None:
     """The candidate may hold NaN: that is a difference to report, not bad input."""
     if not isinstance(candidate, nn.Module):
         raise ReparamError(f"expected a torch.nn.Module, got {type(candidate).__name__}")
+    check_whole(candidate)
 
 
 def guess_inputs(model: nn.Module) -> tuple[Any, ...]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from passes.edits.carried import made_by
-from passes.edits.rewritten import plain_class
 from passes.graph.generators import kept_generators
+from passes.graph.shards import check_whole
+from passes.portable import plain_class
 from reparam import ReparamError
 from reparam.files import FileError, load_into, load_state
 from reparam.fitting import misfit
@@ -31,10 +32,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         path: ends in ``.safetensors``, ``.pt`` or ``.pth``; its folder must exist.
 
     Raises:
+        ReparamError: it is sharded.
         FileError: an unknown suffix, a state that a file cannot hold, or the file system refuses.
     """
     if not isinstance(model, nn.Module):
         raise ReparamError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_whole(model)
     edits = made_by(model)
     # What no text can hold (a function of the network's own in a new forward) is made by collapsing again.
     again = edits is not None and not any(type(edit).__name__ == "Block" for edit in edits)

@@ -18,6 +18,7 @@ from passes.budgeted import make_budgeted_plan
 from passes.edits.carried import revise
 from passes.edits.edit import Block as BlockEdit
 from passes.expand import Plan, make_plan
+from passes.graph.shards import check_whole
 from passes.refusal import RefusalError, ReparamError
 from passes.training.budget import Limits
 from passes.training.equivalent import Reading
@@ -251,6 +252,7 @@ def equivalent_conv(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     first = next(module.parameters(), None)
     if first is None:
         raise ReparamError(f"{type(module).__name__} has no parameters: it has no kernel")
+    check_whole(module)
     try:
         form = Reading(module).layer()
     except RefusalError as error:

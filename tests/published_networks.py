@@ -206,6 +206,43 @@ class SRC56(nn.Module):
         return self.linear(self.stage3(self.stage2(self.stage1(x))).mean((2, 3)))
 
 
+class WideBlock(nn.Module):
+    """ACNet's: norm, ReLU and convolution are one module; the projection has a norm of its own."""
+
+    def __init__(self, inp: int, out: int, stride: int) -> None:
+        super().__init__()
+        if inp != out:
+            self.proj = self._before(inp, conv=nn.Conv2d(inp, out, 1, stride, bias=False))
+        self.conv1 = self._before(inp, acb=ACB(inp, out, 3, stride))
+        self.conv2 = self._before(out, acb=ACB(out, out, 3))
+
+    @staticmethod
+    def _before(channels: int, **conv: nn.Module) -> nn.Module:
+        return nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(channels), relu=nn.ReLU(), **conv))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x)) + (self.proj(x) if hasattr(self, "proj") else x)
+
+
+class WRNC16(nn.Module):
+    """``conv1``, ``stage1.block0``, ..., ``last_bn``, ``linear``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, width = ACB(3, 16, 3), 16
+        for s in range(3):
+            planes, stage = 128 * 2**s, nn.Sequential()
+            for i in range(2):
+                stage.add_module(f"block{i}", WideBlock(width, planes, 2 if s and not i else 1))
+                width = planes
+            self.add_module(f"stage{s + 1}", stage)
+        self.last_bn, self.linear = nn.BatchNorm2d(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.last_bn(self.stage3(self.stage2(self.stage1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
 class VC(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -271,6 +308,57 @@ class RepVGGNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage4(self.stage3(self.stage2(self.stage1(self.stage0(x)))))
         return self.linear(x.mean((2, 3)))
+
+
+class Squeezed(nn.Module):
+    """RepVGGplus: squeeze-and-excitation behind the activation, over a block or over what it is deployed as."""
+
+    def __init__(self, make: Make, inp: int, out: int, stride: int = 1) -> None:
+        super().__init__()
+        block = make(inp, out, 3, stride)
+        if isinstance(block, RepVGG):
+            self.__dict__["_block"] = block
+            self._modules |= block._modules
+        else:
+            self.rbr_reparam = block
+        self.post_se = nn.Sequential(OrderedDict(down=nn.Conv2d(out, 4, 1), up=nn.Conv2d(4, out, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.rbr_reparam(x) if hasattr(self, "rbr_reparam") else self._block(x))
+        return y * self.post_se.up(F.relu(self.post_se.down(y.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class RepVGGPlus(nn.Module):
+    """``stage0``, ``stage1.blocks.0``, ``stage3_first.blocks.0``, ``stage1_aux``, ``linear``; a few of its layers."""
+
+    def __init__(self, make: Make = RepVGG) -> None:
+        super().__init__()
+        self.stage0, width = Squeezed(make, 3, 8, 2), 8
+        self.names = ("stage1", "stage2", "stage3_first", "stage3_second", "stage4")
+        for i, name in enumerate(self.names):
+            planes = 8 * (1 + i)
+            blocks = nn.ModuleList([Squeezed(make, width, planes, 2), Squeezed(make, planes, planes)])
+            self.add_module(name, nn.Module())
+            getattr(self, name).blocks = blocks
+            if i < 3:
+                down = conv_bn(planes, planes, 3, 2)
+                self.add_module(f"{name}_aux", nn.Sequential(down, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+                getattr(self, f"{name}_aux").append(nn.Linear(planes, 10))
+            width = planes
+        self.linear = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, aux = self.stage0(x), 0
+        for name in self.names:
+            for block in getattr(self, name).blocks:
+                x = block(x)
+            aux = aux + getattr(self, f"{name}_aux")(x) if hasattr(self, f"{name}_aux") else aux
+        return self.linear(x.mean((2, 3))) + aux
+
+
+def deployed(inp: int, out: int, k: int, stride: int) -> nn.Module:
+    """What RepVGG's own code leaves of a block."""
+    return nn.Conv2d(inp, out, k, stride, k // 2)
 
 
 class MobileOneS0(nn.Module):
@@ -400,6 +488,7 @@ NETWORKS = (
     Published("ACNet", "sres18", SResNet18, "torchvision:resnet18", wrapped=_engine),
     Published("ACNet", "sres50", SResNet50, "torchvision:resnet50", wrapped=_engine),
     Published("ACNet", "src56", SRC56, "zoo:resnet56,projection=True", 32, wrapped=_engine),
+    Published("ACNet", "wrnc16plain", WRNC16, "zoo:wrn16_8,projection=True", 32, expands=False, wrapped=_engine),
     Published("ACNet", "vc", VC, "zoo:cifar_vgg16,hidden=512", 32, wrapped=_engine),
     Published("ACNet", "cfqkbnc", CFQKBNC, "zoo:cifar_quick", 32, wrapped=_engine),
     Published("DBB", "ResNet-18", partial(ResNet, _R18, DBB), "torchvision:resnet18", wrapped=_module),
@@ -407,6 +496,7 @@ NETWORKS = (
     Published("DBB", "MobileNet", MobileNet, "timm:mobilenetv1_100", wrapped=_module),
     Published("DO-Conv", "ResNet-18", do_resnet18, "torchvision:resnet18"),
     Published("RepVGG", "A0", RepVGGNet, "timm:repvgg_a0"),
+    Published("RepVGG", "plus, small", RepVGGPlus, partial(RepVGGPlus, deployed), 128, expands=False),
     Published("MobileOne", "S0", MobileOneS0, "timm:mobileone_s0", wrapped=lambda state: {"state_dict": state}),
     Published("OREPA", "ResNet-18", partial(ResNet, _R18, OREPA, OrepaStem), "torchvision:resnet18", wrapped=_module),
     Published(

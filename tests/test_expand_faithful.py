@@ -84,8 +84,9 @@ def test_attributes_that_other_code_reads(asked: str, affine: bool) -> None:
     model = exact(Asks(ASKED[asked], affine))
     for block in ("acb", "doconv"):
         expanded = reparam.expand(model, block)
-        # The norm's shift is in the block's bias, which libraries that fold ask for: it cannot be None as well.
-        assert blocks(expanded) == (["conv"] if asked != "no bias of the convolution" or block == "doconv" else [])
+        # A shift that moves in is the block's bias, which libraries that fold ask for: who wants None keeps the norm.
+        assert blocks(expanded) == ["conv"]
+        assert asked != "no bias of the convolution" or isinstance(expanded.bn, nn.BatchNorm2d)
         computes(model, expanded, double())
 
 
@@ -892,3 +893,35 @@ def test_a_forward_that_marks_itself_for_the_profiler() -> None:
     assert [r.layer for r in plan.expanded] == ["body.conv"]
     assert [text[:13] for text in plan.compared] == ["whole network"] * 2
     computes(model, plan.apply(), double())
+
+
+class AsksForBias(nn.Module):
+    """What is added depends on whether the convolution has a bias."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return y if self.conv.bias is None else y + 1
+
+
+@pytest.mark.parametrize("form", ["branches", "online", "sampled"])
+@pytest.mark.parametrize("block", ["acb", "dbb", "repvgg"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_block_has_no_bias_where_its_convolution_had_none_and_no_norm_moved_in(
+    norm: bool, block: str, form: str
+) -> None:
+    model = ready(AsksForBias(norm))
+    plan = reparam.plan(model, block, form=form, init="paper")
+    (row,) = plan.expanded
+    assert form == "online" or row.found.norm is None  # online blocks leave the norm where it is
+    assert "AttributeError" not in str(plan)  # the blocks of the trial are watched, and still tell their weights
+    assert ("they differ by" in str(plan)) == (norm and form != "online")
+    expanded = plan.apply().eval()
+    assert expanded.conv.bias is None
+    x = torch.randn(2, 3, 8, 8)
+    for collapsed in (reparam.collapse(expanded), reparam.collapse(expanded, like=model)):
+        assert torch.allclose(collapsed(x), expanded(x), atol=1e-5)

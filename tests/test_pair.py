@@ -10,44 +10,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pickled_networks as networks
 import pytest
 import torch
+from pickled_networks import Chain, Net
 from torch import Tensor, nn
 
 import reparam
 from passes.edits.carried import made_by
+from passes.portable import Rewritten
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-
-
-class Branch(nn.Module):
-    def __init__(self, kernel: int) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(4, 4, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-
-class Net(nn.Module):
-    """A stem, a block of two branches and a head: it is rewritten when it is collapsed."""
-
-    def __init__(self, classes: int = 3) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
-        self.square, self.point = Branch(3), Branch(1)
-        self.head = nn.Linear(4, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head((self.square(x) + self.point(x)).relu().mean((2, 3)))
-
-
-class Chain(nn.Sequential):
-    """Nothing of it has to be rewritten."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
 
 
 class Trainer(nn.Module):
@@ -170,50 +143,78 @@ def test_a_damaged_note_on_parts_is_named(tmp_path: Path, note: str) -> None:
 # ------------------------------------------------------------------------------------------------- whole pickles
 
 
-def unpickled(path: Path, blocked: str) -> subprocess.CompletedProcess[str]:
-    """What another Python says that loads a pickle of a class of this file; ``blocked`` cannot be imported there."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import pickle, torch, types
+ALONE = """
+import copy, io, sys
+sys.path.insert(0, sys.argv[1])
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}.split():
+        if name.partition(".")[0] in ("passes", "reparam", "zoo"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocked())
-source = open({__file__!r}).read()
-start, end = source.index("class Branch"), source.index("def lively")
-held = types.ModuleType("test_pair"); sys.modules["test_pair"] = held
-held.__dict__.update(torch=torch, nn=torch.nn, Tensor=torch.Tensor)
-exec(source[start:end], held.__dict__)
-x, y, model = torch.load({str(path)!r}, weights_only=False)
-assert torch.allclose(model(x), y, atol=1e-6)
-print(sorted(m for m in sys.modules if m.partition(".")[0] in ("passes", "reparam")))
+import torch
+x, wanted, model = torch.load(sys.argv[2], weights_only=False)
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+for each in (model, copy.deepcopy(model), copy.copy(model), saved(model), saved(saved(model))):
+    torch.testing.assert_close(each(x), wanted)
+    try:
+        torch.testing.assert_close(torch.fx.GraphModule(each, each.graph)(x), wanted)
+    except AttributeError:
+        assert not isinstance(model, torch.fx.GraphModule)
+if hasattr(model, "fuse"):
+    assert model.fuse() is model and model(x).equal(wanted)
+if "Told" in str(type(model)):
+    for wrong in (dict(scales=(1.0, 3.0)), dict(mode="b")):
+        try:
+            model(x, **wrong)
+        except ValueError as error:
+            assert "this forward was collapsed for" in str(error)
+        else:
+            raise AssertionError(wrong)
+if hasattr(model, "square"):
+    try:
+        model.square = torch.nn.Identity()
+    except ValueError as error:
+        assert "replace it in the network that was collapsed" in str(error)
+    else:
+        assert type(model).__name__ == "Chain"
+torch.save((x, wanted, model), sys.argv[3])
+assert not {m.partition(".")[0] for m in sys.modules} & {"passes", "reparam"}
 """
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+PICKLED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "chain": (Chain, {}),
+    "forward": (Net, {}),
+    "method, constant, fold of its own": (networks.Deployable, {}),
+    "fixed options": (networks.Told, {}),
+    "scale and shift": (networks.LeftOver, {"norms": "affine"}),
+    "a function of its own": (networks.Calling, {}),
+    "graph": (networks.graph, {}),
+}
 
 
-def written(model: nn.Module, path: Path) -> Path:
-    for module in model.modules():  # under pytest this file may have another name
-        assert module is not None
+@pytest.mark.parametrize("kind", PICKLED)
+def test_the_pickle_of_a_collapsed_network_needs_no_compiler(kind: str, tmp_path: Path) -> None:
+    """It loads, computes, is copied and pickled again where neither package is found; and comes back."""
+    build, options = PICKLED[kind]
+    model = reparam.collapse(lively(build()), **options)
+    assert made_by(model)
+    wanted = model(X)
     with torch.no_grad():
-        torch.save((X, model(X), model), path)
-    return path
-
-
-def test_the_pickle_of_a_collapsed_network_needs_no_compiler(tmp_path: Path) -> None:
-    chain = reparam.collapse(lively(Chain()))
-    assert made_by(chain)
-    done = unpickled(written(chain, tmp_path / "chain.pt"), "passes reparam")
+        torch.save((X, wanted, model), tmp_path / "there.pt")
+    arguments = [str(Path(__file__).parent), str(tmp_path / "there.pt"), str(tmp_path / "back.pt")]
+    done = subprocess.run([sys.executable, "-c", ALONE, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
-
-
-def test_a_rewritten_forward_needs_what_makes_it_and_no_compiler(tmp_path: Path) -> None:
-    done = unpickled(written(reparam.collapse(lively(Net())), tmp_path / "net.pt"), "reparam")
-    assert done.returncode == 0, done.stderr
-    for part in ("capture", "tracer", "laws", "fold", "proof", "training", "blocks", "algebra", "compiler"):
-        assert part not in done.stdout
+    again = torch.load(tmp_path / "back.pt", weights_only=False)[2]
+    torch.testing.assert_close(again(X), wanted)
+    assert isinstance(again, Rewritten) == isinstance(model, Rewritten)
+    assert [*map(str, made_by(again) or ())] == [*map(str, made_by(model) or ())]
+    assert [type(m) for m in again.modules() if not isinstance(m, Rewritten)] == [
+        type(m) for m in model.modules() if not isinstance(m, Rewritten)
+    ]
+    assert not reparam.collapse_with_report(again)[1].folds
 
 
 def test_a_pickled_network_still_knows_its_edits(tmp_path: Path) -> None:

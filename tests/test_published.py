@@ -166,6 +166,17 @@ def test_a_published_network(network: Published, tmp_path: Path) -> None:
         assert difference(imported.model, official, 3, network.size) < EXACT
 
 
+def test_norms_inside_need_one_behind_the_convolution(tmp_path: Path) -> None:
+    case = CASES["repvgg"]
+    official = case.official()
+    file = save(tmp_path / "x.pth", official.state_dict())
+    with pytest.raises(files.FileError, match=r"norms inside, and the network's first has none .* --collapse"):
+        reparam.import_checkpoint(file, like=case.stock(norms=False))
+    imported = reparam.import_checkpoint(file, like=case.stock(norms=False), collapse=True)
+    assert imported.model is not None
+    assert difference(imported.model, official) < EXACT
+
+
 def test_what_the_file_is_of_is_said(tmp_path: Path) -> None:
     case = CASES["dbb"]
     file = save(tmp_path / "x.pth", {"model": case.official().state_dict(), "ema": case.official().state_dict()})

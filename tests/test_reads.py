@@ -112,12 +112,18 @@ def test_instance_norm_of_its_input_says_so() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_script_is_named() -> None:
+def test_a_script_is_named(caplog: pytest.LogCaptureFixture) -> None:
     model = ready(nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), nn.ReLU()))
     for network, path in ((torch.jit.script(model), ""), (nn.Sequential(torch.jit.script(model)), "0")):
+        caplog.clear()
         report = reparam.collapse_with_report(network)[1]
         assert [r.layer for r in report.untraced] == [path]
         assert "collapse the model first" in report.untraced[0].message
+        assert "collapse the model first" in caplog.text
+    with pytest.raises(reparam.ReparamError, match="collapse the model first"):
+        reparam.collapse(torch.jit.freeze(torch.jit.script(model)))
+    with pytest.raises(reparam.ReparamError, match="expand first"):
+        reparam.plan(torch.jit.freeze(torch.jit.script(model)), "acb")
 
 
 @pytest.mark.parametrize("trained", [False, True])

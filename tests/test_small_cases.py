@@ -82,6 +82,53 @@ def test_sharded_weights_are_refused_at_once(tmp_path: Path) -> None:
     assert all("full_state_dict=True" in line for line in lines)
 
 
+RANKS = """
+import copy, sys, torch, reparam
+from torch import nn, distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + folder + "/ranks", rank=rank, world_size=2)
+torch.manual_seed(0)
+plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+expanded = reparam.expand(plain, "acb").eval()
+model = fully_shard(copy.deepcopy(expanded), mesh=init_device_mesh("cpu", (2,)))
+verbs = {
+    "collapse": reparam.collapse, "like": lambda m: reparam.collapse(m, like=plain),
+    "in place": lambda m: reparam.collapse(m, inplace=True), "into": lambda m: reparam.collapse(expanded, like=m),
+    "explain": reparam.explain, "expand": lambda m: reparam.expand(m, "dbb"), "plan": lambda m: reparam.plan(m, "dbb"),
+    "verify": lambda m: reparam.verify(m, plain), "with": lambda m: reparam.verify(plain, m),
+    "save": lambda m: reparam.save(m, f"{folder}/{rank}.safetensors"),
+    "kernel": lambda m: reparam.equivalent_conv(next(m.children())),
+}
+for when in ("sharded", "whole for a while"):  # the second: after a forward in evaluation the root keeps its weights
+    for name, verb in verbs.items():
+        if when == "sharded" or name != "kernel":
+            try:
+                verb(model)
+                print("silent", name, when)
+            except reparam.ReparamError as error:
+                print("refused" if "full_state_dict=True" in str(error) else error)
+    with torch.no_grad():
+        model(torch.ones(1, 3, 9, 9))
+expanded.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+x = torch.ones(1, 3, 9, 9)
+print(torch.allclose(reparam.collapse(expanded, like=plain)(x), plain(x), atol=1e-5))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+def test_on_two_ranks_every_verb_says_at_once_that_a_network_is_sharded(tmp_path: Path) -> None:
+    words = [[sys.executable, "-c", RANKS, str(rank), str(tmp_path)] for rank in (0, 1)]
+    ranks = [subprocess.Popen(each, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for each in words]
+    for rank in ranks:
+        out, error = rank.communicate(timeout=120)  # a verb that waits for the other rank would hang
+        assert rank.returncode == 0, error
+        assert out.split("\n") == ["refused"] * 21 + ["True", ""]
+
+
 @pytest.mark.parametrize(
     ("words", "answer"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,12 @@ def test_a_recipe_runs(packages: tuple[str, ...], code: str, tmp_path: Path, mon
     for package in packages:
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
+    if "torchrun" in code:
+        (tmp_path / "recipe.py").write_text(code, encoding="utf-8")
+        words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "recipe.py"]
+        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "recipe"}
     exec(compile(code, "recipes.md", "exec"), names)

@@ -17,7 +17,7 @@ from passes.algebra.conv_form import ConvForm, Form, transposed_padding
 from passes.algebra.geometry import CONVS, PADS, TRANSPOSED
 from passes.algebra.kernels import swap_in_out
 from passes.algebra.opaque import OpaqueForm, without_numbers
-from passes.algebra.scale_shift import ScaleShift
+from passes.portable import ScaleShift
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Target", "all_finite", "emit", "held_weight", "target_of"]

@@ -15,9 +15,10 @@ from passes.edits.edit import Add, Block, Clear, Delete, Edit, Fill, Remove, Rep
 from passes.edits.errors import EditError
 from passes.edits.holders import Holder, holders, substituted
 from passes.edits.layer import GEOMETRY
-from passes.edits.rewritten import Remainder, rewrite, settle
+from passes.edits.rewritten import rewrite, settle
 from passes.graph.attributes import carry_attributes
 from passes.graph.weights import makes_weight
+from passes.portable import Remainder
 
 __all__ = ["Undo", "apply", "remainder"]
 

@@ -1,11 +1,12 @@
 """The edits that a network carries, so that its file can say how it was made.
 
-They lie in a plain attribute of the outermost module, which copies and pickles have too. In a pickle they are text: who
-reads it needs nothing of this package for them.
+They lie in a plain attribute of the outermost module, which copies and pickles have too. In a pickle they are text, or
+a pickle of their own: who reads it needs nothing of this package for them.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ _ATTRIBUTE = "reparam_edits"
 
 
 class _Edits(tuple[Edit, ...]):
-    """Edits that are pickled as their text; those that no text may hold (a person's own function) as they are."""
+    """Edits that are pickled as their text; those that no text may hold (a person's own function) as bytes."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Edits:
         return self
@@ -30,13 +31,15 @@ class _Edits(tuple[Edit, ...]):
         try:
             return str, (to_text(self),)
         except EditError:
-            return tuple, (tuple(self),)
+            return bytes, (pickle.dumps(tuple(self)),)
 
 
 def made_by(model: nn.Module) -> tuple[Edit, ...] | None:
     """The edits that made a network what it is, from the one that its constructor builds; None if there were none."""
     held = vars(model).get(_ATTRIBUTE)
-    return None if held is None else tuple(from_text(held) if isinstance(held, str) else held)
+    if isinstance(held, (str, bytes)):
+        held = from_text(held) if isinstance(held, str) else pickle.loads(held)
+    return None if held is None else tuple(held)
 
 
 def remember(model: nn.Module, edits: Iterable[Edit]) -> None:

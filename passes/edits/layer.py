@@ -13,9 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import CONVS, PADS
 from passes.algebra.opaque import without_numbers
-from passes.algebra.scale_shift import ScaleShift
 from passes.edits.errors import EditError
 from passes.graph.opset import operation_of_layer
+from passes.portable import ScaleShift
 
 __all__ = ["GEOMETRY", "Layer", "describe", "described"]
 

@@ -18,8 +18,9 @@ from torch.fx.graph import CodeGen
 
 from passes.edits.errors import EditError
 from passes.edits.operations import function_of, name_of
+from passes.portable import Unchanged, unchanged
 
-__all__ = ["Argument", "Operation", "Program", "Value", "check_name", "mapped", "unchanged"]
+__all__ = ["Argument", "Operation", "Program", "Value", "check_name", "mapped"]
 
 REQUIRED = "required"
 KINDS = {kind.name: kind for kind in (Kind.POSITIONAL_ONLY, Kind.POSITIONAL_OR_KEYWORD, Kind.KEYWORD_ONLY)}
@@ -157,10 +158,10 @@ class Program:
             env[argument.name] = graph.placeholder(argument.name)
         for argument in self.arguments:
             if argument.fixed:
-                if type(argument.value) in _LITERAL or argument.value is None:
+                if type(argument.value) in _LITERAL:
                     graph.call_function(unchanged, (env[argument.name], argument.value, argument.name))
                 else:  # what has no text that means the same again
-                    graph.call_function(_held(argument), (env[argument.name],))
+                    graph.call_function(Unchanged(argument.value, argument.name), (env[argument.name],))
         for op in self.operations:
             if op.name in env:
                 raise EditError(f"{op.name} is made twice")
@@ -217,25 +218,7 @@ class _Signature(CodeGen):
         return super().gen_fn_def(parameters, *args, **kwargs)
 
 
-def unchanged(got: Any, wanted: Any, name: str) -> None:
-    """Called by a rewritten forward for each argument that was at a fixed value when the network was collapsed."""
-    if got is wanted or isinstance(got, Tensor) or isinstance(wanted, Tensor):
-        same = got is wanted
-    else:
-        same = type(got) is type(wanted) and bool(got == wanted)
-    if not same:
-        raise ValueError(f"this forward was collapsed for {name}={wanted!r} and cannot be called with another value")
-
-
-torch.fx.node._side_effectful_functions.add(unchanged)
-_LITERAL = frozenset({bool, int, str, torch.dtype, torch.device})
-
-
-def _held(argument: Argument) -> Callable[[Any], None]:
-    def unchanged_value(got: Any) -> None:
-        unchanged(got, argument.value, argument.name)
-
-    return unchanged_value
+_LITERAL = frozenset({bool, int, str, type(None), torch.dtype, torch.device})
 
 
 def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:

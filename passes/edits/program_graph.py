@@ -18,8 +18,8 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.nn.modules.conv import _ConvNd
 
 from passes.algebra.geometry import PADS
-from passes.algebra.scale_shift import ScaleShift
 from passes.edits.edit import Substitute
+from passes.portable import ScaleShift
 
 __all__ = ["ModuleGraph", "ProgramGraph", "substitute"]
 

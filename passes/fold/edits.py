@@ -19,7 +19,6 @@ from passes.algebra.geometry import CONVS
 from passes.edits.edit import Add, Clear, Delete, Edit, Fill, Remove, Replace, Rewrite
 from passes.edits.layer import Layer, describe
 from passes.edits.program import Program, Value
-from passes.edits.rewritten import plain_class
 from passes.fold.candidates import Candidate, Key, Tie
 from passes.fold.folds import Fold
 from passes.fold.forward import new_forward
@@ -28,6 +27,7 @@ from passes.fold.methods import deployed_as, folded_from_outside, needed_elsewhe
 from passes.fold.placement import Rewrite as Change
 from passes.graph.capture import Call, call_of, join
 from passes.graph.methods import MethodCall
+from passes.portable import plain_class
 from passes.refusal import RefusalError
 
 __all__ = ["Edited", "edits_of"]

@@ -14,13 +14,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.edits.errors import EditError
 from passes.edits.program import Argument, Program
-from passes.edits.rewritten import function_of
 from passes.fold.candidates import Candidate
 from passes.fold.layout import Layout
 from passes.fold.placement import Rewrite, nodes_in
 from passes.graph.capture import Call, call_of, join
 from passes.graph.methods import MethodCall
 from passes.graph.structures import Made, parts_of
+from passes.portable import function_of, source_of
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["new_forward"]
@@ -47,7 +47,9 @@ def new_forward(
     try:
         program = _Local(layout, call, changes, names, dead, method, filled, tied or {}).build()
         if any(type(constant) not in _WRITTEN for constant in program.constants_of_code()):
-            function_of(program, "forward")  # a thing of a class of its own may have no text
+            function_of(
+                source_of(program.graph(), program.defaults()), "forward"
+            )  # a thing of a class of its own may have no text
         return program
     except KeyError as missing:
         raise RefusalError(Reason.CODE, f"{missing} is not at hand in the forward of {where}") from missing

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from passes.edits.rewritten import plain_class
 from passes.graph.looks import LOADS, used_by
 from passes.graph.methods import methods_of
+from passes.portable import plain_class
 
 __all__ = [
     "asked_of_others", "deployed_as", "folded_from_outside", "folding_again", "making_again", "needed_elsewhere",

@@ -104,8 +104,11 @@ class _Why:
         """What is said of a norm whose statistics are its input's own."""
         module = self.flow.modules.get(node)
         if module is not None and self._normalises(node) and isinstance(module, _NormBase):
-            kind = "instance norm uses the statistics of each input"
-            told = kind if "Instance" in type(module).__name__ else Reason.BATCH_STATISTICS.value
+            told = Reason.BATCH_STATISTICS.value
+            if "Instance" in type(module).__name__:
+                told = "instance norm uses the statistics of each input"
+            elif module.running_var is not None:
+                told = "batch norm in training mode uses the batch's own statistics"
             return Refusal(Reason.BATCH_STATISTICS, told)
         return None
 

@@ -98,7 +98,9 @@ def kept_outside(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def kept_statistics(model: nn.Module) -> Iterator[None]:
     """Restore the buffers of a model in training that a function holds: a copy of the model has the same function."""
-    held = [m for m in model.modules() if m.training and any(b is not None for b in m._buffers.values())]
+    held = [
+        m for m in model.modules() if getattr(m, "training", False) and any(b is not None for b in m._buffers.values())
+    ]
     walk = _Walk()
     for module in model.modules() if held else ():
         walk.value(vars(module).get("forward"))

@@ -2,22 +2,26 @@
 
 One that deletes what it folds is known by its code (:func:`passes.fold.methods.folding_again`). Others that may fold
 are run, on a copy of the module before it is changed: they do if another module comes of it that computes the same.
+Where a training block took a convolution and its norm, there are a convolution and a norm again in that copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from passes.edits.edit import Edit, Settle
-from passes.edits.rewritten import plain_class
+from passes.edits.carried import made_by
+from passes.edits.edit import Block, Edit, Settle
+from passes.edits.layer import GEOMETRY
 from passes.fold.methods import folding_again, making_again
 from passes.graph.capture import Unit, join
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
 from passes.graph.inputs import likely
+from passes.portable import plain_class
 from passes.proof.compare import compared
 from passes.proof.run import outputs
 
@@ -27,8 +31,8 @@ ROUNDING = 1e-4
 """Relative difference of a method that makes layers in float32."""
 
 
-def settled(unit: Unit, edits: Iterable[Edit]) -> list[Edit]:
-    """What settles the methods around the places of ``edits``, which are about to be made to a unit."""
+def settled(unit: Unit, edits: Iterable[Edit], model: nn.Module) -> list[Edit]:
+    """What settles the methods around the places of ``edits``, which are about to be made to a unit of ``model``."""
     inside = len(unit.path) + 1 if unit.path else 0
     folded: dict[str, set[str]] = {}
     for edit in edits:
@@ -41,12 +45,45 @@ def settled(unit: Unit, edits: Iterable[Edit]) -> list[Edit]:
         module = unit.root.get_submodule(owner)
         kind = plain_class(module)
         methods = folding_again(kind, folded[owner])
-        others = making_again(kind, folded[owner], known).items()
-        methods += tuple(name for name, own in others if name not in methods and _folds(module, name, own))
+        others = {name: own for name, own in making_again(kind, folded[owner], known).items() if name not in methods}
+        before = _without_blocks(module, join(unit.path, owner), model) if others else module
+        methods += tuple(name for name, own in others.items() if _folds(before, name, own))
         known.update(methods)
         if methods:
             found.append(Settle(join(unit.path, owner), methods))
     return found
+
+
+def _without_blocks(module: nn.Module, path: str, model: nn.Module) -> nn.Module:
+    """The module as it was before it was expanded, with other numbers, where a norm moved into a block inside of it."""
+    inside = len(path) + 1 if path else 0
+    copied: nn.Module | None = None
+    for at, edit in ((at, e) for at, m in model.named_modules() for e in made_by(m) or () if isinstance(e, Block)):
+        places = join(at, edit.path), join(at, edit.norm)
+        if not edit.norm or edit.rest or (path and not all(place.startswith(f"{path}.") for place in places)):
+            continue
+        conv, norm = (place[inside:] for place in places)
+        block: Any = module.get_submodule(conv)
+        if getattr(block, "around", block) is not None or not hasattr(block, "kernel_size"):
+            continue  # collapsed already, or in the middle of a forward
+        copied = deep_copy(module) if copied is None else copied
+        for place, layer in zip((conv, norm), _pair(block), strict=True):
+            copied.set_submodule(place, layer)
+    return module if copied is None else copied.eval()
+
+
+def _pair(block: Any) -> tuple[nn.Module, nn.Module]:
+    """A convolution of the geometry that a block has, and a norm behind it, with random numbers."""
+    n, transposed = len(block.kernel_size), block.geometry.transposed
+    options = {name: getattr(block, name) for name in GEOMETRY if not name.startswith("_")}
+    options |= {"output_padding": block.output_padding} if transposed else {}
+    with kept_generators():
+        conv = getattr(nn, f"Conv{'Transpose' if transposed else ''}{n}d")(**options, bias=block.reparam_biased)
+        norm = getattr(nn, f"BatchNorm{n}d")(block.out_channels)
+        for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 2)
+    like = next(block.parameters())
+    return conv.to(like), norm.to(like)
 
 
 def _folds(module: nn.Module, method: str, own: bool) -> bool:

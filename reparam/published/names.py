@@ -70,10 +70,19 @@ _LISTS: dict[str, tuple[Rename, ...]] = {
         (r"stage(\d)\.(\d+)", _less("stages.{}.{}")),
         (r"linear", "head.fc"),
     ),
+    "RepVGG as its authors deploy it": ((r"(stage0|stage\d(?:_first|_second)?(?:\.blocks)?\.\d+)", r"\1.rbr_reparam"),),
     "ResNet for CIFAR": (
         (r"stage1\.conv1", "conv1"),
         (r"stage(\d)\.block(\d+)\.(conv\d)", _less("stages.{}.{}.{}")),
         (r"stage(\d)\.projection", _less("stages.{}.0.shortcut")),
+        (r"linear", "fc"),
+    ),
+    "Wide ResNet for CIFAR": (
+        (r"stage(\d)\.block(\d+)\.conv(\d)\.bn", _less("stages.{}.{}.bn{}")),
+        (r"stage(\d)\.block(\d+)\.conv(\d)", _less("stages.{}.{}.conv{}")),
+        (r"stage(\d)\.block(\d+)\.proj\.bn", _less("stages.{}.{}.bn")),
+        (r"stage(\d)\.block(\d+)\.proj\.conv", _less("stages.{}.{}.shortcut")),
+        (r"last_bn", "bn"),
         (r"linear", "fc"),
     ),
     "VGG for CIFAR": (

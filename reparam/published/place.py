@@ -198,6 +198,11 @@ def _expanded(
                 f"{unit.path} has norms inside and one more behind it, and expanding takes that of {to} inside: import "
                 "it with --collapse (collapse=True)"
             )
+        if inner and not norm:
+            raise FileError(
+                f"{unit.path} has norms inside, and the network's {to} has none behind it that its block would take: "
+                "import it with --collapse (collapse=True)"
+            )
         if mine.norm and not norm:
             raise FileError(f"{unit.path} has a norm behind it, and the network's {to} has none")
         if mine.block is not None:
