@@ -22,9 +22,10 @@ def carry_attributes(old: nn.Module, new: nn.Module) -> None:
     """Give ``new`` the plain public attributes of ``old`` that it does not have itself.
 
     Numbers, strings and such, tuples of them, and parameters that are None (``bias`` of a layer without one); no mark
-    of a block.
+    of a block, which answers for its own numbers.
     """
     absent = [name for table in (old._parameters, old._buffers) for name, tensor in table.items() if tensor is None]
+    absent = [name for name in absent if name not in getattr(new, "reparam_numbers", ())]
     for name, value in [*vars(old).items(), *((name, None) for name in absent)]:
         if not name.startswith(("_", "reparam_")) and not hasattr(new, name) and is_plain(value):
             setattr(new, name, value)

@@ -10,6 +10,8 @@ import builtins
 import dis
 import functools
 import inspect
+import itertools
+import operator
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.graph.contents import CONTAINERS, FOREIGN, copied, has_data, inside, is_changeable, refill, sameness
+from passes.graph.contents import CONTAINERS, FOREIGN, LARGE, copied, has_data, inside, is_changeable, refill, sameness
 
 __all__ = ["Outside", "kept_outside", "kept_statistics", "speaks_of_weights"]
 
@@ -42,7 +44,11 @@ class Outside:
                     walk.value(hook)
         self._containers = [(c, copied(c), sameness(c)) for c in walk.containers.values()]
         self._slots = [(get, put, get()) for get, put in walk.slots.values()]
-        self._now = self._state()
+        self._plain = [c for c in walk.containers.values() if type(c) in CONTAINERS and len(c) <= LARGE]
+        self._dicts = [c for c in self._plain if type(c) is dict]
+        plain = set(map(id, self._plain))
+        self._special = [i for i, (c, _, _) in enumerate(self._containers) if id(c) not in plain]
+        self._note()
         sizes = (len(c) if isinstance(c, CONTAINERS) else 1 for c in walk.containers.values())
         self._iterates = bool(walk.iterators)
         self.small = sum(sizes) + len(self._slots) <= SMALL
@@ -59,11 +65,26 @@ class Outside:
             walk.held(vars(module)[name])
         return bool(walk.iterators)
 
-    def _state(self) -> tuple[list[Any], list[Any]]:
-        return [copied(c) for c, _, _ in self._containers], [get() for get, _, _ in self._slots]
+    def _note(self) -> None:
+        self._now = [copied(c) for c, _, _ in self._containers], [get() for get, _, _ in self._slots]
+        self._in_a_row = self._row()
+
+    def _row(self) -> tuple[list[int], list[Any]]:
+        """How much plain containers hold, and all of that and what names stand for, one after the other."""
+        held = [itertools.chain.from_iterable(each) for each in (self._plain, map(dict.values, self._dicts))]
+        return list(map(len, self._plain)), [*held[0], *held[1], *(get() for get, _, _ in self._slots)]
+
+    def _as_noted(self) -> bool:
+        """Whether nothing has changed for sure, seen at a glance: this is asked at every step of a trace."""
+        (sizes, row), (before, noted) = self._row(), self._in_a_row
+        if sizes != before or not all(map(operator.is_, row, noted)):
+            return False
+        return all(self._containers[i][2](self._containers[i][0], self._now[0][i]) for i in self._special)
 
     def changed(self) -> bool:
         """Whether anything has changed since this was last asked."""
+        if self._as_noted():
+            return False
         contents, values = self._now
         for (container, _, same), before in zip(self._containers, contents, strict=True):
             if not same(container, before):
@@ -71,7 +92,7 @@ class Outside:
         else:
             if all(get() is before for (get, _, _), before in zip(self._slots, values, strict=True)):
                 return False
-        self._now = self._state()
+        self._note()
         return True
 
     def restore(self) -> None:
@@ -82,7 +103,7 @@ class Outside:
         for get, put, value in self._slots:
             if get() is not value:
                 put(value)
-        self._now = self._state()
+        self._note()
 
 
 @contextmanager

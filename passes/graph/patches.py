@@ -283,6 +283,7 @@ def _is_tensor(obj: Any, /) -> bool:
     return tracer.is_instance(obj, torch.Tensor) if asked and tracer is not None else _real_is_tensor(obj)
 
 
+@functools.cache
 def _of_dtype(limits: Any) -> Any:
     """Stands for the limits of a dtype: they are asked for by the dtype of a value, which is the same in every call."""
 
@@ -332,6 +333,7 @@ def _no_grad(context: Any) -> None:
     _real_no_grad(context)
 
 
+@functools.lru_cache(maxsize=1024)  # every trace replaces the same ones, and small modules are traced by the dozen
 def _function(function: Any, always: bool) -> Any:
     @functools.wraps(function)
     def intercepted(*args: Any, **kwargs: Any) -> Any:

@@ -172,11 +172,13 @@ class BranchSum(Within):
         folded: what runs in place of the branches, given the block and its input; None: they run themselves.
         reparam_layer: gives these numbers by name, and that convolution; None where they would tell something wrong.
         reparam_biased: whether the convolution has a bias.
+        reparam_numbers: what it answers for itself.
     """
 
     form = "branches"
     reparam_layer = cast("Any", None)  # not annotated: TorchScript would look the type up
     reparam_biased = True
+    reparam_numbers = ("weight", "bias")
 
     def __init__(
         self,
@@ -241,12 +243,12 @@ class BranchSum(Within):
     def __getattr__(self, name: str) -> Any:
         if name == "bias" and not self.reparam_biased and (self.training or self.reparam_layer is None):
             return None  # what surrounding code may ask of the layer that stood here
-        if name in ("weight", "bias"):
+        if name in self.reparam_numbers:
             return self._read(name)[0][name]
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("weight", "bias"):
+        if name not in self.reparam_numbers:
             super().__setattr__(name, value)
             return
         become(self, self._read(name)[1])
