@@ -30,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_leaves, tree_map
 
 from passes.graph.inputs import likely_shapes
+from passes.graph.leaf import inherits_forward
 from passes.graph.nodes import LAYERS, may_draw
 from passes.graph.opset import operation_of
 from passes.graph.patches import suspended
@@ -126,7 +127,7 @@ class Answers:
         if node.op == "get_attr":
             return frozenset(v.device for v in tree_leaves(self.attribute(str(node.target))) if isinstance(v, Tensor))
         if node.op == "call_module":
-            keeps = type(self.root.get_submodule(str(node.target))) in LAYERS
+            keeps = all(map(_stays_on_its_device, self.root.get_submodule(str(node.target)).modules()))
         elif node.op == "placeholder" or node.target is getattr:
             keeps = True
         else:
@@ -225,6 +226,13 @@ class Answers:
         return self._bases
 
 
+def _stays_on_its_device(module: nn.Module) -> bool:
+    """Whether a module computes where its tensors are: layers and rows of torch, and blocks of these."""
+    known = type(module) in LAYERS or type(module) in _ROWS or inherits_forward(module)
+    return known or type(module).__module__.partition(".")[0] == "passes"
+
+
+_ROWS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MOVES = frozenset({"to", "cpu", "cuda", "xpu", "type", "type_as"})
 """Methods that may take a tensor to another device."""
 
