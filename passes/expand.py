@@ -46,6 +46,7 @@ from passes.training.filters import Blocks, Forms, Where, block_chooser, form_ch
 from passes.training.forms import Form
 from passes.training.inside import takes_any_weight
 from passes.training.positions import positions_of
+from passes.training.retrace import Reading
 from passes.training.trial import try_blocks
 
 __all__ = ["Cost", "Plan", "PlanRow", "make_plan"]
@@ -307,7 +308,8 @@ def make_plan(
         model = nn.Sequential(OrderedDict({ALONE: model})).train(model.training)
     with kept_generators(p.device for p in model.parameters()):
         positions = None
-        convs = find_convs(model, linear=linear)
+        read: list[Reading] = []
+        convs = find_convs(model, linear=linear, read=read)
         if verify is not True:
             convs = [_unseen(found) for found in convs]
         if example_inputs is not None:
@@ -316,7 +318,7 @@ def make_plan(
         decide = _Decision(model, init == "preserve", positions)
         rows = decide.rows(convs, block, where, form)
         plan = Plan(rows, positions is not None, model, init == "preserve", inplace, verify, _alone=alone)
-        return _tried(plan, decide, example_inputs, strict) if verify is True else plan
+        return _tried(plan, decide, example_inputs, read, strict) if verify is True else plan
 
 
 def _unseen(found: Found) -> Found:
@@ -327,7 +329,7 @@ def _unseen(found: Found) -> Found:
     return replace(found, refusal=replace(found.unread, message=said))
 
 
-def _tried(plan: Plan, decide: _Decision, example: Any, strict: bool) -> Plan:
+def _tried(plan: Plan, decide: _Decision, example: Any, read: Sequence[Reading], strict: bool) -> Plan:
     """The plan without the blocks that do not hold when the network runs."""
 
     def put(model: nn.Module, rows: Sequence[PlanRow]) -> dict[str, dict[str, str]]:
@@ -355,6 +357,7 @@ def _tried(plan: Plan, decide: _Decision, example: Any, strict: bool) -> Plan:
         lambda row: row.found.unread,
         decide.again,
         exact_in_training=all(block is None or block.info.exact_in_training for block in blocks),
+        read=read,
     )
     if strict and (outcome.taken_back or outcome.changed):
         refusal = next(iter([*outcome.taken_back.values(), *outcome.changed.values()]))

@@ -15,7 +15,7 @@ import gc
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -380,15 +380,18 @@ def _states(
     return found
 
 
-def first_difference(graph: fx.Graph, other: fx.Graph) -> fx.Node | None:
-    """The first node of ``graph`` that computes something else in ``other``."""
-    for (node, a), (_, b) in zip_longest(_steps(graph), _steps(other), fillvalue=(None, "")):
+def first_difference(graph: fx.Graph, other: fx.Graph, whole: Container[str] = ()) -> fx.Node | None:
+    """The first node of ``graph`` that computes something else in ``other``.
+
+    Calls of the modules at the paths ``whole`` count as one operation each, whatever they do.
+    """
+    for (node, a), (_, b) in zip_longest(_steps(graph, whole), _steps(other, whole), fillvalue=(None, "")):
         if a != b:
             return node or next(iter(reversed(graph.nodes)))
     return None
 
 
-def _steps(graph: fx.Graph) -> list[tuple[fx.Node | None, str]]:
+def _steps(graph: fx.Graph, whole: Container[str]) -> list[tuple[fx.Node | None, str]]:
     """What each node that depends on an input computes, in order; constants may be computed anywhere.
 
     What was only asked is left out: code that finds its cache filled asks less.
@@ -397,13 +400,25 @@ def _steps(graph: fx.Graph) -> list[tuple[fx.Node | None, str]]:
     constant: set[fx.Node] = set()
     steps: list[tuple[fx.Node | None, str]] = []
     asked: set[fx.Node] = set()
+    entered: set[Call] = set()
+
+    def name(node: fx.Node) -> str:  # what nobody outside may read is like nothing in another graph
+        return names.get(node) or f"inside {id(node)}"
+
     for node in reversed(graph.nodes):
         if node.target in _ASKING and asked.issuperset(node.users):
             asked.add(node)
     for node in graph.nodes:
         if node in asked:
             continue
-        does = f"{node.op} {node.target} {fx.map_arg((node.args, node.kwargs), names.__getitem__)}"
+        if (call := _whole_call(node, whole)) is not None:
+            if call not in entered:
+                entered.add(call)
+                steps.append((node, f"call_module {call.path} {fx.map_arg((call.args, call.kwargs), name)}"))
+                if isinstance(call.output, fx.Node):
+                    names[call.output] = f"step {len(steps) - 1}"
+            continue
+        does = f"{node.op} {node.target} {fx.map_arg((node.args, node.kwargs), name)}"
         if node.op == "get_attr" or (node.all_input_nodes and constant.issuperset(node.all_input_nodes)):
             constant.add(node)
             names[node] = f"constant {hash(does)}"
@@ -411,6 +426,11 @@ def _steps(graph: fx.Graph) -> list[tuple[fx.Node | None, str]]:
             names[node] = f"step {len(steps)}"
             steps.append((node, does))
     return steps
+
+
+def _whole_call(node: fx.Node, whole: Container[str]) -> Call | None:
+    """The outermost call around a node that counts as one operation."""
+    return next((call for call in reversed([*call_of(node).chain()]) if call.path in whole), None) if whole else None
 
 
 _ASKING = frozenset(

@@ -30,6 +30,7 @@ from passes.graph.within import Inside, arounds
 from passes.refusal import UNREAD, Reason, Refusal, RefusalError
 from passes.training.hooks import hook_refusal, sees_result
 from passes.training.inside import inside_of, kind_of
+from passes.training.retrace import Reading
 
 __all__ = ["Found", "Norm", "find_convs", "plain_norm"]
 
@@ -68,20 +69,21 @@ class Found:
         return self.norm is not None or not self.again
 
 
-def find_convs(model: nn.Module, *, linear: bool = False) -> list[Found]:
+def find_convs(model: nn.Module, *, linear: bool = False, read: list[Reading] | None = None) -> list[Found]:
     """Every convolution module of ``model``, in order of registration; the model is not changed.
 
-    With ``linear``, linear layers too; norms behind them stay where they are.
+    With ``linear``, linear layers too; norms behind them stay where they are. ``read`` is filled with what was read of
+    the model, in evaluation and in training.
     """
     own: dict[str, Any] = dict(model.named_modules())
     kinds: _Kinds = (_ConvNd, nn.Linear) if linear else (_ConvNd,)
-    return [replace(each, conv=own[each.path]) for each in _found(apart(model), kinds)]
+    return [replace(each, conv=own[each.path]) for each in _found(apart(model), kinds, [] if read is None else read)]
 
 
 _Kinds = tuple[type[nn.Module], ...]
 
 
-def _found(model: nn.Module, kinds: _Kinds) -> list[Found]:
+def _found(model: nn.Module, kinds: _Kinds, read: list[Reading]) -> list[Found]:
     seen: list[_Uses] = []
     other: list[_Uses] = []
     inside = _insides(model)
@@ -89,6 +91,7 @@ def _found(model: nn.Module, kinds: _Kinds) -> list[Found]:
     for training in (False, True):
         with kept_modes(model, training=training):
             units, untraced = trace_units(model, numbers=not training, leaves=leaves)
+            read.append((units, untraced))
             seen.append(_Uses(kinds, units, untraced, "in training" if training else "in evaluation"))
             other += [uses for unit in units for uses in _other_calls(kinds, unit)]
     places = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)

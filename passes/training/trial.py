@@ -21,7 +21,7 @@ from passes.graph.modes import has_own_modes
 from passes.proof.check import Checked, NoInputError, Observed, check, first_line, observe
 from passes.proof.compare import Difference, Verdict
 from passes.refusal import Reason, Refusal, ReparamError
-from passes.training.retrace import traced_alike
+from passes.training.retrace import Reading, traced_alike
 
 __all__ = ["Outcome", "try_blocks"]
 
@@ -70,6 +70,7 @@ def try_blocks(
     again: Callable[[Row], Row] = lambda row: row,
     *,
     exact_in_training: bool = True,
+    read: Sequence[Reading] = (),
 ) -> Outcome[Row]:
     """Which blocks the model runs, and computes the same with.
 
@@ -84,6 +85,7 @@ def try_blocks(
         unread: why no graph shows how a row's convolution is used, if none does: it is tried if it is seen called.
         again: such a row for a convolution that is called more than once.
         exact_in_training: whether the blocks compute the same in training too; if not, they are tried in evaluation.
+        read: what is known of the code of the model, in evaluation and in training.
 
     Raises:
         EquivalenceError: the network differs, and it is not single blocks that are to blame.
@@ -102,7 +104,7 @@ def try_blocks(
                 shadow(model)
             except ReparamError:  # it is edited in place, and nothing can be seen before
                 return Outcome(tuple(rows), {}, {}, tuple(why), unseen)
-        trial = _Trial(model, seen, put, expected)
+        trial = _Trial(model, seen, put, expected, read)
         doubted = frozenset(row.layer for row in rows if unread(row) is not None)
         return replace(trial.settle(list(rows), smaller, why, doubted), unseen=unseen)
 
@@ -183,8 +185,10 @@ class _Trial(Generic[Row]):
         seen: list[Observed],
         put: Put[Row],
         expected: Callable[[Row], bool],
+        read: Sequence[Reading],
     ) -> None:
         self.model, self.seen, self.put, self.expected = model, seen, put, expected
+        self.read = read or (None, None)
         self.ran: frozenset[str] = frozenset[str]().union(*(one.ran for one in seen))
         self.modes = _modes(model)
 
@@ -239,8 +243,11 @@ class _Trial(Generic[Row]):
         everywhere = {old: new for paths in moved.values() for old, new in paths.items()}
         checks = [check(seen, trial, training=seen.training, moved=everywhere) for seen in self.seen]
         if not self.seen:
-            replaced = [row.layer for row in rows] + [old for old, new in everywhere.items() if old != new]
-            checks = [traced_alike(self.model, trial, replaced, training=training) for training in (False, True)]
+            blocks, away = [row.layer for row in rows], [old for old, new in everywhere.items() if old != new]
+            checks = [
+                traced_alike(self.model, trial, blocks, away, training=training, read=read)
+                for training, read in zip((False, True), self.read, strict=True)
+            ]
         if not self.modes:
             return checks, {}
         try:
