@@ -415,7 +415,7 @@ def _steps(graph: fx.Graph, whole: Container[str]) -> list[tuple[fx.Node | None,
             if call not in entered:
                 entered.add(call)
                 steps.append((node, f"call_module {call.path} {fx.map_arg((call.args, call.kwargs), name)}"))
-                if isinstance(call.output, fx.Node):
+                if isinstance(call.output, fx.Node) and call in call_of(call.output).chain():
                     names[call.output] = f"step {len(steps) - 1}"
             continue
         does = f"{node.op} {node.target} {fx.map_arg((node.args, node.kwargs), name)}"

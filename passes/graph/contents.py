@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CONTAINERS", "FOREIGN", "LARGE", "copied", "has_data", "inside", "is_changeable", "refill", "same_items", "sameness"]
+__all__ = [
+    "CONTAINERS", "FOREIGN", "LARGE", "copied", "has_data", "inside", "is_changeable", "refill", "same_items", "sameness",
+]  # fmt: skip
 
 CONTAINERS = (list, dict, set, deque)
 LARGE = 10_000

@@ -45,7 +45,7 @@ def attributes_asked(function: Any, place: int | str, module: nn.Module) -> froz
 
 def only_loads(code: CodeType, name: str, allowed: Callable[[Step, Step], bool]) -> bool:
     """Whether a local variable is only loaded, each time for two instructions that are allowed."""
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL")]
+    steps = _steps(code)
     for i, step in enumerate(steps):
         names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
         if name not in names or not step.opname.endswith(_LOCAL):
@@ -56,6 +56,11 @@ def only_loads(code: CodeType, name: str, allowed: Callable[[Step, Step], bool])
         if not allowed(steps[i + 1], steps[i + 2]):
             return False
     return name not in code.co_cellvars
+
+
+@functools.lru_cache(maxsize=4096)
+def _steps(code: CodeType) -> tuple[Step, ...]:
+    return tuple(s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL"))
 
 
 _LOCAL = ("_FAST", "_FAST_BORROW", "_FAST_CHECK", "_FAST_AND_CLEAR", "_FAST_MAYBE_NULL")

@@ -27,7 +27,12 @@ from passes.graph.contents import FOREIGN
 
 __all__ = ["Interceptor", "active", "intercept_function", "intercept_type", "intercepting", "patched", "suspended"]
 
-_local = threading.local()
+
+class _Local(threading.local):
+    tracer: Interceptor | None = None
+
+
+_local = _Local()
 _lock = threading.RLock()
 
 
@@ -52,7 +57,7 @@ class Interceptor(Protocol):
 
 def active() -> Interceptor | None:
     """The tracer of this thread."""
-    return getattr(_local, "tracer", None)
+    return _local.tracer
 
 
 @contextmanager
