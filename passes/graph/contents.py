@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "CONTAINERS", "FOREIGN", "LARGE", "copied", "has_data", "inside", "is_changeable", "refill", "same_items", "sameness",
+    "CONTAINERS", "FOREIGN", "LARGE", "copied", "has_data", "inside", "is_changeable", "refill", "same_items",
+    "sameness",
 ]  # fmt: skip
 
 CONTAINERS = (list, dict, set, deque)

@@ -376,8 +376,16 @@ def _canonical_ids(signal: Signal) -> Tensor:
 
 
 def _numbered(shape: Ints) -> Tensor:
-    """A tensor that holds the number of each of its elements."""
-    return torch.arange(math.prod(shape), device="cpu").reshape(shape)
+    """A tensor that holds the number of each of its elements; many are asked for, and all are views of one."""
+    size = math.prod(shape)
+    if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:  # who records takes tensors of its own
+        return torch.arange(size, device="cpu").reshape(shape)
+    if len(_NUMBERS[0]) < size:
+        _NUMBERS[0] = torch.arange(size, device="cpu")
+    return _NUMBERS[0][:size].view(shape)
+
+
+_NUMBERS = [torch.arange(0, device="cpu")]
 
 
 def _line(ids: Tensor, axis: int) -> Tensor:

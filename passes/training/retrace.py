@@ -49,11 +49,11 @@ def traced_alike(
     compared = f"code of the whole network{' in training' if training else ''}, on no input"
     replaced = [*blocks, *moved]
     try:
-        before, after, found = None, None, None
+        found: Difference | None = None
         if read is not None:
             before, after = _around(replaced, read), _around(replaced, _traced(trial, blocks, training))
             found = next(_differences(before, after, frozenset(replaced)), None)
-        if read is None or found is not None:  # or the code around finds another layer where it is one call
+        if read is None or found is not None:  # or it is entered in another way, and does the same as one call
             before, after = (_around(replaced, _traced(each, replaced, training)) for each in (apart(model), trial))
             found = next(_differences(before, after), None)
     # Code that looks for a layer may raise anything where it finds a block.
