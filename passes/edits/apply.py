@@ -91,13 +91,15 @@ class _Editor:
         self.model, self.layers, self.build_block = model, layers, build_block
         self.undo = Undo()
         self.holders: dict[int, list[Holder]] = holders(model)
+        self.places: dict[int, list[tuple[nn.Module, str]]] | None = None
 
     def apply(self, edit: Edit) -> None:
+        if not isinstance(edit, (Replace, Block, Remove)):
+            self.places = None
         match edit:
             case Replace() | Block():  # one layer, wherever it is registered
-                old, owners = self._module(edit.path), list(self.model.modules())
-                places = [(owner, name) for owner in owners for name, child in owner._modules.items() if child is old]
-                self._replace(old, self._layer(edit), places)
+                old = self._module(edit.path)
+                self._replace(old, self._layer(edit), self._places(old))
             case Remove():
                 old = self._module(edit.path)  # which may be part of a block by now
                 self._replace(old, remainder(old, edit), [self._owner(edit.path)])
@@ -145,6 +147,10 @@ class _Editor:
         for owner, name in places:
             self.undo.touch(owner)
             owner._modules[name] = new
+        if self.places is not None:
+            self.places[id(old)] = [place for place in self.places[id(old)] if place not in places]
+            self.places.setdefault(id(new), []).extend(places)
+            _note_places(new, self.places)
         self.undo.touch(old)
         _inherit(old, new)
         for holder in self.holders.get(id(old), ()):
@@ -152,6 +158,13 @@ class _Editor:
             value = vars(holder.owner)[holder.name]
             vars(holder.owner)[holder.name] = substituted(value, old, new)
             self.holders.setdefault(id(new), []).append(holder)
+
+    def _places(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Where a module is registered; to look through the whole network for every edit takes long."""
+        if self.places is None:
+            self.places = {}
+            _note_places(self.model, self.places)
+        return self.places[id(module)]
 
     def _fill(self, edit: Fill) -> None:
         module, layer = self._module(edit.path), self._layer(edit)
@@ -181,6 +194,14 @@ class _Editor:
                 raise EditError(f"there is no {path} in this network")
             module = child
         return module
+
+
+def _note_places(module: nn.Module, places: dict[int, list[tuple[nn.Module, str]]]) -> None:
+    """Enter where all that is in a module is registered."""
+    for owner in module.modules():
+        for name, child in owner._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((owner, name))
 
 
 def remainder(old: nn.Module, edit: Remove) -> nn.Module:
