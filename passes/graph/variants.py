@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from passes.graph.capture import Call, Unit, join, trace_variant
 from passes.graph.opset import is_shape_query
+from passes.graph.patches import patched
 from passes.refusal import Reason, Refusal
 
 __all__ = ["OtherCalls", "Variant", "own_calls", "variants"]
@@ -52,9 +53,10 @@ def own_calls(unit: Unit) -> list[Call]:
 def variants(unit: Unit) -> list[Variant]:
     """Every optional argument of the unit's forward with another value: one at a time, then all at once."""
     found = [Variant("another size", other) for other in unit.others]
-    for call in own_calls(unit):
-        inner = replace(unit, path=join(unit.path, call.path), root=call.module) if call.path else unit
-        found += [replace(variant, at=call.path) for variant in _variants(inner)]
+    with patched():  # for all of these traces at once
+        for call in own_calls(unit):
+            inner = replace(unit, path=join(unit.path, call.path), root=call.module) if call.path else unit
+            found += [replace(variant, at=call.path) for variant in _variants(inner)]
     return found
 
 
