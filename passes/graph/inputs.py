@@ -226,8 +226,11 @@ def _spreads(inputs: list[Any], model: nn.Module) -> bool:
 # ------------------------------------------------------------------ made up
 
 
-def likely(model: nn.Module, batch: int = BATCH) -> Iterator[Example]:
-    """Calls that ``model`` may take, the cheapest first; whether it does, only running it can tell."""
+def likely(model: nn.Module, batch: int = BATCH, corner: int | None = None) -> Iterator[Example]:
+    """Calls that ``model`` may take, the cheapest first; whether it does, only running it can tell.
+
+    With ``corner``, maps of at most so many pixels along each side.
+    """
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
@@ -240,7 +243,8 @@ def likely(model: nn.Module, batch: int = BATCH) -> Iterator[Example]:
     names = _keywords(model)
     positional = [p for p in _positional(model) if p.default is p.empty]
     count = len(positional) if names else input_count(model)
-    for shape in dict.fromkeys(likely_shapes(model)):
+    shapes = ((shape[0], *(min(size, corner or size) for size in shape[1:])) for shape in likely_shapes(model))
+    for shape in dict.fromkeys(shapes):
         parts = [
             torch.randn((batch, *shape), generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
             for _ in range(count + len(names))

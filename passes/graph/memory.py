@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,10 +55,14 @@ class Memory:
         """The nodes that may change ``value``, in order."""
         places = self._places[value]
         if places not in self._changes:
-            self._changes[places] = [
-                node for node, into in self.written.items() if any(self._places[other] & places for other in into)
-            ]
+            self._changes[places] = [node for node, into in self._writes if into & places]
         return self._changes[places]
+
+    @functools.cached_property
+    def _writes(self) -> list[tuple[fx.Node, int]]:
+        """Who writes, and all places that it may write into; asked when everything is entered."""
+        masks = {node: [self._places[other] for other in into] for node, into in self.written.items()}
+        return [(node, functools.reduce(operator.or_, places, 0)) for node, places in masks.items()]
 
     def sharing(self, value: fx.Node) -> list[fx.Node]:
         """The values that may share memory with ``value``, itself included, in order."""

@@ -7,6 +7,7 @@ Where a training block took a convolution and its norm, there are a convolution 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,8 @@ __all__ = ["settled"]
 
 ROUNDING = 1e-4
 """Relative difference of a method that makes layers in float32."""
+CORNER = 9
+"""Pixels along each side of a map on which a method is tried first: modules are tried by the dozen."""
 
 
 def settled(unit: Unit, edits: Iterable[Edit], model: nn.Module) -> list[Edit]:
@@ -41,24 +44,34 @@ def settled(unit: Unit, edits: Iterable[Edit], model: nn.Module) -> list[Edit]:
             folded.setdefault(".".join(names[:i]), set()).add(name)
     found: list[Edit] = []
     known: set[str] = set()
+    tried: dict[Any, bool] = {}
+    blocks = [(at, each) for at, m in model.named_modules() for each in made_by(m) or () if isinstance(each, Block)]
     for owner in sorted(folded, key=lambda path: -path.count(".") - bool(path)):  # the innermost first
         module = unit.root.get_submodule(owner)
         kind = plain_class(module)
         methods = folding_again(kind, folded[owner])
         others = {name: own for name, own in making_again(kind, folded[owner], known).items() if name not in methods}
-        before = _without_blocks(module, join(unit.path, owner), model) if others else module
-        methods += tuple(name for name, own in others.items() if _folds(before, name, own))
+        if others:
+            before = _without_blocks(module, join(unit.path, owner), blocks)
+            alike = _kind(before)
+            for name, own in others.items():
+                if (alike, name, own) not in tried:
+                    tried[alike, name, own] = _folds(before, name, own)
+            methods += tuple(name for name, own in others.items() if tried[alike, name, own])
         known.update(methods)
         if methods:
             found.append(Settle(join(unit.path, owner), methods))
     return found
 
 
-def _without_blocks(module: nn.Module, path: str, model: nn.Module) -> nn.Module:
-    """The module as it was before it was expanded, with other numbers, where a norm moved into a block inside of it."""
+def _without_blocks(module: nn.Module, path: str, blocks: Iterable[tuple[str, Block]]) -> nn.Module:
+    """The module as it was before it was expanded, with other numbers, where a norm moved into a block inside of it.
+
+    ``blocks`` are those of the model, each with the path of the module that was expanded.
+    """
     inside = len(path) + 1 if path else 0
     copied: nn.Module | None = None
-    for at, edit in ((at, e) for at, m in model.named_modules() for e in made_by(m) or () if isinstance(e, Block)):
+    for at, edit in blocks:
         places = join(at, edit.path), join(at, edit.norm)
         if not edit.norm or edit.rest or (path and not all(place.startswith(f"{path}.") for place in places)):
             continue
@@ -86,6 +99,16 @@ def _pair(block: Any) -> tuple[nn.Module, nn.Module]:
     return conv.to(like), norm.to(like)
 
 
+def _kind(module: nn.Module) -> Any:
+    """What is the same for modules of which one is tried for all: everything that code finds in them but numbers."""
+    tables = ("_parameters", "_buffers", "_modules")
+    inside = [
+        (path, type(m), [(name, repr(value)) for name, value in vars(m).items() if name not in tables])
+        for path, m in module.named_modules(remove_duplicate=False)
+    ]
+    return repr(inside), tuple((name, t.shape, t.dtype) for name, t in module.state_dict().items())
+
+
 def _folds(module: nn.Module, method: str, own: bool) -> bool:
     """Whether a method returns another module that computes what this one does, or makes this one such a module.
 
@@ -104,7 +127,7 @@ def _folds(module: nn.Module, method: str, own: bool) -> bool:
     # The method is a person's code, which may fail in any way.
     except Exception:
         return False
-    for example in likely(module):
+    for example in itertools.chain(likely(module, corner=CORNER), likely(module)):
         try:
             wanted = outputs(module, example)
         # So is the module, and the input is made up.
