@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import reparam
 from passes.edits.carried import made_by
+from passes.proof import settling
 
 X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 
@@ -290,6 +291,29 @@ def test_a_method_that_does_not_return_the_same_raises(verb: Any) -> None:
 
 
 @pytest.mark.parametrize("verb", [lambda m: m, trained])
+def test_a_method_is_tried_once_for_modules_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again for one that its own attributes, or its layers, make another."""
+
+    class Choosing(Fused):
+        factor = 1.0
+
+        def fuse(self) -> nn.Module:
+            made = super().fuse()
+            with torch.no_grad():
+                made.weight.mul_(self.factor)
+            return made
+
+    rows = [Choosing(4, 4) for _ in range(4)]
+    rows[2].factor = 2.0
+    rows[3].conv.dilation, rows[3].conv.padding = (2, 2), (2, 2)
+    tried, real = [], settling._folds
+    monkeypatch.setattr(settling, "_folds", lambda *given: tried.append(given[0]) or real(*given))
+    collapsed = reparam.collapse(lively(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), *rows)))
+    settles = [edit.path for edit in made_by(collapsed) or () if type(edit).__name__ == "Settle"]
+    assert sorted(settles) == ["2", "3"]
+    assert len(tried) == 3
+
+
 @pytest.mark.parametrize("kind", [Kept, New])
 def test_a_class_finds_its_folded_layer_in_its_own_place(kind: type[nn.Module], verb: Any, tmp_path: Path) -> None:
     plain = verb(lively(Net(kind)))
