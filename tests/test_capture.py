@@ -17,6 +17,7 @@ from python_oracle import describe, difference
 from torch import Tensor, nn
 
 import reparam
+from passes.graph.answers import _stays_on_its_device
 from passes.graph.capture import trace_units
 from reparam import Reason
 
@@ -451,6 +452,22 @@ def test_a_device_is_that_of_the_model_unless_something_moves_the_value() -> Non
     for move, device in moves:
         report = reparam.explain(lively(Asks(move, device)).eval())
         assert not report.untraced, (device, report)
+
+
+def test_which_modules_leave_a_value_on_its_device() -> None:
+    class Moves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to("meta")
+
+    class Likewise(nn.Conv2d):
+        pass
+
+    block = reparam.expand(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), "dbb", where="all")[0]
+    staying = [nn.GELU(), Likewise(3, 3, 1), nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), block]
+    assert all(map(_stays_on_its_device, (m for each in staying for m in each.modules())))
+    block.add_module("own", Moves())
+    for moving in (Moves(), nn.Sequential(nn.ReLU(), Moves()), nn.DataParallel(nn.ReLU()), block):
+        assert not all(map(_stays_on_its_device, moving.modules()))
 
 
 class KeepsBias(Two):

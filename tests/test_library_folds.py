@@ -290,7 +290,6 @@ def test_a_method_that_does_not_return_the_same_raises(verb: Any) -> None:
         collapsed[0].fuse()
 
 
-@pytest.mark.parametrize("verb", [lambda m: m, trained])
 def test_a_method_is_tried_once_for_modules_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """And again for one that its own attributes, or its layers, make another."""
 
@@ -314,6 +313,7 @@ def test_a_method_is_tried_once_for_modules_that_are_alike(monkeypatch: pytest.M
     assert len(tried) == 3
 
 
+@pytest.mark.parametrize("verb", [lambda m: m, trained])
 @pytest.mark.parametrize("kind", [Kept, New])
 def test_a_class_finds_its_folded_layer_in_its_own_place(kind: type[nn.Module], verb: Any, tmp_path: Path) -> None:
     plain = verb(lively(Net(kind)))
