@@ -16,6 +16,8 @@ import reparam
 from passes.blocks.kit.layers import is_block
 from passes.graph import capture
 from passes.graph.tracer import Tracer
+from passes.training import build
+from passes.training.equivalent import plain_layer
 
 
 class Activated(nn.BatchNorm2d):
@@ -145,6 +147,18 @@ def test_the_network_itself_is_read_once_in_each_mode(
     assert [row.layer for row in plan.expanded] == ["block.conv"]
     assert plan.expanded[0].found.norm is not None
     assert read == [False, False, True, True]
+
+
+def test_no_kernel_is_computed_to_put_a_block_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution without a bias has an attribute that is None, for which a block need not be asked."""
+    model = looking(HARMLESS["children"])
+    model.block.conv.bias = None
+    asked = []
+    monkeypatch.setattr(build, "plain_layer", lambda block: asked.append(block) or plain_layer(block))
+    expanded = reparam.expand(model, "acb")
+    assert not asked
+    assert expanded.block.conv.bias is not None  # that of the norm, in eval mode
+    assert asked == [expanded.block.conv]
 
 
 def test_a_norm_that_reads_otherwise_within_is_compared_as_one_call() -> None:
