@@ -104,11 +104,12 @@ def folded_from_outside(model: nn.Module, path: str) -> bool:
     own = any(_statistics(function) for kind in kinds for function in _versions(kind))
     if own or kinds[-1].__module__.startswith("torch.nn."):
         return False
-    return not any("eps" in _asked_by_forward(kind) for kind in {plain_class(module) for module in model.modules()})
+    running: set[Any] = {plain_class(module) for module in model.modules()}
+    return not any("eps" in _asked_by_forward(kind) for kind in running)
 
 
 @functools.lru_cache(maxsize=4096)
-def _asked_by_forward(kind: type[nn.Module]) -> frozenset[str]:
+def _asked_by_forward(kind: Any) -> frozenset[str]:
     """Attributes that a forward, and what it calls, reads of anything but its own object."""
     methods = methods_of(kind)
     reached = [methods[name] for name in {"forward", *_reached(methods)} & methods.keys()]

@@ -295,9 +295,7 @@ def _other_ways(tracer: Tracer) -> list[tuple[Asked, tuple[bool, ...]]]:
     """Each question beyond those that were forced, with the answers that lead there and the other one to it."""
     answers = tuple(asked.answer for asked in tracer.either)
     return [
-        (asked, (*answers[:i], not asked.answer))
-        for i, asked in enumerate(tracer.either)
-        if i >= len(tracer.forced)
+        (asked, (*answers[:i], not asked.answer)) for i, asked in enumerate(tracer.either) if i >= len(tracer.forced)
     ]
 
 
