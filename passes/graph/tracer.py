@@ -260,7 +260,7 @@ class Tracer(Questions):
         return None if calls else function  # around layers that it may call, more is seen by the calls of a run
 
     def _function(self, frames: list[FrameType]) -> tuple[dict[str, Any], str, Any, FrameType] | None:
-        """The outermost function in the running forward that is no call of its own yet, where it is found, its frame."""
+        """The outermost function in the running forward that is no call of its own yet, with its place and frame."""
         if isinstance(self.current.module, _ConvNd):
             return None  # a convolution that pads by a rule of its own is one layer
         start = max((i for i, f in enumerate(frames) if f.f_code is _RUN), default=-1)
