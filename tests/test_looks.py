@@ -377,7 +377,23 @@ def scaled(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     return y * (1 + norm.eps) if float(y.max()) > -1e6 else y
 
 
-@pytest.mark.parametrize("kind", [Epsilon, EpsilonOfFunction])
+class EpsilonOfProperty(Epsilon):
+    @property
+    def epsilon(self) -> float:
+        return self.norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x)).sigmoid()
+        return y / (1 + self.epsilon)
+
+
+class EpsilonByName(Epsilon):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x)).sigmoid()
+        return y / (1 + getattr(self.norm, "eps"))  # noqa: B009
+
+
+@pytest.mark.parametrize("kind", [Epsilon, EpsilonOfFunction, EpsilonOfProperty, EpsilonByName])
 @pytest.mark.parametrize("verify", [True, "folds"])
 def test_a_forward_that_computes_with_an_epsilon_keeps_it(kind: type[Epsilon], verify: Any) -> None:
     model = lively(kind())

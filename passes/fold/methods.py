@@ -113,12 +113,13 @@ def _asked_by_forward(kind: Any) -> frozenset[str]:
     """Attributes that a forward, and what it calls, reads of anything but its own object."""
     methods = methods_of(kind)
     reached = [methods[name] for name in {"forward", *_reached(methods)} & methods.keys()]
-    asked = {name for function in reached for name in used_by(function).others}
+    reached += [value.fget for base in _bases(kind) for value in vars(base).values() if _is_computed(value)]
+    asked = {name for function in reached for name in used_by(function).others | _texts(function)}
     todo, seen = [named for function in reached for named in _functions_named(function)], set[FunctionType]()
     while todo:
         if (function := todo.pop()) not in seen:
             seen.add(function)
-            asked |= used_by(function).own | used_by(function).others
+            asked |= used_by(function).own | used_by(function).others | _texts(function)
             todo += _functions_named(function)
     return frozenset(asked)
 
@@ -143,6 +144,15 @@ def _versions(kind: type[nn.Module], names: set[str] | None = None) -> Iterator[
 
 def _bases(kind: type[nn.Module]) -> list[type]:
     return [base for base in reversed(kind.__mro__) if not base.__module__.startswith("torch.nn.modules")]
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, property) and isinstance(value.fget, FunctionType)
+
+
+def _texts(function: FunctionType) -> set[str]:
+    """Texts in the code of a function, which ``getattr`` may be given."""
+    return {value for value in inspect.unwrap(function).__code__.co_consts if isinstance(value, str)}
 
 
 def _is_static(value: Any) -> bool:
