@@ -9,14 +9,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from torch import nn
 
 import reparam
-from passes.training.filters import ALL, is_auto
+from passes.training.filters import ALL, alternatives, is_auto
 from reparam import Block, Form, Plan, ReparamError
-from reparam.sources import literal, split_commas
 
 __all__ = ["Recipe", "RecipeError", "block_text", "parse_block", "parse_blocks", "parse_where"]
 
@@ -259,46 +258,20 @@ def parse_blocks(texts: Iterable[str]) -> Block | str | dict[str, Block | str]:
 
 def _choice(text: str) -> Block | str:
     """A block, or ``auto:name,name`` as it is."""
-    return text if is_auto(text) else parse_block(text)
+    if not is_auto(text):
+        return parse_block(text)
+    try:
+        alternatives(text)  # raises now, and not after the network was built
+    except ReparamError as error:
+        raise RecipeError(str(error)) from error
+    return text
 
 
 def parse_block(text: str) -> Block:
     """A block from ``name`` or ``name:option=value,...``. Raises :class:`RecipeError`."""
-    name, colon, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for pair in split_commas(rest) if colon else []:
-        option, equals, value = pair.partition("=")
-        if not equals or not option.strip().isidentifier() or not value.strip():
-            raise RecipeError(f"options are written NAME:option=value,option=value; got {pair!r} in {text!r}")
-        options[option.strip()] = _value(value.strip())
     try:
-        block = Block(name.strip(), **options)
-        _ = block.info
+        return Block.of(text)
+    except RecipeError:
+        raise
     except ReparamError as error:
         raise RecipeError(str(error)) from error
-    for option, value in options.items():
-        _check_type(block, option, value)
-    return block
-
-
-def _value(text: str) -> Any:
-    """A Python literal, ``true`` or ``false`` in any case, a fraction such as ``1/3``, else the text itself."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    above, slash, below = text.partition("/")
-    if slash:
-        try:
-            return float(above) / float(below)
-        except (ValueError, ZeroDivisionError):
-            return text
-    return literal(text)
-
-
-def _check_type(block: Block, option: str, value: Any) -> None:
-    """A value of another kind than the option's annotation would fail somewhere inside, in other words."""
-    hint = get_type_hints(block.info.declare).get(option, object)
-    kinds = tuple(kind for kind in get_args(hint) or (hint,) if isinstance(kind, type))
-    if not kinds or object in kinds or type(value) in kinds or (float in kinds and type(value) is int):
-        return
-    words = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise RecipeError(f"block {block.name!r}: {option} is of type {words}, got {value!r}")

@@ -55,10 +55,10 @@ def expand(
 
     Args:
         model: any module; parts that torch.fx cannot trace are expanded inside.
-        block: a name of :func:`reparam.blocks`, a :class:`reparam.Block` with options, or a mapping from patterns on
-            layer paths to either; the first pattern that matches wins, and what matches none is left alone.
-            ``"auto:acb,dbb"``: a budget chooses of these. Or a :class:`reparam.Plan`, made for a network of the same
-            layers: just its blocks in its forms.
+        block: a name of :func:`reparam.blocks`, with options as text (``"acb:gamma=1/3"``) or as a
+            :class:`reparam.Block`, or a mapping from patterns on layer paths to any of these; the first pattern that
+            matches wins, and what matches none is left alone. ``"auto:acb:gamma=1/3,dbb"``: a budget chooses of these.
+            Or a :class:`reparam.Plan`, made for a network of the same layers: just its blocks in its forms.
         where: which layers. Default: those that the block is meant for by its publication (``meant_for`` of
             :func:`reparam.blocks`); ``"all"``: every one that can have it (a layer of that name is ``["all"]``). Else a
             pattern (``"layer1.*"``; a module's path stands for all inside) or several, a predicate

@@ -17,11 +17,12 @@ import reparam
 from passes.blocks.kit.layers import BranchSum
 from passes.budgeted import make_budgeted_plan
 from passes.training.budget import ENOUGH, ROUNDS, Limits, Option, Pair, choose, settle, worth
+from passes.training.filters import alternatives
 from passes.training.step import Step, Use
 from passes.training.step import measure as really_measure
 from reparam import Block, Form, ReparamError
 from reparam.cli import app
-from reparam.recipe import Recipe
+from reparam.recipe import Recipe, RecipeError, parse_blocks
 
 INF = float("inf")
 HALF_MORE = Limits(1.5)
@@ -198,6 +199,22 @@ def test_memory_has_a_limit_of_its_own() -> None:
     assert chosen(plan) == {"conv1": "dbb sampled", "conv2": "dbb sampled"}
     assert "memory predicted 1.400, measured 1.400" in str(plan)
     assert "time predicted" not in str(plan)
+
+
+def test_blocks_of_which_auto_chooses_have_options() -> None:
+    """An option belongs to the block before it."""
+    assert alternatives("auto:acb:gamma=1/3,bn=after, dbb") == [Block("acb", gamma=1 / 3, bn="after"), Block("dbb")]
+    assert alternatives({"a": "auto:acb,acb:bn=after", "*": "dbb"})[1] == {"a": Block("acb", bn="after"), "*": "dbb"}
+    for text, why in {
+        "auto:acb:gama=1": "no option 'gama'",
+        "auto:bn=after,acb": "no block named 'bn=after'",
+        "auto:acb:bn=2": "bn is of type",
+        "auto:acb:,dbb": "options are written",
+    }.items():
+        with pytest.raises(ReparamError, match=why):
+            alternatives(text)
+        with pytest.raises(RecipeError, match=why):
+            parse_blocks([text])
 
 
 def test_auto_chooses_of_several_blocks() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn import utils
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -393,3 +394,91 @@ def test_left_alone(kind: str) -> None:
     assert refusal is not None
     assert refusal.reason is reason
     assert words in refusal.message
+
+
+class Equalised:
+    """StyleGAN's hook: the weight is made in each call, and is not there before the first."""
+
+    name = "weight"
+
+    def compute_weight(self, layer: Any) -> Tensor:
+        weight: Tensor = layer.weight_orig * layer.weight_orig[0].numel() ** -0.5
+        return weight
+
+    def __call__(self, layer: Any, inputs: Any) -> None:
+        layer.weight = self.compute_weight(layer)
+
+    @staticmethod
+    def on(layer: nn.Module) -> nn.Module:
+        weight = layer._parameters.pop("weight")
+        layer.register_parameter("weight_orig", weight)
+        layer.register_forward_pre_hook(Equalised())
+        return layer
+
+
+class Doubling(Equalised):
+    """Says one weight and convolves with another."""
+
+    def __call__(self, layer: Any, inputs: Any) -> None:
+        layer.weight = 2 * self.compute_weight(layer)
+
+    @staticmethod
+    def on(layer: nn.Module) -> nn.Module:
+        layer = Equalised.on(layer)
+        layer._forward_pre_hooks[next(iter(layer._forward_pre_hooks))] = Doubling()
+        return layer
+
+
+@pytest.mark.parametrize("given", [None, x()])
+def test_a_persons_hook_that_computes_the_weight_runs_where_results_are_compared(given: Any) -> None:
+    model = net(Equalised.on)
+    folded, report = reparam.collapse_with_report(model, example_inputs=given)
+    assert "whole network" in str(report)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert_same(model, folded)
+    expanded = reparam.expand(model, "acb", example_inputs=given)
+    assert_same(model, expanded)
+    trained(expanded)
+    assert_same(expanded, reparam.collapse(expanded, example_inputs=given))
+
+
+def test_a_hook_that_says_another_weight_is_seen() -> None:
+    model = net(Doubling.on)
+    folded, report = reparam.collapse_with_report(model)
+    assert report.taken_back
+    assert_same(model, folded)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_callers_default_dtype_is_none_of_a_trials(default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    model = net(ANY["old weight_norm"])
+    torch.set_default_dtype(default)
+    try:
+        expanded = reparam.expand(model, "acb", form="online", example_inputs=x())
+        assert torch.get_default_dtype() is default
+    finally:
+        torch.set_default_dtype(before)
+    assert len([m for m in expanded.modules() if hasattr(m, "reparam_block")]) == 2
+    assert_same(model, expanded)
+
+
+class Quantised(nn.Conv2d):
+    """Rounds its weight and its input by scales that it learns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.step = nn.Parameter(torch.tensor(0.05))
+
+    def _rounded(self, t: Tensor) -> Tensor:
+        return t + ((t / self.step).round() * self.step - t).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self._rounded(x), self._rounded(self.weight), self.bias, self.stride, self.padding)
+
+
+def test_a_layer_that_is_folded_with_a_number_of_its_own_is_proven() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Quantised(4, 8, 3, padding=1), nn.BatchNorm2d(8)).double().eval()
+    expanded = trained(reparam.expand(model, "doconv"))
+    assert_same(expanded, reparam.collapse(expanded))

@@ -159,9 +159,18 @@ def test_a_function_of_a_library_folds_an_expanded_network(block: str, form: str
 def test_a_weight_that_is_told_cannot_be_written_into() -> None:
     expanded = reparam.expand(lively(Net(Conv)), "dbb").eval()
     block = expanded[0].conv
-    for change in (nn.init.zeros_, lambda w: w.data.normal_(), lambda w: w.detach().view(-1).mul_(2)):
-        with pytest.raises(reparam.ReparamError, match="a change in place would be lost"):
+    for change in (
+        nn.init.zeros_,
+        lambda w: w.data.normal_(),
+        lambda w: w.detach().view(-1).mul_(2),
+        lambda w: w.detach().unbind(0)[0].zero_(),
+        lambda w: nn.functional.relu(w, inplace=True),
+        lambda w: torch._foreach_mul_([w], 2.0),
+    ):
+        with pytest.raises(reparam.ReparamError, match="a change in place would be lost"), torch.no_grad():
             change(block.weight)
+    with pytest.raises(ValueError, match="read-only"):
+        block.weight.detach().numpy()[0] = 0
     block.weight.square().sum().backward()
     assert all(parameter.grad is not None for parameter in block.square.parameters() if parameter.dim() > 1)
     kernel, bias = reparam.equivalent_conv(block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -272,3 +273,135 @@ def test_a_row_that_is_never_called_as_one_is_read_layer_by_layer(given: Any) ->
     assert not report.refusals
     assert not report.taken_back
     _compared(model, folded)
+
+
+def pad_same(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Padding as TensorFlow's, written with questions about the size that it takes."""
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    high, wide = _missing(x.shape[-2], kernel, stride), _missing(x.shape[-1], kernel, stride)
+    return F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2)) if high > 0 or wide > 0 else x
+
+
+def _missing(size: int, kernel: int, stride: int) -> int:
+    return max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+
+
+def halve(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+    if x.shape[-1] % 2 or x.shape[-2] % 2 or x.shape[-1] > 50:
+        x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2))
+    y: Tensor = norm(conv(x)).relu()
+    return y
+
+
+def gate(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+    y: Tensor = norm(conv(x)).relu()
+    return y if float(x.max()) > -1e6 else x
+
+
+class Several(nn.Module):
+    """More questions about sizes than ways are followed, all from one function."""
+
+    def __init__(self, count: int = 5) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 3, 3, 1 + i % 2, bias=False) for i in range(count)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3) for _ in range(count)])
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(pad_same(x, conv))).relu()
+            x = x if mask is None else x * mask.mean()
+        return x if scale is None else x * scale
+
+
+class Halving(Several):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = halve(F.pad(x, (1,) * 4), conv, norm)
+        return x
+
+
+class Gated(Several):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = gate(F.pad(x, (1,) * 4), conv, norm)
+        return x
+
+
+def test_a_function_that_asks_for_more_sizes_than_are_followed_is_one_call() -> None:
+    model = lively(Several())
+    folded = reparam.collapse(model)
+    assert all(isinstance(norm, nn.Identity) for norm in folded.norms)
+    _compared(model, folded)
+    expanded = reparam.expand(model, "acb")
+    assert not any(isinstance(norm, nn.BatchNorm2d) for norm in expanded.norms), "each moved into its block"
+    _compared(model, expanded)
+
+
+def test_a_function_that_asks_for_sizes_and_calls_layers_is_not() -> None:
+    """A run shows what it does with them."""
+    model = lively(Halving())
+    plan = reparam.plan(model, "acb")
+    assert len(plan.expanded) == 5
+    _compared(model, plan.apply())
+
+
+def test_layers_that_are_given_to_code_which_is_not_read_are_told() -> None:
+    model = lively(Gated())
+    folded, report = reparam.collapse_with_report(model)
+    _compared(model, folded)
+    told = {refusal.layer: refusal.message for refusal in report.untraced}
+    assert told["norms.0"] == "gate is given it, and cannot be traced"
+    rows = reparam.plan(model, "acb").rows
+    assert {str(row.refusal and row.refusal.message) for row in rows} == {"gate is given it, and cannot be traced"}
+
+
+class Epsilon(nn.Module):
+    """Computes with the epsilon of norms that fold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3, eps=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x)).sigmoid()
+        return y / (1 + self.norm.eps)
+
+
+class EpsilonOfFunction(Epsilon):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x)).sigmoid()
+        return scaled(y, self.norm)
+
+
+def scaled(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    return y * (1 + norm.eps) if float(y.max()) > -1e6 else y
+
+
+class EpsilonOfProperty(Epsilon):
+    @property
+    def epsilon(self) -> float:
+        return self.norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x)).sigmoid()
+        return y / (1 + self.epsilon)
+
+
+class EpsilonByName(Epsilon):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x)).sigmoid()
+        return y / (1 + getattr(self.norm, "eps"))  # noqa: B009
+
+
+@pytest.mark.parametrize("kind", [Epsilon, EpsilonOfFunction, EpsilonOfProperty, EpsilonByName])
+@pytest.mark.parametrize("verify", [True, "folds"])
+def test_a_forward_that_computes_with_an_epsilon_keeps_it(kind: type[Epsilon], verify: Any) -> None:
+    model = lively(kind())
+    folded, report = reparam.collapse_with_report(model, verify=verify)
+    assert not report.taken_back
+    _compared(model, folded)
+    _compared(model, reparam.expand(model, "acb", verify=verify))
+
+
+def test_a_norm_folds_where_a_forward_computes_with_its_epsilon() -> None:
+    assert isinstance(reparam.collapse(lively(Epsilon())).norm, nn.Identity)

@@ -48,7 +48,7 @@ def frequency_prior(channels: int, kernel: tuple[int, ...]) -> Tensor:
     """
     half = channels // 2
     number = torch.arange(channels, device="cpu")
-    down, across = (torch.arange(k, device="cpu") + 0.5 for k in kernel)
+    down, across = (torch.arange(k, device="cpu", dtype=torch.float32) + 0.5 for k in kernel)
     rows = torch.cos(math.pi / kernel[0] * (number[:half, None] + 1) * down)
     columns = torch.cos(math.pi / kernel[1] * (number[half:, None] + 1 - half) * across)
     return torch.cat([rows[:, :, None].expand(-1, *kernel), columns[:, None, :].expand(-1, *kernel)])

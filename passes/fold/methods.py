@@ -97,12 +97,31 @@ def folded_from_outside(model: nn.Module, path: str) -> bool:
     """Whether a library may know a norm by its owner's class, to fold it, and is right to take a bias before it.
 
     In torch's containers no one looks for it, and a module around it that folds it by a method of its own may count on
-    a layer without a bias.
+    a layer without a bias. A forward that computes with a norm's epsilon needs that as it is.
     """
     names = path.split(".")
     kinds = [plain_class(model.get_submodule(".".join(names[:i]))) for i in range(len(names))]
     own = any(_statistics(function) for kind in kinds for function in _versions(kind))
-    return not own and not kinds[-1].__module__.startswith("torch.nn.")
+    if own or kinds[-1].__module__.startswith("torch.nn."):
+        return False
+    running: set[Any] = {plain_class(module) for module in model.modules()}
+    return not any("eps" in _asked_by_forward(kind) for kind in running)
+
+
+@functools.lru_cache(maxsize=4096)
+def _asked_by_forward(kind: Any) -> frozenset[str]:
+    """Attributes that a forward, and what it calls, reads of anything but its own object."""
+    methods = methods_of(kind)
+    reached = [methods[name] for name in {"forward", *_reached(methods)} & methods.keys()]
+    reached += [value.fget for base in _bases(kind) for value in vars(base).values() if _is_computed(value)]
+    asked = {name for function in reached for name in used_by(function).others | _texts(function)}
+    todo, seen = [named for function in reached for named in _functions_named(function)], set[FunctionType]()
+    while todo:
+        if (function := todo.pop()) not in seen:
+            seen.add(function)
+            asked |= used_by(function).own | used_by(function).others | _texts(function)
+            todo += _functions_named(function)
+    return frozenset(asked)
 
 
 def _all_methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
@@ -125,6 +144,15 @@ def _versions(kind: type[nn.Module], names: set[str] | None = None) -> Iterator[
 
 def _bases(kind: type[nn.Module]) -> list[type]:
     return [base for base in reversed(kind.__mro__) if not base.__module__.startswith("torch.nn.modules")]
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, property) and isinstance(value.fget, FunctionType)
+
+
+def _texts(function: FunctionType) -> set[str]:
+    """Texts in the code of a function, which ``getattr`` may be given."""
+    return {value for value in inspect.unwrap(function).__code__.co_consts if isinstance(value, str)}
 
 
 def _is_static(value: Any) -> bool:

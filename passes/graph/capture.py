@@ -33,6 +33,7 @@ from passes.graph.leaf import SCRIPT, has_hooks, inherits_forward, is_based_on_l
 from passes.graph.looks import takes_apart
 from passes.graph.marks import Snapshot, no_mark
 from passes.graph.patches import patched
+from passes.graph.questions import Asked
 from passes.graph.tracer import Tracer
 from passes.graph.within import Alone, Within, arounds
 from passes.refusal import UNREAD, Reason, Refusal
@@ -74,6 +75,8 @@ class Unit:
     """Plain attributes that functions which are one call ask the layers for that they are handed."""
     functions: frozenset[Any] = frozenset()
     """Functions that could not be read, and are one call each."""
+    handed: Mapping[str, Refusal] = field(default_factory=dict)
+    """Modules that such functions are given, and may call."""
     others: tuple[Unit, ...] = ()
     """The unit as it is for sizes that answer a question the other way."""
     leaves: Mapping[int, Refusal] = field(default_factory=dict)
@@ -196,7 +199,7 @@ def trace_units(
             finally:
                 snapshot.restore()
             units.append(unit)
-            untraced += [refusal.at(join(path, at)) for at, refusal in unit.opaque.items()]
+            untraced += [why.at(join(path, at)) for at, why in [*unit.opaque.items(), *unit.handed.items()]]
             queue += _remaining(unit)
     return units, untraced
 
@@ -220,7 +223,7 @@ def _trace_unit(
     given: dict[str, Any] | None = None,
     known: Iterable[Any] = (),
 ) -> Unit:
-    leaves = dict(leaves)
+    leaves, known = dict(leaves), set(known)
     careful = False
     while True:
         before = torch.get_rng_state(), states()
@@ -246,7 +249,11 @@ def _trace_unit(
             found = _states(root, tracer, graph, snapshot, leaves, inputs, numbers, given)
         others: tuple[Unit, ...] = ()
         if not found:
-            found, others = _forks(path, tracer, graph, snapshot, inputs, numbers, given)
+            found, others, unread = _forks(path, tracer, graph, snapshot, inputs, numbers, given)
+            if unread is not None:
+                known.add(unread)
+                snapshot.restore()
+                continue
         if not found:
             break
         # A container with weights that is called twice is compiled once, as a unit of its own.
@@ -267,7 +274,8 @@ def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] =
     stateful = {id(m) for m in inside if next(iter(m.state_dict()), None) is not None}
     return Unit(
         path, root, graph, tracer.calls, constants, tracer.opaque, stateful, tracer.read_names,
-        tracer.fixed, frozenset(tracer.asked), frozenset(tracer.looked), frozenset(tracer.functions), others,
+        tracer.fixed, frozenset(tracer.asked), frozenset(tracer.looked), frozenset(tracer.functions),
+        {at: why for at, why in tracer.handed.items() if at not in tracer.opaque}, others,
     )  # fmt: skip
 
 
@@ -283,11 +291,11 @@ def _is_small(root: nn.Module) -> bool:
     return sum(1 for _ in root.modules()) <= FORKING
 
 
-def _other_ways(tracer: Tracer) -> list[tuple[Call, tuple[bool, ...]]]:
+def _other_ways(tracer: Tracer) -> list[tuple[Asked, tuple[bool, ...]]]:
     """Each question beyond those that were forced, with the answers that lead there and the other one to it."""
-    answers = tuple(answer for _, answer in tracer.either)
+    answers = tuple(asked.answer for asked in tracer.either)
     return [
-        (call, (*answers[:i], not answer)) for i, (call, answer) in enumerate(tracer.either) if i >= len(tracer.forced)
+        (asked, (*answers[:i], not asked.answer)) for i, asked in enumerate(tracer.either) if i >= len(tracer.forced)
     ]
 
 
@@ -299,17 +307,17 @@ def _forks(
     inputs: tuple[Any, ...] | None,
     numbers: bool,
     given: dict[str, Any] | None,
-) -> tuple[dict[int, Refusal], tuple[Unit, ...]]:
+) -> tuple[dict[int, Refusal], tuple[Unit, ...], Any]:
     """What the forward does where a question about a size has the other answer.
 
-    Gives modules to be left alone, where that cannot be read, and the unit as it is then. Code that raises then takes
-    no such sizes.
+    Where that cannot be read, gives the function that asked, which then is one call, or else the module, to be left
+    alone; and the unit as it is then. Code that raises then takes no such sizes.
     """
     others: list[Unit] = []
     todo = _other_ways(first)
     tried = 0
     while todo:
-        call, forced = todo.pop(0)
+        asked, forced = todo.pop(0)
         snapshot.restore()
         tried += 1
         other = Tracer(
@@ -326,21 +334,23 @@ def _forks(
         except Exception:
             flipped = None
         if flipped is None or other.opaque.keys() - first.opaque.keys():
+            if asked.function is not None:
+                return {}, (), asked.function
             told = Refusal(Reason.QUESTION, "asks for the truth of a value: it depends on the size of the input")
-            if call.module is first.root:
+            if asked.call.module is first.root:
                 raise NotCapturedError(told.reason, told.message)
-            return {id(call.module): told}, ()
+            return {id(asked.call.module): told}, (), None
         todo += _other_ways(other)
         if first_difference(graph, flipped) is not None:
             others.append(_unit(path, other, flipped))
-            for asked in first.calls:
-                if asked.path == call.path:
+            for call in first.calls:
+                if call.path == asked.call.path:
                     first.fixed.setdefault(
-                        asked, Refusal(Reason.QUESTION, "its forward decides by a size, or by the mode of the call")
+                        call, Refusal(Reason.QUESTION, "its forward decides by a size, or by the mode of the call")
                     )
     if tried:
         snapshot.restore()
-    return {}, tuple(others)
+    return {}, tuple(others), None
 
 
 def _called_twice(tracer: Tracer) -> dict[int, Refusal]:

@@ -19,7 +19,7 @@ from passes.graph.patches import active
 from passes.graph.proxies import Held, Value, is_value
 from passes.refusal import Reason, Refusal
 
-__all__ = ["Questions"]
+__all__ = ["Asked", "Questions"]
 
 _TENSOR = torch.empty(0)
 
@@ -33,14 +33,22 @@ class Told:
     users: int
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question that not every size answers alike: the call that asked, the answer, and the function, if one asked."""
+
+    call: Call
+    answer: bool
+    function: Any
+
+
 class Questions(TracerBase):
     """The part of a tracer that answers.
 
     Args:
         root: the module that is traced.
         answers: what is known of the values.
-        forks: whether a question that not every size answers alike is answered by the first size; ``either`` has the
-            calls that asked, and the answers.
+        forks: whether a question that not every size answers alike is answered by the first size; ``either`` has them.
         forced: answers to the first of these questions.
     """
 
@@ -49,7 +57,7 @@ class Questions(TracerBase):
     ) -> None:
         super().__init__()
         self.answers, self.forks, self.forced = answers, forks, forced
-        self.either: list[tuple[Call, bool]] = []
+        self.either: list[Asked] = []
         self.truths: dict[fx.Node, Told] = {}
         self.current = Call("", root, None, context=context())
         self.fixed: dict[Call, Refusal] = {}
@@ -70,6 +78,10 @@ class Questions(TracerBase):
         """Stop tracing the forward that runs now, also if it catches what is raised here."""
         self._pending = NotCapturedError(reason, message)
         raise self._pending
+
+    def asking(self) -> Any:
+        """The outermost function that the forward which runs now is in, and that can be made one call; else None."""
+        raise NotImplementedError
 
     def refuse(self, what: str) -> Any:
         self.stop(Reason.QUESTION, f"a value {what}")
@@ -115,7 +127,7 @@ class Questions(TracerBase):
         """An answer that some sizes give; the forward is traced with the other one as well."""
         number = len(self.either)
         answer = self.forced[number] if number < len(self.forced) else answer
-        self.either.append((self.current, answer))
+        self.either.append(Asked(self.current, answer, self.asking()))
         return answer
 
     def to_bool(self, obj: Any) -> bool:

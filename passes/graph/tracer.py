@@ -58,8 +58,7 @@ class Tracer(Questions):
         numbers: whether the numbers of parameters may decide which way the code goes.
         careful: whether to look after each call for numbers drawn from Python's and NumPy's generators.
         outside: what the forwards can change outside of the root.
-        forks: whether a question that not every size answers alike is answered by the first size; ``either`` has the
-            calls that asked, and the answers.
+        forks: whether a question that not every size answers alike is answered by the first size; ``either`` has them.
         forced: answers to the first of these questions.
         known: functions that an earlier trace could not read.
     """
@@ -95,6 +94,7 @@ class Tracer(Questions):
         self.functions: set[Any] = {*_MATH, *filter(callable, library_leaves("get_notrace_functions")), *known}
         self._searched: set[int] = set()
         self.pinned: set[int] = set()
+        self.handed: dict[str, Refusal] = {}
         self.looked: set[str] = set()
         """Plain attributes of layers that functions which are one call ask for."""
         self._writes: list[tuple[nn.Module, str, Any]] = []
@@ -223,7 +223,7 @@ class Tracer(Questions):
 
     def _roll_back(self, last: fx.Node | None, count: int, path: str) -> None:
         self._pending = None
-        self.either = [(call, answer) for call, answer in self.either if call not in self.calls[count:]]
+        self.either = [asked for asked in self.either if asked.call not in self.calls[count:]]
         self.truths = {node: told for node, told in self.truths.items() if told.call not in self.calls[count:]}
         while (node := self._last()) is not last and node is not None:
             self.graph.erase_node(node)
@@ -240,18 +240,35 @@ class Tracer(Questions):
         """Make one call of the outermost function that the error came out of; False if there is none to be found."""
         if isinstance(error, NotCapturedError) and error.reason in (Reason.STATE, Reason.RANDOM):
             return False
+        found = self._function([frame for frame, _ in traceback.walk_tb(error.__traceback__)])
+        if found is None:
+            return False
+        namespace, name, function, _ = found
+        self.functions.add(function)
+        intercept_function(namespace, name)
+        return True
+
+    def asking(self) -> Any:
+        found = self._function([frame for frame, _ in traceback.walk_stack(sys._getframe())][::-1])
+        if found is None:
+            return None
+        _, name, function, frame = found
+        if function in self.functions:  # an earlier trace has made it one call
+            self.stop(Reason.QUESTION, f"{name} asks for the truth of a value")
+        held = [(local, v) for local, value in frame.f_locals.items() for v in leaves(value)]
+        calls = any(isinstance(v, nn.Module) and attributes_asked(function, local, v) is None for local, v in held)
+        return None if calls else function  # around layers that it may call, more is seen by the calls of a run
+
+    def _function(self, frames: list[FrameType]) -> tuple[dict[str, Any], str, Any, FrameType] | None:
+        """The outermost function in the running forward that is no call of its own yet, with its place and frame."""
         if isinstance(self.current.module, _ConvNd):
-            return False  # a convolution that pads by a rule of its own is one layer
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            return None  # a convolution that pads by a rule of its own is one layer
         start = max((i for i, f in enumerate(frames) if f.f_code is _RUN), default=-1)
         for caller, frame in zip(frames[start + 1 :], frames[start + 2 :], strict=False):
             found = _global_function(caller, frame)
-            if found is not None and found[2] not in self.functions:
-                namespace, name, function = found
-                self.functions.add(function)
-                intercept_function(namespace, name)
-                return True
-        return False
+            if found is not None and not hasattr(found[0][found[1]], "_reparam_original"):
+                return *found, frame
+        return None
 
     def _search(self, namespace: dict[str, Any] | None) -> None:
         """Intercept the functions under their global names that take no proxies (``from math import ceil``)."""
@@ -280,6 +297,9 @@ class Tracer(Questions):
         for value in leaves((args, kwargs)):
             if isinstance(value, nn.Module) and id(value) not in asked:
                 self.pinned |= {id(m) for m in value.modules()}
+                if (path := self.paths.get(id(value))) is not None:
+                    told = f"{getattr(function, '__name__', function)} is given it, and cannot be traced"
+                    self.handed[path] = Refusal(Reason.UNTRACEABLE, told)
         made = self.create_proxy("call_function", function, args, kwargs)
         self.looked.update(*asked.values())
         for node in made.node.all_input_nodes:

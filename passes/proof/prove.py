@@ -211,7 +211,7 @@ def _beyond_rounding(rounded: Tensor, number: Tensor) -> float | None:
     info = torch.finfo(rounded.dtype)
     floor = info.tiny if info.tiny < 1e-30 else info.tiny * info.eps
     found = None
-    for part, exact in zip(rounded.split(ROWS), number.split(ROWS), strict=True):
+    for part, exact in zip(torch.atleast_1d(rounded).split(ROWS), torch.atleast_1d(number).split(ROWS), strict=True):
         gap = (part.to(exact.device, torch.float64) - exact).abs()
         if not bool((gap <= info.eps * exact.abs() + floor).all()):  # also false for NaN
             found = float(gap.max()) if found is None else max(found, float(gap.max()))

@@ -28,6 +28,7 @@ from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators, states
 from passes.graph.inputs import Example, copied, tensors_in
 from passes.graph.outside import kept_outside
+from passes.graph.weights import makes_weight
 from passes.proof.state import Marks, changes
 
 __all__ = [
@@ -117,10 +118,12 @@ def hooked(model: nn.Module) -> dict[str, int]:
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[Any, list[int]]]:
-    """Tables of hooks, each with the keys of those that are not torch's own, which compute weights."""
+    """Tables of hooks, each with the keys of those that are neither torch's own nor compute weights."""
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         table = vars(module).get(name) or {}
-        keys = [key for key, hook in table.items() if not type(hook).__module__.startswith("torch.")]
+        keys = [
+            key for key, hook in table.items() if not (type(hook).__module__.startswith("torch.") or makes_weight(hook))
+        ]
         if keys:
             yield table, keys
 

@@ -203,6 +203,9 @@ def _usage(path: str, conv: nn.Module, seen: list[_Uses], other: list[_Uses]) ->
         return Refusal(Reason.CODE, "the code around it reads its weight or bias itself")
     if any(id(conv) in unit.asked for u in [*seen, *other] for unit in u.units):
         return Refusal(Reason.CODE, "other code looks at its class")
+    given = (why for u in seen for unit in u.units for at, why in unit.handed.items() if join(unit.path, at) == path)
+    if (handed := next(given, None)) is not None:
+        return handed
     running = [u for u in [*seen, *other] if u.calls[id(conv)]]
     if not running and _unread(path, conv, seen) is None:
         around = next((at for u in seen for at in u.entered_whole if path.startswith(f"{at}.")), None)

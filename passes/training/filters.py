@@ -12,6 +12,7 @@ from torch import nn
 from passes.algebra.geometry import Geometry
 from passes.blocks.kit.filters import GEOMETRIC, check_filters, fits
 from passes.blocks.kit.registry import Block
+from passes.blocks.kit.written import split_blocks
 from passes.refusal import Reason, Refusal, ReparamError
 from passes.training.forms import Form
 
@@ -101,10 +102,10 @@ def is_auto(block: Any) -> bool:
 def _candidates(block: Any) -> list[Any]:
     if not is_auto(block):
         return [block]
-    names = [name.strip() for name in block.partition(":")[2].split(",") if name.strip()]
-    if not names:
+    texts = split_blocks(block.partition(":")[2])
+    if not texts:
         raise ReparamError("auto names the blocks that may be chosen: auto:acb,dbb,doconv")
-    return [Block(name) for name in dict.fromkeys(names)]
+    return [Block.of(text) for text in dict.fromkeys(texts)]
 
 
 def named_blocks(block: Blocks) -> list[Block]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -102,8 +102,7 @@ _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dty
 def _seen(layer: _ConvNd, *, biased: bool) -> Inside:
     """What is seen at several sizes and in both modes, with a bias to be used or without."""
     found: set[Inside] = set()
-    with torch.no_grad(), kept_generators():
-        torch.manual_seed(0)
+    with _trial():
         for training in (False, True):
             for sizes in sizes_for(layer):
                 found.add(_run(layer, sizes, training, biased))
@@ -117,8 +116,7 @@ def _seen(layer: _ConvNd, *, biased: bool) -> Inside:
 
 def _given(layer: _ConvNd, why: RefusalError) -> Inside:
     """Of a layer that does more with its weight: it does that with a tensor given in its place, or ``why``."""
-    with torch.no_grad(), kept_generators():
-        torch.manual_seed(0)
+    with _trial():
         tensors = [("weight", layer.weight), ("bias", layer.bias)]
         numbers = {name: torch.randn(t.shape) for name, t in tensors if t is not None}
         kept = {name: t.clone() for name, t in numbers.items()}
@@ -206,8 +204,7 @@ def is_steady(layer: Layer) -> bool:
     """Whether a layer whose weight is computed in each call does so alike in training and in evaluation, each time."""
     copied = _on_cpu(layer)
     sizes = () if isinstance(layer, nn.Linear) else next(sizes_for(layer))
-    with torch.no_grad(), kept_generators():
-        torch.manual_seed(0)
+    with _trial():
         for tensor in [*copied.parameters(), *copied.buffers()]:
             if tensor.is_floating_point():
                 tensor.normal_()
@@ -242,6 +239,19 @@ def _run(layer: _ConvNd, sizes: Ints, training: bool, biased: bool) -> Inside:
     if geometry.in_channels != layer.in_channels:
         raise _refusal(f"{name} convolves another number of channels than it is given")
     return Inside(geometry, options, uses_bias, y is seen.result)
+
+
+@contextmanager
+def _trial() -> Iterator[None]:
+    """Where copies in float32 run, on the same numbers each time, whatever dtype the caller's new tensors have."""
+    default = torch.get_default_dtype()
+    with torch.no_grad(), kept_generators():
+        torch.set_default_dtype(torch.float32)
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
 
 
 def _on_cpu(layer: Any) -> Any:

@@ -6,13 +6,14 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from torch import nn
 
 from passes.algebra.geometry import Geometry
 from passes.blocks.kit.builder import Site
 from passes.blocks.kit.filters import Filters, check_filters, fits, in_words
+from passes.blocks.kit.written import options_of
 from passes.refusal import ReparamError
 
 __all__ = ["Block", "BlockInfo", "block", "blocks", "unregister"]
@@ -153,8 +154,14 @@ class Block:
 
     @staticmethod
     def of(block: str | Block) -> Block:
-        """A name as a block with default options; a :class:`Block` as it is."""
-        return Block(block) if isinstance(block, str) else block
+        """A name, or a name with options (``acb:gamma=1/3``), as a block; a :class:`Block` as it is."""
+        if not isinstance(block, str):
+            return block
+        name, options = options_of(block)
+        made = Block(name, **options)
+        for option, value in options.items():
+            _check_type(made, option, value)
+        return made
 
     @property
     def info(self) -> BlockInfo:
@@ -185,6 +192,16 @@ class Block:
     def __str__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
         return f"{self.name}({options})" if options else self.name
+
+
+def _check_type(block: Block, option: str, value: Any) -> None:
+    """A value of another kind than the option's annotation would fail somewhere inside, in other words."""
+    hint = get_type_hints(block.info.declare).get(option, object)
+    kinds = tuple(kind for kind in get_args(hint) or (hint,) if isinstance(kind, type))
+    if not kinds or object in kinds or type(value) in kinds or (float in kinds and type(value) is int):
+        return
+    words = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ReparamError(f"block {block.name!r}: {option} is of type {words}, got {value!r}")
 
 
 def _origin(declare: Declaration) -> tuple[str, str]:
