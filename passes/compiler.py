@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from passes.algebra.geometry import CONVS
 from passes.edits.apply import Undo, apply
 from passes.fold.aliasing import Memory
-from passes.fold.candidates import Candidate, Key, Tie, between_of, layers_of
+from passes.fold.candidates import Candidate, Key, Tie, altered, layers_of
 from passes.fold.edits import Edited, edits_of
 from passes.fold.folds import Fold, folded
 from passes.fold.layout import Layout
@@ -34,7 +34,6 @@ from passes.graph.together import runs_of
 from passes.graph.variants import OtherCalls
 from passes.graph.weights import is_pruned
 from passes.graph.within import Alone, Within
-from passes.laws.regions import Contraction
 from passes.proof.compare import EquivalenceError
 from passes.proof.hold import FoldKey, Ledger
 from passes.proof.prove import prove, prove_spread
@@ -211,8 +210,11 @@ def _guard(flow: Flow, layout: Layout) -> Guard:
         nodes = {node for each in (candidate, *candidate.parts) for node in (*each.dying, *each.constants)}
         nodes.update(() if candidate.tie is None else candidate.tie.nodes)
         if candidate.spread is not None:  # what stays of it between the layers and the map
-            nodes.update(between_of(Contraction(flow), candidate.spread.heads, candidate.entry))
-        return calls.refusal(sorted(nodes), candidate.result) or found
+            nodes.update(altered(flow, candidate.spread))
+        ends = (
+            candidate.spread.heads if candidate.spread is not None and candidate.spread.ahead else (candidate.result,)
+        )
+        return calls.refusal(sorted(nodes), ends) or found
 
     return place_safely
 

@@ -21,13 +21,13 @@ from passes.compiler import clock, decide
 from passes.edits.edit import Substitute
 from passes.edits.layer import describe
 from passes.fold.aliasing import Memory
-from passes.fold.candidates import Candidate, between_of, layers_of
+from passes.fold.candidates import Candidate, altered, layers_of
 from passes.fold.folds import Fold
 from passes.fold.placement import Placement
 from passes.graph.capture import Call, Unit
 from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind
-from passes.laws.regions import Contraction, Spread
+from passes.laws.regions import Spread
 from passes.portable import ScaleShift
 from passes.proof.check import Checked
 from passes.proof.hold import Ledger
@@ -161,9 +161,9 @@ class Compilation(ABC, Generic[Graph]):
         if found is not None:
             return found
         if candidate.spread is not None:  # these give other numbers from now on
-            changed = [candidate.result]
-            if candidate.is_alias:
-                changed += between_of(Contraction(self.flow), candidate.spread.heads, candidate.entry)
+            changed = altered(self.flow, candidate.spread) if candidate.is_alias else []
+            if not candidate.spread.ahead:
+                changed.append(candidate.result)
             if any(self.names.get(node) in self.kept for node in changed):
                 return Refusal(Reason.SHARED, f"{self.names[candidate.result]} is part of an interface that is kept")
         dying = {*candidate.dying, *candidate.constants, *candidate.moved}
@@ -195,12 +195,17 @@ class Compilation(ABC, Generic[Graph]):
             entry, result = self.names[candidate.entry], self.names[candidate.last]
             staying = {self.names[node] for node in candidate.moved if node in self.names}
             gone = tuple(name for name in self.gone(entry, dying, staying) if name != result)
-            ends = (candidate.moved[-1], candidate.result) if candidate.moved else ()
+            moved, end = (
+                (self.names[n] for n in (candidate.moved[-1], candidate.result)) if candidate.moved else ("", "")
+            )
             layer = describe(fold.layer, paths)
-            self.edits[fold] = Substitute(result, entry, layer, gone, weight, bias, *(self.names[n] for n in ends))
+            self.edits[fold] = Substitute(result, entry, layer, gone, weight, bias, moved, end)
         without = {
             fold.candidate: refusal for fold in folds if fold.layer is None and (refusal := self._end(fold, folds))
         }
+        instead = {edit.end: edit.moved for edit in self.edits.values() if edit.ahead}
+        for fold, edit in self.edits.items():  # whichever is made first
+            self.edits[fold] = replace(edit, source=_last(instead, edit.source), moved=_last(instead, edit.moved))
         return None, without
 
     def _end(self, alias: Fold, folds: list[Fold]) -> Refusal | None:
@@ -211,8 +216,8 @@ class Compilation(ABC, Generic[Graph]):
             if edit is not None and not edit.end and candidate.spread in fold.candidate.spreads:
                 source, end = self.names[candidate.entry], self.names[candidate.result]
                 dying = {self.names[node] for node in candidate.dying if node in self.names}
-                gone = self.gone(source, dying)
-                self.edits[fold] = replace(edit, gone=(*edit.gone, *gone), moved=source, end=end)
+                gone, ahead = self.gone(source, dying), candidate.spread is not None and candidate.spread.ahead
+                self.edits[fold] = replace(edit, gone=(*edit.gone, *gone), moved=source, end=end, ahead=ahead)
                 return None
         return Refusal(Reason.CODE, "its layers take more over than one edit of a graph says")
 
@@ -229,6 +234,12 @@ class Compilation(ABC, Generic[Graph]):
             return weight, ""
         bias = f"{weight.removesuffix('weight')}bias" if weight.endswith("weight") else f"{weight}_bias"
         return weight, bias if bias in going else fresh(bias, taken)
+
+
+def _last(instead: Mapping[str, str], name: str) -> str:
+    while name in instead:
+        name = instead[name]
+    return name
 
 
 def collapse_graph(

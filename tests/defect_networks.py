@@ -931,6 +931,60 @@ def parts_of_a_tuple() -> nn.Module:
     return Net(lambda m, x: torch.relu(m.n(m.two(x)[1])) + m.two(x)[0], two=Two(), n=norm())
 
 
+# ------------------------------------------------------------------ norms that the layers behind them take
+
+
+@network(FLAT)
+def norm_before_two_heads() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        h = m.n(x.relu()).mean((2, 3))
+        return m.a(h), m.b(h).relu()
+
+    return Net(run, n=norm(), a=nn.Linear(4, 3), b=nn.Linear(4, 5))
+
+
+@network(FLAT)
+def norm_before_a_head_and_an_activation() -> nn.Module:
+    return Net(
+        lambda m, x: (lambda h: m.a(h.mean((2, 3))).sum() + h.relu())(m.n(x.relu())), n=norm(), a=nn.Linear(4, 3)
+    )
+
+
+@network(FLAT)
+def norm_before_something_changes() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Any:
+        x = x.relu()
+        h = m.n(x)
+        return x.add_(1).sum() + m.a(h.mean((2, 3)))
+
+    return Net(run, n=norm(), a=nn.Linear(4, 3))
+
+
+@network(FLAT)
+def norm_before_padding_that_counts() -> nn.Module:
+    return Net(lambda m, x: m.a(nn.functional.avg_pool2d(m.n(x.relu()), 3, 2, 1)), n=norm(), a=conv(4, 3, 1))
+
+
+@network(((2, 4, 6, 8), (1, 4, 8, 6), (3, 4, 12, 4)))
+def norm_before_rows() -> nn.Module:
+    return Net(lambda m, x: m.a(m.n(x.relu()).flatten(1)), n=norm(), a=nn.Linear(4 * 48, 3))
+
+
+@network(((2, 4, 2, 13), (1, 4, 2, 13)))
+def norm_before_turned_rows() -> nn.Module:
+    return Net(lambda m, x: m.a(m.n(x.relu()).transpose(1, 2).flatten(1)), n=norm(), a=nn.Linear(4 * 26, 3))
+
+
+@network(FLAT)
+def norm_before_a_sum() -> nn.Module:
+    return Net(lambda m, x: (lambda h: m.a((m.n(h) + h).mean((2, 3))))(x.relu()), n=norm(), a=nn.Linear(4, 3))
+
+
+@network(FLAT)
+def norm_before_a_mean_of_channels() -> nn.Module:
+    return Net(lambda m, x: m.a(m.n(x[:, :3].relu()).mean(1, keepdim=True)), n=norm(3), a=conv(1, 3, 1))
+
+
 class WithOption(nn.Module):
     """An option that the network uses both ways."""
 

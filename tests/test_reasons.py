@@ -61,7 +61,7 @@ class Tokens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.relu()
         y = self.norm(self.pool(x.transpose(1, 2))).transpose(1, 2)
-        return self.q(x) @ self.k(y).transpose(1, 2) @ self.v(y)
+        return self.q(x) @ self.k(y).transpose(1, 2) @ self.v(y) + y.sum()
 
 
 NORMS: list[tuple[str, Callable[[], nn.Module], str, Reason, str]] = [
@@ -115,7 +115,8 @@ def test_why_a_norm_stays(build: Callable[[], nn.Module], layer: str, reason: Re
 def test_a_reading_that_does_not_hold_is_no_reason() -> None:
     """Norms are tried in several layouts; what a law says of the wrong one is not true of the network."""
     found = told(Tokens(), torch.randn(2, 6, 8).double())
-    assert found["norm"].message == f"{Reason.NO_CONVOLUTION.value}: it follows (model):relu"
+    why = "and behind it: the output of (model):transpose is used by (model):sum, which is no layer"
+    assert found["norm"].message == f"{Reason.NO_CONVOLUTION.value}: it follows (model):relu; {why}"
 
 
 def test_linear_layers_that_act_on_another_dimension_are_named() -> None:

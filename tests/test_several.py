@@ -473,6 +473,14 @@ def test_a_norm_behind_a_deformable_convolution(bias: bool, mask: bool, groups: 
     torch.testing.assert_close(folded.offset.weight, model.offset.weight, rtol=0, atol=0)
 
 
+def test_a_deformable_convolution_that_is_called_as_a_function_says_so() -> None:
+    ops = pytest.importorskip("torchvision.ops")
+    code: Code = lambda m, x, y: m.n(ops.deform_conv2d(x, y.repeat(1, 5, 1, 1)[:, :18], m.a.weight, padding=1)).relu()  # noqa: E731
+    _, report = collapsed(code)
+    (told,) = [refusal.message for refusal in report.refusals if refusal.layer == "n"]
+    assert "deform_conv2d of several values, a function whose weights stay" in told
+
+
 # ------------------------------------------------------------------ other ways to write the same
 
 WRITTEN: dict[str, Code] = {

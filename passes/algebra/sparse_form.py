@@ -32,18 +32,22 @@ class SparseForm:
         factors: ``(terms, out)``, zero for terms that are not there.
         shift: ``(out,)``.
         n: number of spatial dimensions.
+        example: the shape in which the value is followed by example, its channels aside, if it is a certain one.
     """
 
     sources: Tensor
     factors: Tensor
     shift: Tensor
     n: int
+    example: tuple[int, ...] | None = None
 
     @staticmethod
-    def identity(start: int, channels: int, n: int, *, like: Tensor) -> SparseForm:
+    def identity(
+        start: int, channels: int, n: int, *, like: Tensor, example: tuple[int, ...] | None = None
+    ) -> SparseForm:
         """Some channels in a row, as they are."""
         sources = torch.arange(start, start + channels, device="cpu")[None]
-        return SparseForm(sources, like.new_ones(1, channels), like.new_zeros(channels), n)
+        return SparseForm(sources, like.new_ones(1, channels), like.new_zeros(channels), n, example)
 
     @property
     def weight(self) -> Tensor:
@@ -72,7 +76,7 @@ class SparseForm:
         if not isinstance(other, SparseForm) or other.out_channels != self.out_channels:
             raise RefusalError(Reason.CHANNELS)
         sources, factors = (torch.cat(pair) for pair in ((self.sources, other.sources), (self.factors, other.factors)))
-        return SparseForm(sources, factors, self.shift + other.shift, self.n)
+        return SparseForm(sources, factors, self.shift + other.shift, self.n, self.example)
 
     def rows(self, index: Sequence[int]) -> SparseForm:
         """Some of the channels, in any order."""
@@ -93,7 +97,7 @@ class SparseForm:
 
         sources = torch.cat([padded(form.sources, NONE) for form in forms], 1)
         factors = torch.cat([padded(form.factors, 0) for form in forms], 1)
-        return SparseForm(sources, factors, torch.cat([form.shift for form in forms]), forms[0].n)
+        return SparseForm(sources, factors, torch.cat([form.shift for form in forms]), forms[0].n, forms[0].example)
 
     def pad(self, lead: Sequence[int], trail: Sequence[int], value: float | Tensor = 0.0) -> SparseForm:
         """A crop takes whole positions away; what is padded with is no value of any channel."""

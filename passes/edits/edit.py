@@ -185,6 +185,7 @@ class Substitute:
         moved: name of the value that the layer's becomes by operations that stay, if there are any between the layer
             and the end of what goes.
         end: name of the value that is this one from now on.
+        ahead: whether that stood in front of the layer: the value that is read instead keeps its own name.
     """
 
     path: str
@@ -195,6 +196,7 @@ class Substitute:
     bias: str = ""
     moved: str = ""
     end: str = ""
+    ahead: bool = False
 
     def __str__(self) -> str:
         return f"compute {self.path} from {self.source} by {self.layer}"

@@ -10,9 +10,8 @@ from collections import defaultdict
 
 from torch import fx
 
-from passes.fold.candidates import Candidate, between_of
+from passes.fold.candidates import Candidate, altered
 from passes.graph.dataflow import Flow
-from passes.laws.regions import Contraction
 from passes.refusal import Reason, Refusal
 
 __all__ = ["Memory"]
@@ -39,11 +38,19 @@ class Memory:
         probed = memory.hidden.intersection({*region.between, *region.dying, *beside})
         if region.is_alias and region.spread is not None:
             # What stays between the layers and the map is given other numbers: it must be what it is taken for.
-            heads = region.spread.heads
-            for value in [*heads, *between_of(Contraction(self.flow), heads, region.entry)]:
+            spread, values = region.spread, altered(self.flow, region.spread)
+            first, last = min(order[value] for value in values), order[region.result]
+            if spread.ahead:  # what is made of the source instead may be in its memory: that must not change either
+                first, last = order[region.entry], max(order[head] for head in spread.heads)
+                for value in values:
+                    for change in memory.changes(value):
+                        if change not in probed and order[change] > last:
+                            return self._say(change, "changes a tensor behind the map")
+                values = [region.entry, *values]
+            for value in values:
                 for change in memory.changes(value):
-                    if change not in probed and min(order[h] for h in heads) < order[change] < order[region.result]:
-                        return self._say(change, "changes a tensor before the map")
+                    if change not in probed and first < order[change] < last:
+                        return self._say(change, f"changes a tensor {'behind' if spread.ahead else 'before'} the map")
         entry, result = region.entry, region.result
         inside = {*region.between, *region.dying}
         dying = set(region.dying)

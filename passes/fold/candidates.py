@@ -26,12 +26,13 @@ from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind
 from passes.laws.interpreter import Interpreter
 from passes.laws.layouts import is_conv, views
-from passes.laws.regions import Contraction, Region
+from passes.laws.regions import Contraction, Region, Spread
 from passes.laws.values import Signal
 from passes.refusal import Reason, Refusal, RefusalError
 
 __all__ = [
-    "Candidate", "Key", "between_of", "cost_message", "dying_constants", "find_candidates", "in_order", "layers_of",
+    "Candidate", "Key", "altered", "between_of", "cost_message", "dying_constants", "find_candidates", "in_order",
+    "layers_of",
 ]  # fmt: skip
 
 Key = tuple[fx.Node, fx.Node, frozenset[fx.Node]]
@@ -358,6 +359,8 @@ def _parts_a_spread(graph: Contraction, between: list[fx.Node], result: fx.Node)
     inside = set(between)
     for spread in {s for n in between if n in graph.regions for s in graph.regions[n].spreads}:
         heads = inside.intersection(spread.heads)
+        if spread.ahead and spread.result not in inside and heads:  # its part acts in front of it
+            return True
         if (len(heads) < len(spread.heads)) if spread.result in inside else (heads != {result}):
             return True
     return False
@@ -379,6 +382,18 @@ def between_of(graph: Contraction, entries: Sequence[fx.Node], result: fx.Node) 
                 seen.add(source)
                 todo.append(source)
     return sorted(seen, key=graph.flow.order.__getitem__)
+
+
+def altered(flow: Flow, spread: Spread) -> list[fx.Node]:
+    """The values that are others once the layers have their parts of a map; that of the map becomes its source's."""
+    if not spread.ahead:
+        return [*spread.heads, *between_of(Contraction(flow), spread.heads, spread.source)]
+    above = {n for entry in spread.entries for n in between_of(Contraction(flow), (spread.result,), entry)}
+    found = [spread.result]  # and what reads it: what only asks for sizes comes from elsewhere
+    for node in sorted(above, key=flow.order.__getitem__):
+        if not flow.shape_only(node) and any(source in found for source in node.all_input_nodes):
+            found.append(node)
+    return found
 
 
 def _dying(interpreter: Interpreter, between: list[fx.Node], result: fx.Node, form: Form) -> list[fx.Node]:

@@ -77,28 +77,34 @@ class _Writer:
                 self._fill(path, fold.candidate if is_layer else None)
             for rewrite in fold.placement.rewrites:
                 changes.setdefault(rewrite.call, []).append((rewrite, fold.candidate))
-        for slots in self._slots_together():
-            self._note_methods(slots)
+        for slots, ahead in self._slots_together():
+            self._note_methods(slots, ahead)
         for call, mine in _merged(changes).items():
             self._rewrite(call, mine)
         return self.done
 
-    def _slots_together(self) -> list[dict[str, bool]]:
-        """The slots of each fold, those of a map and of the layers that took it over as one."""
-        found: dict[Key, dict[str, bool]] = {}
+    def _slots_together(self) -> list[tuple[dict[str, bool], bool]]:
+        """The slots of each fold, those of a map and of its layers as one; and whether these are behind it."""
+        found: dict[Key, tuple[dict[str, bool], bool]] = {}
         for fold in self.folds:
-            found.setdefault(fold.candidate.together, {}).update(fold.placement.slots)
+            spread = fold.candidate.spread
+            slots, _ = found.setdefault(fold.candidate.together, ({}, spread is not None and spread.ahead))
+            slots.update(fold.placement.slots)
         return list(found.values())
 
-    def _note_methods(self, slots: Mapping[str, bool]) -> None:
+    def _note_methods(self, slots: Mapping[str, bool], ahead: bool) -> None:
         """Other methods that use the layer without what was folded into it find the fold there."""
         for owner in {path.rpartition(".")[0] for path in slots} | {""}:
             names = frozenset(_child(path, owner) for path in slots if _below(path, owner))
             if len(names) > 1:
                 layer = {_child(path, owner) for path, is_layer in slots.items() if is_layer and _below(path, owner)}
-                for method, some in parts_used(self.unit.root.get_submodule(owner), names):
+                module, where = self.unit.root.get_submodule(owner), join(self.unit.path, owner) or "the model"
+                for method, some in parts_used(module, names, handed=True) if ahead else ():
+                    if not layer & some:  # what it returns is only the same for the forward
+                        told = f"{method} of {where}, called by itself, gives what {', '.join(sorted(some))} would read"
+                        self.done.notes.append(f"{told}: {', '.join(sorted(layer))} behind it holds the fold now")
+                for method, some in parts_used(module, names):
                     if layer & some:
-                        where = join(self.unit.path, owner) or "the model"
                         self.done.apart.setdefault((method, ", ".join(sorted(some))), []).append(where)
 
     def _fill(self, path: str, region: Candidate | None) -> None:

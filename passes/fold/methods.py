@@ -43,11 +43,12 @@ def needed_elsewhere(module: nn.Module, called: set[str], read: set[str], rewrit
     return found
 
 
-def parts_used(module: nn.Module, names: frozenset[str]) -> list[tuple[str, frozenset[str]]]:
-    """Methods that ``forward`` does not hand its work to, and that use some of these children and not the others."""
+def parts_used(module: nn.Module, names: frozenset[str], *, handed: bool = False) -> list[tuple[str, frozenset[str]]]:
+    """Methods that use some of these children and not the others: those that ``forward`` hands its work to, or not."""
     methods = methods_of(plain_class(module))
-    besides = methods.keys() - _reached(methods) - {"forward"}
-    used = ((name, used_by(methods[name]).own & names) for name in methods if name in besides)
+    reached = _reached(methods)
+    wanted = (name for name in methods if (name in reached) is handed and name != "forward")
+    used = ((name, used_by(methods[name]).own & names) for name in wanted)
     return [(name, some) for name, some in used if some and some != names]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import fx
 from torch.nn import functional as F
@@ -17,9 +18,14 @@ from passes.refusal import Reason, Refusal, RefusalError
 
 __all__ = ["worth_saying"]
 
-_QUIET = {Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.RANK_UNKNOWN, Reason.CHANNELS, Reason.LAYOUT, Reason.CAST}
+_QUIET = {
+    Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.RANK_UNKNOWN, Reason.CHANNELS, Reason.LAYOUT, Reason.CAST,
+    Reason.NO_LAYER_BEHIND,
+}  # fmt: skip
 """Reasons that only say where a region ends; they explain a batch norm that stays, and nothing else."""
 
+
+_UNTOLD = (Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.NO_LAYER_BEHIND)
 
 FAR = 8
 """Operations that are looked through for what makes a norm's place unknown."""
@@ -33,6 +39,7 @@ def worth_saying(flow: Flow, selection: Selection, failed: Mapping[Key, Refusal]
     dead = {n for candidate, _ in selection.chosen for n in candidate.dying}
     # Two operations of one module may have one name: it is gone when both are.
     gone = {flow.unit.name(n) for n in dead} - {flow.unit.name(n) for n in flow.nodes if n not in dead}
+    ahead = {r.layer: r.message for r in selection.refusals if r.reason is Reason.NO_LAYER_BEHIND}
     said = {refusal.layer: refusal for refusal in selection.norms}
     for refusal in selection.refusals:
         if refusal.reason not in _QUIET and refusal.layer not in gone:
@@ -48,7 +55,12 @@ def worth_saying(flow: Flow, selection: Selection, failed: Mapping[Key, Refusal]
             if found.reason is Reason.BATCH_STATISTICS:
                 said[name] = found  # whatever stands before it
             said.setdefault(name, _lost(lost[node], name) if fails else found)
-    return list(said.values())
+    return [_with(refusal, ahead.get(refusal.layer)) for refusal in said.values()]
+
+
+def _with(refusal: Refusal, behind: str | None) -> Refusal:
+    """With why the layers behind it do not take it over either."""
+    return refusal if behind is None else replace(refusal, message=f"{refusal.message}; and behind it: {behind}")
 
 
 def _lost(failed: Refusal, name: str) -> Refusal:
@@ -74,13 +86,14 @@ class _Why:
         before = [r for n in self._affine_before(node) for r in self.said.get(self.flow.unit.name(n), ())]
         unknown = (r for r in before if r.reason is Reason.RANK_UNKNOWN)
         found = self._own_statistics(node) or next(unknown, None) or self._walked(node)
-        behind = self._behind(node) if found.reason is Reason.NO_CONVOLUTION else ""
+        told = any(r.reason is Reason.NO_LAYER_BEHIND for r in self.said.get(name, ()))  # which says more
+        behind = self._behind(node) if found.reason is Reason.NO_CONVOLUTION and not told else ""
         return Refusal(found.reason, found.message + behind, name)
 
     def _told(self, node: fx.Node) -> Refusal | None:
         """What a law said of an operation itself."""
         told = self.said.get(self.flow.unit.name(node), ())
-        return next((r for r in told if r.reason not in (Reason.NOT_AFFINE, Reason.OTHER_INPUT)), None)
+        return next((r for r in told if r.reason not in _UNTOLD), None)
 
     def _affine_before(self, node: fx.Node) -> list[fx.Node]:
         """The affine operations through which a norm is reached, one after the other."""
@@ -171,7 +184,16 @@ class _Why:
         if self._normalises(node):
             return Refusal(Reason.BEHIND_NORM, f"{Reason.BEHIND_NORM.value}: it follows {self._named(node)}")
         several = " of several values" if len(self._sources(node)) > 1 else ""
+        if node.op == "call_function" and node not in self.flow.operations and self._weighs(node):
+            several += ", a function whose weights stay as they are"
+            deforms = getattr(node.target, "__name__", "") == "deform_conv2d"
+            several += "; torchvision.ops.DeformConv2d takes such a norm" if deforms else ""
         return Refusal(Reason.NO_CONVOLUTION, f"{Reason.NO_CONVOLUTION.value}: it follows {self._named(node)}{several}")
+
+    def _weighs(self, node: fx.Node) -> bool:
+        """Whether a call is given weights, as that of a layer."""
+        given = (n for n in node.all_input_nodes if n in self.flow.constant)
+        return any(t.dim() > 1 for n in given for t in self.flow.tensors.get(n, ()))
 
     def _read_elsewhere(self, node: fx.Node, reader: fx.Node) -> Refusal | None:
         readers = [user for user in node.users if not self.flow.shape_only(user)]

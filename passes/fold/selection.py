@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from passes.fold.ahead import find_ahead
 from passes.fold.candidates import Candidate, Key, find_candidates
 from passes.fold.norms import left_over
 from passes.fold.placement import Placement
@@ -117,11 +118,12 @@ def _several(
 ) -> tuple[dict[Candidate, Placement], list[Refusal]]:
     """Candidates that are one decision, with their places; asked for only where no region of a single layer is left."""
     spreads, refusals = find_spreads(graph)
+    ahead, told = find_ahead(graph)
     tied, said = find_ties(graph)
-    refusals += said
+    refusals += [*said, *told]
     chosen: dict[Candidate, Placement] = {}
     used: set[fx.Node] = set()
-    for group in [*tied, *((*spread.parts, spread) for spread in spreads)]:
+    for group in [*tied, *((*spread.parts, spread) for spread in [*spreads, *ahead])]:
         key, nodes = group[-1].together, {node for candidate in group for node in candidate.touched}
         if key in refused or not staying.isdisjoint(nodes) or not used.isdisjoint(nodes):
             continue

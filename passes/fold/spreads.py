@@ -14,10 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from passes.algebra.conv_form import Form
 from passes.fold.candidates import Candidate, between_of, dying_constants, in_order
-from passes.fold.cost import numbers_of
+from passes.fold.cost import numbers_of, staying_numbers
 from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind, argument
 from passes.laws.interpreter import Interpreter, deformed, sources_of
@@ -26,14 +27,16 @@ from passes.laws.regions import Contraction, Region, Spread
 from passes.laws.values import Signal, View
 from passes.refusal import Reason, Refusal, RefusalError
 
-__all__ = ["find_spreads", "held_by", "layer_of", "may_map", "sources_of_node"]
+__all__ = [
+    "find_spreads", "held_by", "is_layer", "layer_of", "maps", "may_map", "sources_of_node", "takes_maps", "weighed",
+]  # fmt: skip
 
 
 def find_spreads(graph: Contraction) -> tuple[list[Candidate], list[Refusal]]:
     """All maps that several layers could take over, in order of execution, and why others cannot be."""
     found: list[Candidate] = []
     refusals: list[Refusal] = []
-    for mapped in _maps(graph):
+    for mapped in maps(graph):
         try:
             candidate = _spread(graph, mapped)
         except RefusalError as error:
@@ -46,9 +49,9 @@ def find_spreads(graph: Contraction) -> tuple[list[Candidate], list[Refusal]]:
 
 def _said(refusal: Refusal, layer: str) -> Refusal:
     """A refusal of a law speaks of what it was given; here that are the values of several layers."""
-    if refusal.reason not in _OF_LAWS:
-        return replace(refusal, layer=layer)
     where = f"{refusal.layer}: " if refusal.layer not in ("", layer) else ""
+    if refusal.reason not in _OF_LAWS:
+        return Refusal(refusal.reason, f"{where}{refusal.message}", layer)
     message = f"the layers before it cannot take it over: {where}{refusal.message}"
     return Refusal(Reason.NO_CONVOLUTION, message, layer)
 
@@ -56,7 +59,7 @@ def _said(refusal: Refusal, layer: str) -> Refusal:
 _OF_LAWS = {Reason.NOT_AFFINE, Reason.OTHER_INPUT, Reason.CHANNELS, Reason.LAYOUT, Reason.CAST, Reason.NOT_PER_CHANNEL}
 
 
-def _maps(graph: Contraction) -> Iterator[list[fx.Node]]:
+def maps(graph: Contraction) -> Iterator[list[fx.Node]]:
     """Operations on one value and constants that may be maps per channel, those in a row together."""
     flow, rows = graph.flow, dict[fx.Node, list[fx.Node]]()
     for node in flow.nodes:
@@ -127,12 +130,18 @@ def _spread(graph: Contraction, mapped: list[fx.Node]) -> Candidate | None:
     )
     try:
         sources, values = sources_of(graph, spread)
-    except RefusalError:
-        if len(heads) == 1:  # what is before it is told as of any norm behind one layer
+    except RefusalError as error:
+        if len(heads) == 1 and error.refusal.reason in _OF_LAWS:  # told as of any norm behind one layer
             return None
         raise
     _check_readers(graph, spread, set(sources.flatten().tolist()), values)
-    return _weighed(graph, spread, layers, sources, values)
+    bearers = torch.where(sources >= 0, sources, sum(spread.channels)).amin(0)
+    forms = {}
+    for head, start in zip(spread.heads, _starts(spread), strict=True):
+        form = layers[head][1].form
+        bears = bool(((bearers >= start) & (bearers < start + form.out_channels)).any())
+        forms[head] = form.affine(None, form.weight.new_zeros(form.out_channels)) if bears else form
+    return weighed(graph, spread, layers, forms, values)
 
 
 def _heads(graph: Contraction, source: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -141,7 +150,7 @@ def _heads(graph: Contraction, source: fx.Node) -> tuple[list[fx.Node], list[fx.
     while todo:
         node = todo.pop()
         region = graph.regions.get(node)
-        if _is_layer(graph.flow, node) if region is None else _takes_maps(region):
+        if is_layer(graph.flow, node) if region is None else takes_maps(region):
             heads.append(node)
             continue
         sources, known = sources_of_node(graph, node), region is None or region.is_alias
@@ -153,7 +162,7 @@ def _heads(graph: Contraction, source: fx.Node) -> tuple[list[fx.Node], list[fx.
     return sorted(heads), sorted(homeless)
 
 
-def _takes_maps(region: Region) -> bool:
+def takes_maps(region: Region) -> bool:
     """Whether a region is a layer of its own, not one of several that hold the same numbers."""
     return isinstance(region, Candidate) and not region.is_alias and region.tie is None and region.head is None
 
@@ -162,7 +171,8 @@ def _is_alias(graph: Contraction, node: fx.Node) -> bool:
     return node in graph.regions and graph.regions[node].is_alias
 
 
-def _is_layer(flow: Flow, node: fx.Node) -> bool:
+def is_layer(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node may be a layer that takes maps per channel."""
     probed = node in flow.modules and node in flow.affine and node not in flow.operations
     return probed or is_conv(flow, node) or deformed(flow, node, None) is not None
 
@@ -179,7 +189,7 @@ def layer_of(graph: Contraction, head: fx.Node) -> tuple[Interpreter, Signal]:
         entries = sources_of_node(graph, head)
         around = views(graph, entries[0]) if len(entries) == 1 else []
         interpreters = [Interpreter(graph, entries[0], view, channels) for view, channels in around]
-    why = Refusal(Reason.NO_CONVOLUTION, f"{flow.unit.name(head)} takes no map per channel")
+    why = Refusal(Reason.NO_CONVOLUTION, "it takes no map per channel")
     for interpreter in interpreters:
         value = interpreter.value(head)
         if isinstance(value, Signal) and not value.is_moved:
@@ -224,25 +234,20 @@ def _taken(value: Any) -> set[int] | None:
     return set(value.form.sources.flatten().tolist()) - {-1} if isinstance(value, Signal) else None
 
 
-def _weighed(
+def weighed(
     graph: Contraction,
     spread: Spread,
     layers: dict[fx.Node, tuple[Interpreter, Signal]],
-    sources: Tensor,
+    forms: dict[fx.Node, Form],
     values: Interpreter,
 ) -> Candidate | None:
-    """The candidate, if it holds fewer numbers than the layers and the map do."""
+    """The candidate, if its layers, which get these ``forms``, hold fewer numbers than they and the map do."""
     flow, mapped = graph.flow, list(spread.mapped)
     constants = dying_constants(graph, mapped)
     saved = sum(numbers_of(values, mapped, {}, constants))
-    first = torch.where(sources >= 0, sources, sum(spread.channels)).amin(0)
     parts = []
-    for head, start in zip(spread.heads, _starts(spread), strict=True):
+    for head, form in forms.items():
         interpreter, signal = layers[head]
-        bears = bool(((first >= start) & (first < start + signal.form.out_channels)).any())
-        form = (
-            signal.form.affine(None, signal.form.weight.new_zeros(signal.form.out_channels)) if bears else signal.form
-        )
         region = graph.regions.get(head)
         own = dying_constants(graph, [head])
         held, computed = numbers_of(interpreter, [head], {head: signal}, own)
@@ -255,14 +260,19 @@ def _weighed(
             constants=in_order(flow, own, *(r.constants for r in inner)),
             numbers=form.numbers, work=form.multiply_adds, computed=computed,
             convs=frozenset({head} - graph.regions.keys()).union(*(r.convs for r in inner)),
-            gain=(True, 0.0, True, 0.0, 0), spread=spread,
+            gain=(True, 0.0, True, 0.0, 0), spread=spread, sized=frozenset().union(*(r.sized for r in inner)),
         ))  # fmt: skip
     after = sum(part.form.numbers for part in parts)
     if saved < 0:
+        for head in forms:
+            if staying_numbers(graph, [head], dying_constants(graph, [head])):
+                told = f"the weights of {flow.unit.name(head)} are used in several places"
+                raise RefusalError(Reason.SHARED, told)
         raise RefusalError(Reason.LARGER, f"its layers would hold {after} numbers instead of {after + saved}")
     if saved == 0:
         return None
-    work = parts[0].work + parts[0].form.rate * sources.shape[1]
+    mapped_value = values.value(spread.result)
+    work = parts[0].work + parts[0].form.rate * mapped_value.form.out_channels
     parts[0] = replace(parts[0], numbers=parts[0].numbers + saved, work=work)  # all that goes is told of once
     return Candidate(
         spread.source, spread.result, spread.views[0], spread.channels[0], parts[0].form, (),

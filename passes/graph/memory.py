@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 
 from passes.graph.opset import Kind, Operation, is_shape_query, is_torch
 from passes.graph.within import Within
@@ -106,7 +107,8 @@ def written_by(node: fx.Node, operation: Operation | None, module: nn.Module | N
     """The arguments that a known operation writes into."""
     out = _nodes(node.kwargs.get("out"))
     if node.op == "call_module":
-        return _first(node) if getattr(module, "inplace", False) else out
+        idle = isinstance(module, _DropoutNd) and not module.training
+        return _first(node) if getattr(module, "inplace", False) and not idle else out
     in_place = operation is not None and node.target in operation.in_place
     if in_place or _says_in_place(node) or _asked_in_place(node):
         return [*_first(node), *out]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import CodeType
@@ -45,7 +45,8 @@ def own_calls(unit: Unit) -> list[Call]:
     """Calls whose arguments are the caller's: of the unit, and of what it wraps in ``forward(*args, **kwargs)``."""
     found = [call for call in unit.calls if call.parent is None]
     for call in unit.calls:
-        if call.parent in found and _passes_on(call.parent.module):
+        more = call.parent in found and _passes_on(call.parent.module)
+        if more and (_optional(call.module) or _passes_on(call.module)):  # else there is nothing to be handed on
             found.append(call)
     return found
 
@@ -191,12 +192,12 @@ class OtherCalls:
         self._variants: list[Variant] | None = None
         self._own: set[Call] = set()
 
-    def refusal(self, nodes: list[fx.Node], result: fx.Node) -> Refusal | None:
+    def refusal(self, nodes: list[fx.Node], results: Collection[fx.Node]) -> Refusal | None:
         """Why ``nodes`` cannot become one layer in place of their modules: some call uses them in another way.
 
         Args:
-            nodes: what becomes one layer, ``result`` included.
-            result: the last of them, whose value stays.
+            nodes: what becomes one layer, ``results`` included.
+            results: those of them whose values stay.
         """
         if self._variants is None:
             self._variants, self._own = variants(self._unit), set(own_calls(self._unit))
@@ -206,12 +207,12 @@ class OtherCalls:
                 if any(node.meta["call"] in self._own for node in nodes):
                     why = f"cannot be traced with {variant.given}, which may use it otherwise: {variant.why}"
                     return Refusal(Reason.ARGUMENT, why)
-            elif not _together(nodes, result, variant):
+            elif not _together(nodes, results, variant):
                 return Refusal(Reason.ARGUMENT, f"with {variant.given} it is used in another way")
         return None
 
 
-def _together(nodes: list[fx.Node], result: fx.Node, variant: Variant) -> bool:
+def _together(nodes: list[fx.Node], results: Collection[fx.Node], variant: Variant) -> bool:
     """Whether a variant has these nodes with the very same connections, or calls none of their modules."""
     assert variant.unit is not None
     at = variant.at
@@ -239,8 +240,9 @@ def _together(nodes: list[fx.Node], result: fx.Node, variant: Variant) -> bool:
             if not any(_match(node, candidate, at, inside, same) for candidate in candidates):
                 return False
     mine = {same[node] for node in nodes}
-    inner = [n for n in mine if n is not same.get(result) and n.op != "get_attr"]
-    leaves = result not in same  # the part goes on behind the wrapped module
+    ends = {same.get(result) for result in results}
+    inner = [n for n in mine if n not in ends and n.op != "get_attr"]
+    leaves = None in ends  # the part goes on behind the wrapped module
 
     def among(user: fx.Node) -> bool:
         return user in mine or (leaves and user.op == "output") or is_shape_query(user.op, user.target, user.args)

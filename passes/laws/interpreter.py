@@ -7,8 +7,9 @@ holds wherever the entry's value comes from.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.algebra.conv_form import ConvForm, Form
+from passes.algebra.kernels import divisors
 from passes.algebra.opaque import OpaqueForm
 from passes.algebra.sparse_form import SparseForm
 from passes.graph.dataflow import Constants, Flow
@@ -24,11 +26,14 @@ from passes.graph.within import Within
 from passes.laws.laws import law_of
 from passes.laws.probe import ProbedForms
 from passes.laws.regions import Contraction, Region, Spread
-from passes.laws.values import Dim, Signal, View, settle
+from passes.laws.values import Dim, Signal, View, channels_along, settle
 from passes.laws.within import InnerGraph, around_form
 from passes.refusal import PROBED, Reason, Refusal, RefusalError
 
-__all__ = ["Interpreter", "Share", "deformed", "form_of", "shares_of", "sources_of"]
+__all__ = [
+    "Interpreter", "Share", "behind_map", "deformed", "form_of", "read_behind", "shares_of", "sources_of",
+    "values_behind",
+]  # fmt: skip
 
 
 def form_of(flow: Flow, region: Region, dtype: torch.dtype = torch.float64) -> Form:
@@ -40,7 +45,15 @@ def form_of(flow: Flow, region: Region, dtype: torch.dtype = torch.float64) -> F
     else:
         form = _signal(Interpreter(graph, region.entry, region.view, region.channels, dtype), region.result).form
     form = form.narrowed()
-    return form if region.spread is None else form.affine(*shares_of(flow, region.spread, dtype)[region.result])
+    if region.spread is None:
+        return form
+    share = shares_of(flow, region.spread, dtype)[region.result]
+    return behind_map(form, *share) if region.spread.ahead else form.affine(*share)
+
+
+def behind_map(form: Form, scale: Tensor, shift: Tensor | None) -> ConvForm:
+    """The form behind a map per channel of its input."""
+    return ConvForm.identity(form.in_channels, form.n, like=form.weight).affine(scale, shift).then(form)
 
 
 def deformed(flow: Flow, node: fx.Node, dtype: torch.dtype | None) -> OpaqueForm | None:
@@ -64,8 +77,10 @@ def shares_of(flow: Flow, spread: Spread, dtype: torch.dtype | None = torch.floa
     With ``dtype`` None only their shapes. Where one channel meets two numbers of the map, it refuses.
 
     With S what joins the layers' values x, and y = a (S x + b) + c: a factor s of x with s = a wherever S is not zero,
-    and a shift t of x with S t = c + (a - 1) b.
+    and a shift t of x with S t = c + (a - 1) b. Behind the map, y = S (a x + c) + b, which is s (S x + b) + t.
     """
+    if spread.lies is not None:
+        return _shares_ahead(flow, spread, spread.lies, dtype)
     joined = _joined(flow, spread, dtype)
     mapped = _mapped(flow, spread, joined, dtype)
     a, c = mapped.form.factors[0], mapped.form.shift
@@ -86,6 +101,84 @@ def shares_of(flow: Flow, spread: Spread, dtype: torch.dtype | None = torch.floa
     borne = {spread.heads[i] for i in _owner(spread)[bearer].unique().tolist()}
     parts = zip(spread.heads, scale.split(spread.channels), shift.split(spread.channels), strict=True)
     return {head: (s, t if head in borne else None) for head, s, t in parts}
+
+
+def _shares_ahead(
+    flow: Flow, spread: Spread, lies: tuple[View, int], dtype: torch.dtype | None
+) -> dict[fx.Node, Share]:
+    view, channels = lies
+    like = torch.empty(0, dtype=dtype or torch.float64, device=_device(flow, dtype))
+    joined = Signal(SparseForm.identity(0, channels, view.n, like=like), view)
+    mapped = _mapped(flow, spread, joined, dtype).form
+    # Behind them, channels of the source itself: the map does not act on those.
+    a, c = torch.cat([mapped.factors[0], like.new_ones(channels)]), torch.cat([mapped.shift, like.new_zeros(channels)])
+    behind = values_behind(Contraction(flow, spread.before), spread.source, spread.result, lies, dtype)
+    found: dict[fx.Node, Share] = {}
+    for head, entry, reads, count in zip(spread.heads, spread.entries, spread.views, spread.channels, strict=True):
+        form, columns = read_behind(behind, entry, reads, count)
+        there, at = (part.to(a.device) for part in (form.sources >= 0, form.sources.clamp(min=0)))
+        scale = a[at[0]]
+        if not a.is_meta and not bool(((a[at] == scale) | ~there).all()):
+            raise RefusalError(Reason.NOT_PER_CHANNEL, "a channel of one layer is made of several of the map's")
+        shift = (form.factors * c[at]).sum(0) + form.shift - scale * form.shift
+        found[head] = scale[columns.to(a.device)], shift[columns.to(a.device)]
+    return found
+
+
+_EXAMPLES = ((11, 13, 11, 7), (11, 19, 17, 23))
+"""Sizes in which what stays behind a map is followed, the batch's first; where they matter, the two differ."""
+
+_LARGEST = 1 << 22
+"""Numbers of a value that a graph was written for, which is followed in its own size."""
+
+
+def values_behind(
+    graph: Contraction, source: fx.Node, result: fx.Node, lies: tuple[View, int], dtype: torch.dtype | None
+) -> list[Interpreter]:
+    """The values behind a map as channels of its result, in several sizes; behind those come channels of its source."""
+    view, channels = lies
+    own = graph.flow.unit.sizes(source) if graph.flow.unit.sizes is not None else None
+    before = (view.rank or 2) - 1 if view.last else 1
+    shapes = [(*e[:before], channels, *e[1 : 1 + view.n]) for e in _EXAMPLES]
+    if own is not None and math.prod(own) <= _LARGEST:
+        if len(own) != len(shapes[0]) or own[view.channel_axis] != channels:
+            raise RefusalError(Reason.CHANNELS)
+        shapes = [own]
+    like = torch.empty(0, dtype=dtype or torch.float64, device=_device(graph.flow, dtype))
+    found = []
+    for shape in shapes:
+        given = {
+            node: Signal(SparseForm.identity(start, channels, view.n, like=like, example=shape), view)
+            for node, start in ((source, channels), (result, 0))
+        }
+        found.append(Interpreter.behind(graph, given, dtype))
+    return found
+
+
+def read_behind(values: Sequence[Interpreter], entry: fx.Node, view: View, count: int) -> tuple[SparseForm, Tensor]:
+    """What a layer behind a map reads: a form, and which of its channels each of the layer's ``count`` inputs is."""
+    signals = [_signal(interpreter, entry) for interpreter in values]
+    lines = [channels_along(signal, view) for signal in signals]
+    if all(torch.equal(line, lines[0]) for line in lines) and len(lines[0]) == count:
+        return signals[0].form, lines[0]
+    if len(lines) > 1:  # positions of a channel lie in a row, or the channels of a position: there are as many as fit
+        for each in (_blocks, _period):
+            parts = [each(line) for line in lines]
+            if all(torch.equal(part, parts[0]) for part in parts) and count % len(parts[0]) == 0:
+                times = count // len(parts[0])
+                return signals[0].form, parts[0].repeat_interleave(times) if each is _blocks else parts[0].repeat(times)
+    raise RefusalError(Reason.LAYOUT, "which channel it reads where depends on the size of the input")
+
+
+def _blocks(line: Tensor) -> Tensor:
+    """One of each block of equal numbers, all blocks being of one length, the largest that fits."""
+    length = math.gcd(*torch.unique_consecutive(line, return_counts=True)[1].tolist())
+    return line[::length]
+
+
+def _period(line: Tensor) -> Tensor:
+    """The shortest part that makes the whole when it is repeated."""
+    return next(part for n in divisors(len(line)) if torch.equal((part := line[:n]).repeat(len(line) // n), line))
 
 
 def sources_of(graph: Contraction, spread: Spread) -> tuple[Tensor, Interpreter]:

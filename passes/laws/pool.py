@@ -1,6 +1,7 @@
 """Average pooling and padding.
 
 average pooling   a depthwise kernel of 1 / k^n            padding is counted, no ceil_mode           (F4)
+                  commutes with a map per channel          padding is not counted, or there is none
 pad with v        offset and extent of what stands before  every window that falls outside gives v    (F3)
 other modes       commute with a pointwise map                                                        (F3)
 """
@@ -11,10 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn import functional as F
 
 from passes.algebra.conv_form import ConvForm
 from passes.algebra.geometry import PADS
+from passes.algebra.sparse_form import SparseForm
 from passes.laws.arguments import integers, read, signal, then
+from passes.laws.movement import averaged
 from passes.laws.values import Signal, settle
 from passes.refusal import Reason, RefusalError
 
@@ -32,6 +36,13 @@ def avg_pool(n: int) -> Law:
         x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
         count_include_pad: bool = True, divisor_override: int | None = None,
     ) -> Signal:  # fmt: skip
+        if isinstance(signal(x).form, SparseForm):  # only maps per channel are asked for: the pooling stays
+            if divisor_override is not None or (count_include_pad and any(integers(padding, n))):
+                raise RefusalError(Reason.PAD_COUNTED)
+            pool = getattr(F, f"avg_pool{n}d")
+            steps = kernel_size if stride is None or stride == [] else stride
+            stays: Signal = averaged(pool)(x, kernel_size, steps, padding, ceil_mode, count_include_pad)
+            return stays
         value = read(x, n)
         kernel, pads = integers(kernel_size, n), integers(padding, n)
         if ceil_mode:

@@ -22,14 +22,16 @@ __all__ = ["Contraction", "Region", "Spread"]
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """A map per channel behind what several layers give together: each of them takes its part of it.
+    """A map per channel that layers take over, each its part: those before it, or those behind it.
 
     Args:
-        heads: the values of the layers; those that rather take the shift first.
-        views, channels: how each of them lies.
-        source: what is made of them, by operations that stay.
+        heads: the values of the layers; of those before it, first those that rather take the shift.
+        views, channels: how each of them lies; of layers behind the map, what they read.
+        source: what the map reads; it is made of the values of the layers before it by operations that stay.
         mapped: the map, operations that vanish; the last of them gave what the source gives from then on.
-        before: maps on the way to the source that layers have taken over already.
+        before: maps on the way between the layers and it that others have taken over already.
+        entries: of layers behind it, what each of them reads; it is made of the map's value by operations that stay.
+        lies: of layers behind it, how the map's value lies, and its channels.
     """
 
     heads: tuple[fx.Node, ...]
@@ -38,6 +40,13 @@ class Spread:
     source: fx.Node
     mapped: tuple[fx.Node, ...]
     before: tuple[Region, ...] = ()
+    entries: tuple[fx.Node, ...] = ()
+    lies: tuple[View, int] | None = None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the layers stand behind the map."""
+        return self.lies is not None
 
     @property
     def result(self) -> fx.Node:

@@ -22,7 +22,20 @@ from passes.algebra.conv_form import ConvForm, Form, Ints
 from passes.algebra.sparse_form import SparseForm
 from passes.refusal import Reason, RefusalError
 
-__all__ = ["Dim", "Signal", "View", "alike", "average", "crop", "merge", "move", "per_channel", "pick", "settle"]
+__all__ = [
+    "Dim",
+    "Signal",
+    "View",
+    "alike",
+    "average",
+    "channels_along",
+    "crop",
+    "merge",
+    "move",
+    "per_channel",
+    "pick",
+    "settle",
+]
 
 _SIZES = (13, 11, 7)
 _BATCH = (11, 3, 5, 7)
@@ -178,11 +191,13 @@ def average(signal: Signal, operation: Callable[[Tensor], Any]) -> Signal:
     """
 
     def late() -> Tensor:
-        averaged = operation(_channel_of(signal, _ids(signal)).double())
+        number = _channel_of(signal, _ids(signal)).double() + 1
+        averaged, squares = operation(number), operation(number**2)
         channel = averaged.round()
-        if not bool(((averaged - channel).abs() < 1e-6).all()):
+        # Of several channels the mean may be the number of one, but not that of the squares as well.
+        if not bool(torch.maximum((averaged - channel).abs(), (squares / channel**2 - 1).abs()).lt(1e-6).all()):
             raise RefusalError(Reason.LAYOUT, "averages over several channels")
-        numbers: Tensor = channel.long() * _positions(signal)
+        numbers: Tensor = (channel.long() - 1) * _positions(signal)
         return numbers
 
     return replace(signal, elements=Late(late), mixed=True, work=0, conv=False, bias=0, untouched=False)
@@ -227,7 +242,8 @@ def crop(signal: Signal, index: Sequence[Any]) -> Signal:
 
 def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor], along: int | None = None) -> Signal:
     """Concatenate (``along`` a dimension) or stack: channels of several signals become channels of one."""
-    if len({part.view for part in parts}) != 1 or any(part.mixed for part in parts):
+    mixed = any(part.mixed for part in parts)
+    if len({part.view for part in parts}) != 1 or (mixed and not isinstance(parts[0].form, SparseForm)):
         raise RefusalError(Reason.LAYOUT)
     kind = SparseForm if isinstance(parts[0].form, SparseForm) else ConvForm
     form = kind.concat([part.form for part in parts])
@@ -238,9 +254,12 @@ def merge(parts: Sequence[Signal], operation: Callable[[list[Tensor]], Tensor], 
     axis, start, ids = joined.view.channel_axis, 0, []
     for part in parts:
         own = whole.narrow(axis, start, part.form.out_channels)
-        ids.append(own if not part.is_moved else own.flatten()[part.ids])
+        if mixed:
+            ids.append((_channel_of(part, _ids(part)) + start) * _positions(joined))
+        else:
+            ids.append(own if not part.is_moved else own.flatten()[part.ids])
         start += part.form.out_channels
-    return _moved(joined, operation(ids))
+    return _moved(replace(joined, mixed=mixed), operation(ids))
 
 
 def per_channel(signal: Signal, *values: Tensor | None) -> list[Tensor | None]:
@@ -291,6 +310,8 @@ def alike(x: Signal, y: Signal) -> bool:
     """Whether the channels of two values stand in the same places, whichever positions they hold of them."""
     if x.view != y.view or x.form.out_channels != y.form.out_channels or x.view.last:
         return False
+    if x.is_moved and y.is_moved and x.ids.shape == y.ids.shape:
+        return torch.equal(_channel_of(x, x.ids), _channel_of(y, y.ids))
     order = torch.arange(x.form.out_channels, device="cpu")
 
     def lies_so(value: Signal) -> bool:
@@ -328,6 +349,19 @@ def _positions(signal: Signal) -> int:
     return 1 if signal.view.last else math.prod(_example_shape(signal)[2:])
 
 
+def channels_along(signal: Signal, view: View) -> Tensor:
+    """The form's channel that each element belongs to along the axis on which a layer of this view reads channels."""
+    ids = _ids(signal)
+    channel = _channel_of(signal, ids)
+    rank = view.rank or (channel.dim() if view.last else view.n + 2)
+    if channel.dim() != rank:
+        raise RefusalError(Reason.LAYOUT)
+    line = _line(channel, view.channel_axis)
+    if not bool((channel.movedim(view.channel_axis, -1) == line).all()):
+        raise RefusalError(Reason.LAYOUT, "what it reads as a channel holds several of the map's")
+    return line
+
+
 def _only_channels(signal: Signal, ids: Tensor, axis: int) -> bool:
     """Whether moving along ``axis`` changes the channel and nothing else."""
     if ids.shape[axis] == 1:
@@ -354,13 +388,16 @@ def _crop_space(signal: Signal, index: list[Any]) -> tuple[Signal, list[Any]]:
         lead[i], trail[i], stride[i] = -start, stop or 0, step
         index[2 + i] = slice(None)
     form = signal.form.pad(tuple(lead), tuple(trail))
-    if any(s > 1 for s in stride):
+    if any(s > 1 for s in stride) and not isinstance(form, SparseForm):  # of that, a step changes no channel
         identity = ConvForm.identity(form.out_channels, n, like=form.weight)
         form = form.then(replace(identity, stride=tuple(stride)))
     return replace(signal, form=form, work=0, conv=False, bias=0, untouched=False), index
 
 
 def _example_shape(signal: Signal) -> Ints:
+    if isinstance(signal.form, SparseForm) and (own := signal.form.example) is not None:
+        at = signal.view.channel_axis % len(own)
+        return (*own[:at], signal.form.out_channels, *own[at + 1 :])
     if signal.view.last:
         if signal.view.rank is None:
             raise RefusalError(Reason.RANK_UNKNOWN)

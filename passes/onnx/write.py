@@ -66,7 +66,9 @@ def substitute(
         _remove(graph, removed)
         new.name = edit.path
         values[edit.path] = new
-        if edit.end:
+        if edit.ahead:
+            values[edit.end] = values[edit.moved]
+        elif edit.end:
             end = values.pop(edit.moved)
             _describe(end, values[edit.end])
             end.name, values[edit.end] = edit.end, end

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.algebra.conv_form import Form
+from passes.algebra.kernels import divisors
 from passes.algebra.lowering import Target, emit
 from passes.algebra.opaque import OpaqueForm
 from passes.graph.copies import deep_copy
@@ -53,10 +54,13 @@ def prove(flow: Flow, region: Region, form: Form, layer: nn.Module, name: str) -
     worst = 0.0
     with torch.no_grad():
         beside = [_beside(flow, region, form, x, generator) for x in inputs]
+        given = inputs
+        for share in _shares(flow, region, ahead=True):
+            given = [_mapped(x, region.view, *share) for x in given]
         wanted = _wanted(
-            flow, [{region.entry: x, **more} for x, more in zip(inputs, beside, strict=True)], region.result
+            flow, [{region.entry: x, **more} for x, more in zip(given, beside, strict=True)], region.result
         )
-        for share in _shares(flow, region):
+        for share in _shares(flow, region, ahead=False):
             wanted = [(_mapped(y, region.view, *share), peak) for y, peak in wanted]
         double = _exact(name, form, layer)
         for got, (want, peak) in zip(_folded(flow, region, double, inputs, beside), wanted, strict=True):
@@ -72,7 +76,8 @@ def prove(flow: Flow, region: Region, form: Form, layer: nn.Module, name: str) -
 def prove_spread(flow: Flow, region: Region, name: str) -> None:
     """What the map makes of all that its layers give is what is made of their values with their parts of it.
 
-    Raises :class:`EquivalenceError`. That each layer gives its value with its part of the map, its own proof says.
+    Behind it: what its layers read is what is made without it, with their parts. Raises :class:`EquivalenceError`. That
+    each layer gives its value with its part of the map, its own proof says.
     """
     spread = region.spread
     assert spread is not None
@@ -82,6 +87,9 @@ def prove_spread(flow: Flow, region: Region, name: str) -> None:
     generator, why = torch.Generator().manual_seed(0), ""
     with torch.no_grad():
         shares = shares_of(flow, spread)
+        if spread.lies is not None:
+            _prove_ahead(flow, spread, spread.lies, shares, taken, name)
+            return
         for shapes in _fitting(spread):
             numbers = [torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu") for shape in shapes]
             given = {head: x.to(shares[head][0].device) for head, x in zip(spread.heads, numbers, strict=True)}
@@ -95,6 +103,53 @@ def prove_spread(flow: Flow, region: Region, name: str) -> None:
             _check_output(name, got, want, FLOAT64_TOLERANCE * peak)
             return
     raise RefusalError(Reason.LAYOUT, f"no maps were found that go together behind its layers: {why}")
+
+
+def _prove_ahead(
+    flow: Flow,
+    spread: Spread,
+    lies: tuple[View, int],
+    shares: Mapping[fx.Node, Share],
+    taken: Mapping[fx.Node, fx.Node],
+    name: str,
+) -> None:
+    generator, why = torch.Generator().manual_seed(0), ""
+    device = next(iter(shares.values()))[0].device
+    for shape in _sizes_ahead(flow, spread, lies):
+        x = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu").to(device)
+        try:
+            pairs = []
+            for head, entry, view in zip(spread.heads, spread.entries, spread.views, strict=True):
+                wanted = _wanted(flow, [{spread.source: x}], entry, taken)
+                ((got, _),) = _run(flow, [{spread.source: x, spread.result: x}], entry, taken)
+                if got.shape[view.channel_axis] != len(shares[head][0]):
+                    raise RefusalError(Reason.CHANNELS)
+                pairs += [(_mapped(got, view, *shares[head]), want, peak) for want, peak in wanted]
+        except (RuntimeError, RefusalError) as error:  # its layers read maps of another size
+            why = str(error).splitlines()[0]
+            continue
+        for got, want, peak in pairs:
+            _check_output(name, got, want, FLOAT64_TOLERANCE * peak)
+        return
+    raise RefusalError(Reason.LAYOUT, f"no size was found that the layers behind it read: {why}")
+
+
+def _sizes_ahead(flow: Flow, spread: Spread, lies: tuple[View, int]) -> Iterator[tuple[int, ...]]:
+    """Shapes of what the map is given: any, and those of which a layer behind it reads every position."""
+    view, channels = lies
+    own = flow.unit.sizes(spread.source) if flow.unit.sizes is not None else None
+    if own is not None and math.prod(own) <= LARGEST:
+        yield own
+        return
+    if view.last:
+        yield (*(2, 3, 5, 7)[: (view.rank or 2) - 1], channels)
+        return
+    yield (2, channels, *_PLACES[: view.n])
+    for count in dict.fromkeys(c // channels for c in spread.channels):
+        sides = itertools.product(divisors(count), repeat=view.n)
+        for side in sorted((s for s in sides if math.prod(s) == count), key=max):
+            for factor in _LARGER:
+                yield (2, channels, *(size * factor for size in side))
 
 
 _PLACES = (13, 11, 7)
@@ -122,10 +177,14 @@ def _mapped(value: Tensor, view: View, scale: Tensor, shift: Tensor | None) -> T
     return value * scale.reshape(shape) + (0 if shift is None else shift.reshape(shape))
 
 
-def _shares(flow: Flow, region: Region) -> list[Share]:
-    """What a layer takes over of maps behind it, the first first."""
-    before = [share for r in region.inner if r.result is region.result for share in _shares(flow, r)]
-    return before if region.spread is None else [*before, shares_of(flow, region.spread)[region.result]]
+def _shares(flow: Flow, region: Region, *, ahead: bool) -> list[Share]:
+    """What a layer takes over of maps behind it, or of those ahead of it, the first to act first."""
+    inner = [share for r in region.inner if r.result is region.result for share in _shares(flow, r, ahead=ahead)]
+    spread = region.spread
+    if spread is None or spread.ahead is not ahead:
+        return inner
+    own = shares_of(flow, spread)[region.result]
+    return [own, *inner] if ahead else [*inner, own]
 
 
 Given = list[dict[fx.Node, Tensor]]
