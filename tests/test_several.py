@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from blocks import lively
 from small_networks import ready, snapshot, unchanged
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import reparam
 import reparam.onnx
+from passes.algebra.sparse_form import SparseForm
 from passes.proof import prove
 from passes.proof.compare import Verdict
 from passes.refusal import Reason
@@ -533,3 +535,56 @@ def test_what_only_looks_so_stays(code: Code) -> None:
     assert report.folds == []
     assert not report.taken_back
     torch.testing.assert_close(folded(*MAPS), model(*MAPS), rtol=0, atol=0)
+
+
+class Pooled(nn.Module):
+    """As PoolFormer's and EfficientFormer's blocks: what is added is a mean of the value, less the value."""
+
+    def __init__(self, blocks: int, *, kept: bool = True) -> None:
+        super().__init__()
+        self.conv, self.norm, self.kept = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), kept
+        self.scales = nn.ParameterList(nn.Parameter(torch.rand(4, 1, 1) + 0.5) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        for scale in self.scales:
+            mixed = scale * (F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x)
+            x = x + mixed if self.kept else mixed
+        return self.norm(x).relu()
+
+
+def test_a_row_of_blocks_that_add_means_has_one_term_of_each_channel() -> None:
+    """Else each block would have three times as many as the one before it."""
+    form = SparseForm.identity(0, 4, 2, like=torch.ones(1))
+    row = form
+    for _ in range(9):
+        row = row + (row + -form)
+    assert row.sources.shape == (1, 4)
+    model = lively(Pooled(9))
+    folded, report = reparam.collapse_with_report(model)
+    assert report.after.norms == 0
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_means_less_the_value_take_no_shift() -> None:
+    """Their factors cancel, and yet they are no zeros."""
+    model = lively(Pooled(1, kept=False))
+    folded, report = reparam.collapse_with_report(model)
+    assert not report.taken_back
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), model(x))
+    assert report.after.norms == 1
+
+
+def test_sums_of_terms_are_merged_per_channel() -> None:
+    like = torch.ones(1, dtype=torch.float64)
+    parts = [SparseForm.identity(start, 2, 2, like=like) for start in (0, 2, 4)]
+    a = SparseForm.concat([parts[0] + parts[1], parts[2]])
+    b = SparseForm.concat([parts[1], -parts[2]])
+    both = a + b
+    found = [
+        {int(s): float(f) for s, f in zip(both.sources[:, o], both.factors[:, o], strict=True) if s >= 0}
+        for o in range(4)
+    ]
+    assert found == [{0: 1.0, 2: 2.0}, {1: 1.0, 3: 2.0}, {4: 0.0}, {5: 0.0}]

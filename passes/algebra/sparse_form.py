@@ -76,7 +76,7 @@ class SparseForm:
         if not isinstance(other, SparseForm) or other.out_channels != self.out_channels:
             raise RefusalError(Reason.CHANNELS)
         sources, factors = (torch.cat(pair) for pair in ((self.sources, other.sources), (self.factors, other.factors)))
-        return SparseForm(sources, factors, self.shift + other.shift, self.n, self.example)
+        return SparseForm(*_merged(sources, factors), self.shift + other.shift, self.n, self.example)
 
     def rows(self, index: Sequence[int]) -> SparseForm:
         """Some of the channels, in any order."""
@@ -108,3 +108,20 @@ class SparseForm:
         raise RefusalError(Reason.LAYOUT, "only maps per channel act on what several layers give")
 
     then = pad_mode = refuse
+
+
+def _merged(sources: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """One term for each source of a channel; x + f(x) would otherwise have twice as many behind each block of a row.
+
+    A source whose factors cancel stays, with factor zero: what was added may be means of it, and so not be nothing.
+    """
+    order = sources.argsort(0)
+    ranked, on = sources.gather(0, order), factors.device
+    there = ranked >= 0
+    first = there & torch.cat([there[:1], ranked[1:] != ranked[:-1]])
+    terms = int(first.sum(0).max()) if first.numel() else 0
+    if terms in (0, len(sources)):
+        return sources, factors
+    at = (first.cumsum(0) - 1).clamp(min=0)
+    merged = sources.new_full((terms, sources.shape[1]), NONE).scatter_reduce(0, at, ranked, "amax")
+    return merged, factors.new_zeros(merged.shape).scatter_add(0, at.to(on), factors.gather(0, order.to(on)))
