@@ -40,7 +40,9 @@ def find_spreads(graph: Contraction) -> tuple[list[Candidate], list[Refusal]]:
         try:
             candidate = _spread(graph, mapped)
         except RefusalError as error:
-            if any(graph.flow.operations[node].kind is Kind.NORM for node in mapped):
+            # All values are followed in one size, and one may be pooled on the way: that says nothing of the norm.
+            followed = error.refusal.reason is not Reason.ATTRIBUTE
+            if followed and any(graph.flow.operations[node].kind is Kind.NORM for node in mapped):
                 refusals.append(_said(error.refusal, graph.flow.unit.name(mapped[0])))
         else:
             found += [] if candidate is None else [candidate]
