@@ -100,7 +100,7 @@ NORMS: list[tuple[str, Callable[[], nn.Module], str, Reason, str]] = [
     ("behind a product moved by sizes", lambda: Net(lambda m, x: m.n((lambda y: (y.sigmoid() * y.tanh()).reshape(
      y.shape[0], -1, y.shape[2], y.shape[3]))(m.c(x))), c=conv(), n=norm()), "n",
      Reason.NO_CONVOLUTION, "it follows (model):mul of several values"),
-    ("behind maps of two sizes", lambda: Net(lambda m, x: m.n(torch.cat([F.avg_pool2d(m.a(x), 2), m.b(x)], 1)).relu(),
+    ("behind maps of two sizes", lambda: Net(lambda m, x: m.n(torch.cat([F.avg_pool2d(m.a(x.relu()), 2), m.b(x)], 1)),
      a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 2, 2), n=nn.BatchNorm2d(8)), "n",
      Reason.NO_CONVOLUTION, "it follows (model):cat of several values"),
 ]  # fmt: skip
