@@ -75,3 +75,9 @@ def test_a_step_is_measured_on_a_gpu(tmp_path: Path) -> None:
     small = ("--network", "zoo:cifar_quick", "--batch", 8, "--size", 32, "--blocks", "acb", "--stem", "--rounds", 2)
     run("--device", "cuda", "--bf16", "--compiled", *small, "--out", tmp_path / "gpu.md")
     assert torch.cuda.get_device_name() in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_network_whose_layers_get_no_block_is_said() -> None:
+    five = "zoo:cifar_quick"  # kernels of 5x5
+    output = run("--network", five, "--blocks", "acb", "--batch", 2, "--size", 32, status=2)
+    assert "no layer of zoo:cifar_quick gets one of these blocks" in " ".join(output.split())

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import reparam
+from passes.algebra.kernels import times_pointwise
 from passes.blocks.kit.layers import BranchSum
 from passes.edits.carried import made_by
 from passes.edits.edit import Block
@@ -331,3 +332,17 @@ def test_a_norm_called_twice_cannot_be_sampled() -> None:
 
 def test_forms_are_listed() -> None:
     assert forms.FORMS == ("branches", "online", "sampled", "frozen")
+
+
+def test_products_of_kernels_are_recorded_as_such() -> None:
+    """In float32 on the CPU they run as convolutions, elsewhere as products of matrices, with the same numbers."""
+    block: Any = reparam.expand(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1)), "dbb", form="online")[0]
+    program = block.folded.program
+    code = program._run.__func__.__code__
+    assert "passes_algebra_kernels_times_pointwise" in code.co_names
+    assert "convolution" not in code.co_names
+    b, a = torch.randn(5, 6, 9, dtype=torch.float64), torch.randn(6, 4, 1, dtype=torch.float64)
+    wanted = torch.einsum("omt,mi->oit", b, a[:, :, 0])
+    torch.testing.assert_close(times_pointwise(b, a), wanted)
+    torch.testing.assert_close(times_pointwise(b.float(), a.float()), wanted.float())
+    assert times_pointwise(b, a).shape == times_pointwise(b.float(), a.float()).shape == (5, 4, 9)

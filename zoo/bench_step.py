@@ -192,6 +192,10 @@ def _measured(setting: Setting, names: Sequence[str], forms: Sequence[str], wher
             eager += [[name, str(layers), form, *cells] for form, cells in _eager(plain, own, found).items()]
             if under is not None:
                 fast += [[name, form, *_under_compiler(under, model)] for form, model in found.items()]
+    if not eager:
+        raise typer.BadParameter(
+            f"no layer of {setting.network} gets one of these blocks: only those of 3x3 do without --stem"
+        )
     note = (
         f"Step: time of forward, backward and SGD with momentum, relative to the plain network's {_middle(plain)} in "
         f"the same round: medians and quartiles of {setting.rounds} interleaved runs. Memory: peak of a step, weights "

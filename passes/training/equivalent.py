@@ -17,6 +17,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.geometry import Geometry
+from passes.algebra.kernels import times_pointwise
 from passes.algebra.lowering import emit, held_weight, target_of
 from passes.algebra.opaque import OpaqueForm
 from passes.algebra.told import Told
@@ -180,6 +181,8 @@ class KernelProgram:
             if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
                 node.target = torch.ops.aten.reshape.default
         _follow_the_device(recorded)
+        for node in recorded.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default):
+            _as_product(node)
         _have_own_gradients(recorded.graph)
         recorded.graph.eliminate_dead_code()
         recorded.recompile()
@@ -222,6 +225,16 @@ def _follow_the_device(recorded: fx.GraphModule) -> None:
                 made = graph.call_function(torch.tensor, (held.tolist(),), {"dtype": held.dtype, "device": device})
             node.replace_all_uses_with(made)
             graph.erase_node(node)
+
+
+def _as_product(node: fx.Node) -> None:
+    """Let a product of kernels be recorded as such: which way is best depends on the device that it runs on."""
+    b, weight = node.args[:2]
+    with node.graph.inserting_before(node):
+        a = node.graph.call_function(torch.ops.aten.transpose.int, (weight, 0, 1))
+        product = node.graph.call_function(times_pointwise, (b, a))
+    node.replace_all_uses_with(product)
+    node.graph.erase_node(node)
 
 
 def _have_own_gradients(graph: fx.Graph) -> None:
