@@ -334,6 +334,15 @@ def test_forms_are_listed() -> None:
     assert forms.FORMS == ("branches", "online", "sampled", "frozen")
 
 
+@pytest.mark.parametrize("form", ["online", "frozen", "sampled"])
+def test_the_recorded_code_is_followed_by_a_tracer_of_others(form: str) -> None:
+    block = reparam.expand(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)), "dbb", form=form).eval()
+    x = torch.randn(4, 6, 8, 8)
+    traced = torch.fx.symbolic_trace(block)
+    torch.testing.assert_close(traced(x), block(x))
+    assert not [node for node in traced.graph.nodes if node.target is torch.conv1d]
+
+
 def test_products_of_kernels_are_recorded_as_such() -> None:
     """In float32 on the CPU they run as convolutions, elsewhere as products of matrices, with the same numbers."""
     block: Any = reparam.expand(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1)), "dbb", form="online")[0]

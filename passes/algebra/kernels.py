@@ -100,7 +100,8 @@ def times_pointwise(b: Tensor, a: Tensor) -> Tensor:
     In float32 on the CPU as a convolution, for which oneDNN is up to twice as fast as what multiplies matrices there; a
     GPU's convolutions may round as TF32 does.
     """
-    if b.is_cpu and b.dtype == torch.float32:
+    # What a tracer follows may run anywhere.
+    if isinstance(b, Tensor) and b.is_cpu and b.dtype == torch.float32:
         return F.conv1d(b, a.transpose(0, 1))
     return torch.matmul(a[:, :, 0].t(), b)
 
