@@ -125,6 +125,9 @@ FOLDS = {
     "inside": Case(lambda m, x: m.a(x).relu(), lambda: Pooled(), lambda: norm(1), IMAGE),
     "size asked": Case(
         lambda m, x: m.n((y := m.a(x)).transpose(1, 2)).relu() * y.shape[1], linear, lambda: norm(1), TOKENS),
+    "two averages": Case(
+        lambda m, x: m.n((y := m.a(x)).mean(3) + F.adaptive_avg_pool2d(y, (None, 1)).squeeze(3).flip(2)).relu(),
+        conv, lambda: norm(1), IMAGE),
 }  # fmt: skip
 STAYS = {
     "the value is read": Case(
@@ -140,9 +143,6 @@ STAYS = {
     "activated": Case(lambda m, x: m.n(m.a(x).relu().mean((2, 3))), conv, lambda: norm(1), IMAGE),
     "one number per position": Case(
         lambda m, x: m.n(m.a(x).flatten(1)).relu(), conv, lambda: norm(1, C * 7 * 6), IMAGE),
-    "two averages": Case(
-        lambda m, x: m.n((y := m.a(x)).mean(3) + F.adaptive_avg_pool2d(y, (None, 1)).squeeze(3).flip(2)).relu(),
-        conv, lambda: norm(1), IMAGE),
     "norm of positions": Case(lambda m, x: m.n(m.a(x)).relu(), lambda: nn.Linear(5, 4), lambda: norm(1, 7), TOKENS),
     "wide shuffle": Case(
         lambda m, x: m.n(F.pixel_unshuffle(m.a(x), 3)).relu(), lambda: conv(4, padding=1, stride=(1, 1)),
