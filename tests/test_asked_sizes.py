@@ -75,19 +75,74 @@ class Handed(nn.Module):
         return self.conv(y), tuple(y.shape)
 
 
+class Child(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 5, 1, stride=2)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.conv(y).relu()  # type: ignore[no-any-return]
+
+
+class AskingChild(Child):
+    def forward(self, y: Tensor) -> Tensor:
+        return F.interpolate(self.conv(y).relu(), size=y.shape[2:]) * y.shape[1]
+
+
+class WithTail(nn.Module):
+    """The convolution's module goes on behind it, and it or the one around it asks for the size of what it is given."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.child = nn.BatchNorm2d(4), child
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, norm.eps)
+        return F.interpolate(self.child(y), size=y.shape[2:]) * y.shape[1]
+
+
+class Row(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.child = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.BatchNorm2d(4)), Child()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.row(x)
+        return F.interpolate(self.child(y), size=y.shape[2:])
+
+
+class TwoMaps(nn.Module):
+    """A module that asks for a size between two maps that it gives away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.gain, self.child = nn.BatchNorm2d(4), nn.Parameter(torch.rand(4, 1, 1) + 0.5), Child()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        size = y.shape[2:]
+        return F.interpolate(self.child(y * self.gain), size=size)
+
+
 MAKE: dict[str, Callable[[], nn.Module]] = {
     "attention": BeforeAttention,
     "function": Sized,
     "output": Handed,
     "row": lambda: Between(inside=False),
     "inner row": lambda: Between(inside=True),
+    "tail": lambda: WithTail(Child()),
+    "asking tail": lambda: WithTail(AskingChild()),
+    "tail of a row": Row,
+    "two maps": TwoMaps,
 }
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_a_size_that_is_asked_for_is_that_of_what_goes_in(kind: str) -> None:
+@pytest.mark.parametrize("verify", [True, "folds"])
+def test_a_size_that_is_asked_for_is_that_of_what_goes_in(kind: str, verify: bool | str) -> None:
     model = lively(MAKE[kind]())
-    folded, report = reparam.collapse_with_report(model)
+    folded, report = reparam.collapse_with_report(model, verify=verify)
     assert report.after.norms == 0
     assert not report.taken_back
     for size in ((2, 4, 8, 6), (1, 4, 7, 9)):

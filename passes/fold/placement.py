@@ -190,6 +190,8 @@ def _with_tail(layout: Layout, region: Candidate, call: Call, step: Step, trial:
     passed = _passed(region, tail) if tail is not None and tail.output is not step.old else None
     if tail is None or passed is None:
         return False
+    if step.layer and (passed in region.sized or _makes(tail, region.sized, False)):
+        return False  # that value would be the layer's
     try:
         _check_rewritable(layout, call)
         _substitute(layout, region, tail, Step(step.old, passed, False), trial)
