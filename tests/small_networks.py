@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import reparam
+from passes.proof.compare import Verdict
 from zoo.randomise import randomise_
 
 WIDTH = 8
@@ -151,3 +153,27 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     return a is b or a == b
+
+
+def collapsed_as_planned(model: Any, given: tuple[Tensor, ...]) -> tuple[Any, reparam.Explanation]:
+    """The network after collapse, which computes what it did; the plan says what was done."""
+    example = given if len(given) > 1 else given[0]
+    planned = reparam.explain(model, example)
+    folded, report = reparam.collapse_with_report(model, example_inputs=example)
+    assert report.checked is not None
+    assert report.checked.verdict is not Verdict.DIFFERENT
+    assert not report.taken_back
+    assert [fold.layers for fold in planned.folds] == [fold.layers for fold in report.folds]
+    torch.testing.assert_close(folded(*given), model(*given), rtol=1e-10, atol=1e-10)
+    return folded, report
+
+
+def norms_used(model: nn.Module, given: tuple[Tensor, ...]) -> set[str]:
+    """The norms that a forward runs."""
+    ran: set[str] = set()
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
+    hooks = [m.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, m in norms.items()]
+    model(*given)
+    for hook in hooks:
+        hook.remove()
+    return ran

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import lively
-from small_networks import ready, snapshot, unchanged
+from small_networks import collapsed_as_planned, norms_used, ready, snapshot, unchanged
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +18,6 @@ import reparam
 import reparam.onnx
 from passes.algebra.sparse_form import SparseForm
 from passes.proof import prove
-from passes.proof.compare import Verdict
 from passes.refusal import Reason
 
 Code = Callable[..., Any]
@@ -58,27 +57,11 @@ def built(code: Code) -> Any:
 
 
 def collapsed(code: Code, given: tuple[Tensor, Tensor] = MAPS) -> tuple[Any, reparam.Explanation]:
-    """The network after collapse, which computes what it did; the plan says what was done."""
-    model = built(code)
-    planned = reparam.explain(model, given)
-    folded, report = reparam.collapse_with_report(model, example_inputs=given)
-    assert report.checked is not None
-    assert report.checked.verdict is not Verdict.DIFFERENT
-    assert not report.taken_back
-    assert [fold.layers for fold in planned.folds] == [fold.layers for fold in report.folds]
-    torch.testing.assert_close(folded(*given), model(*given), rtol=1e-10, atol=1e-10)
-    return folded, report
+    return collapsed_as_planned(built(code), given)
 
 
 def used(model: nn.Module, given: tuple[Tensor, Tensor] = MAPS) -> set[str]:
-    """The norms that a forward runs."""
-    ran = set()
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
-    hooks = [m.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, m in norms.items()]
-    model(*given)
-    for hook in hooks:
-        hook.remove()
-    return ran
+    return norms_used(model, given)
 
 
 # ------------------------------------------------------------------ one map behind several layers
