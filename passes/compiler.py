@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.algebra.geometry import CONVS
-from passes.edits.apply import Undo, apply
+from passes.blocks.kit.layers import is_block
+from passes.edits.apply import Moved, Undo, apply
+from passes.edits.edit import Edit, Remove
 from passes.fold.aliasing import Memory
 from passes.fold.candidates import Candidate, Key, Tie, altered, layers_of
 from passes.fold.edits import Edited, edits_of
@@ -96,7 +98,18 @@ def compile_model(
             for (method, some), owners in explanation.apart.items():
                 more = f" and of {len(owners) - 1} more" if len(owners) > 1 else ""
                 explanation.notes.append(f"{method} of {owners[0]}{more} uses {some} alone, which holds the fold now")
+            edits = _settled_norms(model)
+            explanation.edits += edits
+            undos.append(apply(model, edits))
             return
+
+
+def _settled_norms(model: nn.Module) -> list[Edit]:
+    """What takes away what norms left that went into blocks, once no block is there to be told of."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if any(is_block(module) for module in modules.values()):
+        return []
+    return [Remove(path) for path, module in modules.items() if isinstance(module, Moved)]
 
 
 def _compile_unit(

@@ -283,7 +283,8 @@ def _put(
         behind = ("", ()) if norm is None else (norm.path, norm.rest)
         edits.append(BlockEdit(path, block.name, options, str(row.form), preserve, *behind, norms=row.found.norms))
         if site.norm_taken and site.norm is not None and norm is not None:
-            edits.append(Remove(norm.path, norm.rest, answering=answers_for(model, norm.path, blocks[path])))
+            answering = answers_for(model, norm.path, blocks[path])
+            edits.append(Remove(norm.path, norm.rest, answering=answering, into="" if answering else path))
             moved[norm.path] = site.norm
     apply(model, edits, blocks)
     return edits, moved

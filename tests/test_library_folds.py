@@ -204,6 +204,23 @@ def test_a_block_tells_no_weight_where_that_would_be_wrong(kind: str, tmp_path: 
         model[0].conv.weight  # noqa: B018
 
 
+@pytest.mark.parametrize("through", ["as it is", "copy", "pickle", "file"])
+def test_a_norm_that_went_into_a_block_says_where_it_is(through: str, tmp_path: Path) -> None:
+    """A method of the library's own reads the norm first; in the collapsed network nothing is left that tells."""
+    model = {
+        "as it is": lambda m: m,
+        "copy": copy.deepcopy,
+        "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+        "file": lambda m: reparam.load(reparam.save(m, tmp_path / "net.pt"), lambda: Net(Fused)),
+    }[through](reparam.expand(lively(Net(Fused)), "acb").eval())
+    assert not hasattr(model[0].bn, "running_mean")
+    with pytest.raises(AttributeError, match=r"part of the block at 0\.conv: .*reparam\.collapse\(model, like=plain\)"):
+        model[0].fuse()
+    some = reparam.collapse(model)
+    assert [type(norm) for norm in (some[0].bn, some[2].bn)] == [nn.Identity, nn.Identity]
+    same(some, model)
+
+
 class Wrong(Fused):
     """Reads the same and returns a layer, which is not what the forward computes: the norm undone, not applied."""
 

@@ -20,7 +20,30 @@ from passes.graph.attributes import carry_attributes
 from passes.graph.weights import makes_weight
 from passes.portable import Remainder
 
-__all__ = ["Undo", "apply", "remainder"]
+__all__ = ["Moved", "Undo", "apply", "remainder"]
+
+
+class Moved(nn.Identity):
+    """What is left of a batch norm that went into a block. Who asks for its numbers, to fold it, is told where it is.
+
+    Args:
+        into: path of the block.
+    """
+
+    def __init__(self, into: str) -> None:
+        super().__init__()
+        self.into = into
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _NUMBERS:
+            raise AttributeError(
+                f"the batch norm that stood here is part of the block at {self.into}: what a library folds or exports "
+                "is the collapsed network, reparam.collapse(model, like=plain)"
+            )
+        return super().__getattr__(name)
+
+
+_NUMBERS = frozenset(("weight", "bias", "running_mean", "running_var", "eps", "num_features"))
 
 
 class Undo:
@@ -224,7 +247,7 @@ def remainder(old: nn.Module, edit: Remove) -> nn.Module:
                 raise EditError(f"{edit}: there is no {edit.path}.{name}")
             if type(child) is not nn.Identity:
                 kept[name] = child
-        left = nn.Sequential(kept) if kept else nn.Identity()
+        left = nn.Sequential(kept) if kept else Moved(edit.into) if edit.into else nn.Identity()
     for name in edit.keeping:
         table = "_parameters" if name in old._parameters else "_buffers"
         if name not in getattr(old, table) or hasattr(left, name):

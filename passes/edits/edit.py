@@ -41,6 +41,7 @@ class Remove:
         program: what goes on where that is no chain of children.
         answering: whether what stays answers as a batch norm that changes nothing: a library that folds this norm once
             more (``fuse()``) reads its statistics, and gets the layer before it back.
+        into: path of the block that a batch norm is part of from now on, where what stays does not answer as one.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Remove:
     keeping: tuple[str, ...] = ()
     program: Program | None = None
     answering: bool = False
+    into: str = ""
 
     def __str__(self) -> str:
         names = self.leaving
