@@ -167,6 +167,16 @@ def test_a_small_batch_is_normalised_whole_and_that_is_said_once(caplog: pytest.
     assert len([record for record in caplog.records if "whole batch" in record.message]) == 2  # one per block
 
 
+@pytest.mark.parametrize(("form", "rows"), [("sampled", 8), ("sampled:fraction=1/2", 4), ("sampled:fraction=1/4", 8)])
+def test_a_sample_that_would_have_to_be_half_of_the_batch_is_all_of_it(form: str, rows: int) -> None:
+    """Of maps of 8x8 positions four are enough: half of eight images, which nobody asked for, costs more than all."""
+    model = built("acb", form)
+    seen: list[int] = []
+    model.a.get_submodule("line0.conv").register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    model(images(8, 8))
+    assert seen == [rows]
+
+
 def test_fewer_convolutions_run_over_the_whole_batch() -> None:
     seen: list[int] = []
     model = built("dbb", "sampled")

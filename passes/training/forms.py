@@ -234,8 +234,10 @@ class Folded:
         positions = 1
         for size, s in zip(x.shape[2:], stride, strict=True):  # torch.compile follows no generator here
             positions *= -(-size // s)
-        rows = max(math.ceil(self.form.fraction * batch), -(-POSITIONS // max(positions, 1)))
-        if 2 * rows > batch:  # from there on the branches themselves cost less
+        asked, needed = math.ceil(self.form.fraction * batch), -(-POSITIONS // max(positions, 1))
+        rows = max(asked, needed)
+        # From there on the branches themselves cost less, and measure everything.
+        if 2 * rows > batch or (rows > asked and 2 * rows == batch):
             if not self._said and not torch.compiler.is_compiling():
                 self._said = True
                 log.info("sampled: %d samples of %d positions are few: the whole batch is normalised", batch, positions)

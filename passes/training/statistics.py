@@ -94,8 +94,7 @@ def statistics(norms: tuple[_BatchNorm, ...], xs: tuple[Tensor, ...]) -> list[Mo
     for i, (norm, x) in enumerate(zip(norms, xs, strict=True)):
         if norm.training:
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-            found[i], counts[i] = (mean, var), x.numel() // x.shape[1]
+            found[i], counts[i] = _moments(x), x.numel() // x.shape[1]
     wide = [i for i in counts if shared([norms[i]])]
     for group in {id(group): group for group in (norms[i].process_group for i in wide)}.values():
         mine = [i for i in wide if norms[i].process_group is group]
@@ -106,6 +105,17 @@ def statistics(norms: tuple[_BatchNorm, ...], xs: tuple[Tensor, ...]) -> list[Mo
         mean, var = found[i]
         _move(norms[i], mean.detach(), var.detach(), count)
     return found
+
+
+def _moments(x: Tensor) -> Moments:
+    """Mean and variance per channel of ``(N, C, ...)``."""
+    over = [0, *range(2, x.dim())]
+    if x.device.type != "cpu":
+        var, mean = torch.var_mean(x, over, correction=0)
+        return mean, var
+    # On the CPU var_mean goes through the numbers one by one, and takes longer than two passes.
+    mean = x.mean(over, keepdim=True)
+    return mean.flatten(), (x - mean).square().mean(over)
 
 
 def normalised(norm: _BatchNorm, x: Tensor, moments: Moments) -> Tensor:
