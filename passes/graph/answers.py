@@ -48,14 +48,11 @@ class UnknownError(ValueError):
 
 
 class DependsError(UnknownError):
-    """The answer is not the same for every size.
+    """The answer is not the same for every size; ``answer`` is that for the first one tried."""
 
-    ``answer`` is that for the first one tried; ``tried`` says that it is that for all that were tried.
-    """
-
-    def __init__(self, answer: Any, message: str, *, tried: bool = False) -> None:
+    def __init__(self, answer: Any, message: str) -> None:
         super().__init__(message)
-        self.answer, self.tried = answer, tried
+        self.answer = answer
 
 
 class Answers:
@@ -79,8 +76,12 @@ class Answers:
         self._unsure: set[fx.Node] = set()
         self._brought: dict[fx.Node, frozenset[torch.device] | None] = {}
 
-    def ask(self, node: fx.Node, question: Callable[[Any], Answer]) -> Answer:
-        """What ``question`` gives for the value of ``node``. Raises :class:`UnknownError`."""
+    def ask(self, node: fx.Node, question: Callable[[Any], Answer], *, of_type: bool = False) -> Answer:
+        """What ``question`` gives for the value of ``node``. Raises :class:`UnknownError`.
+
+        With ``of_type`` it is asked what kind of thing the value is: what an operation returns is of one type, so that
+        the sizes that are tried are enough.
+        """
         needed = _needed(node)
         if not self.open.isdisjoint(needed):
             raise UnknownError("it depends on an optional argument")
@@ -90,7 +91,7 @@ class Answers:
             if told := _OF_THE_CALLER.intersection(map(_asked_for, needed)):
                 raise DependsError("is_leaf" in told or "is_contiguous" in told, "the answer depends on the caller")
             device = self._device(needed)
-            return self._agreed(needed, question) if device is None else question(device)
+            return self._agreed(needed, question, of_type) if device is None else question(device)
 
     def is_open(self, node: fx.Node) -> bool:
         """Whether a value depends on an argument of which nothing is known."""
@@ -143,7 +144,7 @@ class Answers:
             for n in needed
         )
 
-    def _agreed(self, needed: Sequence[fx.Node], question: Callable[[Any], Answer]) -> Answer:
+    def _agreed(self, needed: Sequence[fx.Node], question: Callable[[Any], Answer], of_type: bool) -> Answer:
         why, reached = "no input can be made up", False
         sizes = _asks_for_sizes(needed[-1])
         for runs in self._made_up():
@@ -165,11 +166,11 @@ class Answers:
             if len(answers) > 1:
                 if any(type(a) is not type(answers[0]) or a != answers[0] for a in answers):
                     raise DependsError(answers[0], _DEPENDS)
-                if sizes:
+                if sizes and not of_type:
                     try:
                         self._surely(runs[0].example, needed, question)
                     except UnknownError as error:
-                        raise DependsError(answers[0], str(error), tried=True) from error
+                        raise DependsError(answers[0], str(error)) from error
                 return answers[0]  # type: ignore[no-any-return]
         raise UnknownError(why)
 

@@ -109,10 +109,8 @@ class Questions(TracerBase):
             # A convolution that pads by a rule of its own is one layer, whatever answer would suit some sizes.
             self.stop(Reason.QUESTION, f"asks for the {what} of a value")
         try:
-            answer = self.answers.ask(node, question)
+            answer = self.answers.ask(node, question, of_type=what in ("type", "class"))
         except DependsError as error:
-            if what in ("type", "class") and error.tried:  # what an operation returns is of one type
-                return error.answer
             if type(error.answer) is not bool or what != "truth" or not self.forks:
                 self.stop(Reason.QUESTION, f"asks for the {what} of a value: {error}")
             return self._either(error.answer)
