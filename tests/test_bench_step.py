@@ -77,6 +77,17 @@ def test_a_step_is_measured_on_a_gpu(tmp_path: Path) -> None:
     assert torch.cuda.get_device_name() in (tmp_path / "gpu.md").read_text()
 
 
+def test_seconds_of_compilation_are_not_those_of_an_earlier_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain network and a block's are compiled from nothing, each time."""
+    import torch._inductor.config as inductor
+
+    seen: list[bool] = []
+    monkeypatch.setattr(torch, "compile", lambda model: seen.append(inductor.force_disable_caches) or model)
+    small = ("--network", "zoo:cifar_quick", "--batch", 4, "--size", 32, "--stem", "--rounds", 1)
+    run("--compiled", *small, "--blocks", "repvgg", "--forms", "branches")
+    assert seen == [True, True]
+
+
 def test_a_network_whose_layers_get_no_block_is_said() -> None:
     five = "zoo:cifar_quick"  # kernels of 5x5
     output = run("--network", five, "--blocks", "acb", "--batch", 2, "--size", 32, status=2)

@@ -182,7 +182,7 @@ def _measured(setting: Setting, names: Sequence[str], forms: Sequence[str], wher
     with one_thread() if setting.device == "cpu" else nullcontext():
         plain = Trainee(setting.plain(), setting)
         own = plain.peak()
-        under = Trainee(setting.plain(), setting, compiled=True) if setting.compiled else None
+        under = _compiled(setting.plain(), setting) if setting.compiled else None
         for name in names:
             layers = len(reparam.plan(setting.plain(), name, where=where).expanded)
             if not layers:
@@ -253,13 +253,21 @@ def _race(plain: Trainee, others: Collection[Trainee]) -> list[float]:
     return plain.seconds[-plain.setting.rounds :]
 
 
+def _compiled(model: nn.Module, setting: Setting) -> Trainee:
+    """Compiled from nothing: what the compiler keeps on disk of earlier runs would hide the time that it takes."""
+    import torch._inductor.config as inductor
+
+    with inductor.patch(force_disable_caches=True):
+        return Trainee(model, setting, compiled=True)
+
+
 def _under_compiler(plain: Trainee, model: nn.Module) -> list[str]:
     """Cells: step, quartiles, seconds of the first step, graph breaks, graphs that came later."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()  # or the variants would share one limit of recompilations
     counters.clear()
-    trainee = Trainee(model, plain.setting, compiled=True)
+    trainee = _compiled(model, plain.setting)
     breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
     trainee.run()
     trainee.run()
