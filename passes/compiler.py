@@ -100,7 +100,7 @@ def compile_model(
                 explanation.notes.append(f"{method} of {owners[0]}{more} uses {some} alone, which holds the fold now")
             edits = _settled_norms(model)
             explanation.edits += edits
-            undos.append(apply(model, edits))
+            undos.append(apply(model, edits, {}))
             return
 
 
