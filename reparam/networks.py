@@ -17,6 +17,7 @@ from passes.training.filters import ALL
 from reparam import ReparamError, files, sources
 from reparam.fitting import fitted, misfit, other_classes, without_prefix
 from reparam.recipe import Recipe, parse_where
+from reparam.shards import shard_of
 
 __all__ = ["Network", "UsageError", "advice", "check_not_read", "load"]
 
@@ -174,6 +175,8 @@ def _filled(
         hint = "It is of this network in other sizes: see its options"
     else:
         hint = advice(sources.create(source).eval(), tensors)
+    if index := shard_of(Path(weights)):
+        hint = f"It is one of several files: name {index}"
     raise files.FileError(f"{weights} does not fit {what}: {misfit(shell, tensors)}" + (f". {hint}" if hint else ""))
 
 
