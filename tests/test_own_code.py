@@ -165,6 +165,7 @@ def test_code_and_paths_are_told_apart(text: str, answer: bool) -> None:
             "package_of_min.models:build",
             r"no module 'package_of_min'; .*none is installed, and the folder",
         ),
+        ("package_of_mine:build", "no 'build'; it has none; modules in it: layers, models"),
         ("./net_of_mine.py:number", "is a int, and nothing that makes a network"),
         ("./net_of_mine.py:nothing", "made a NoneType"),
         ("./net_of_mine.py:fails", "failed: ValueError: no cheese"),
