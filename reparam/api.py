@@ -20,6 +20,7 @@ from passes.graph.generators import alone
 from passes.graph.inputs import Example, as_example, likely
 from passes.graph.outside import kept_outside, kept_statistics
 from passes.graph.shards import check_whole
+from passes.proof.check import without_hooks_of
 from passes.proof.compare import Equivalence
 from passes.proof.run import default_device, run, runner_of
 from passes.proof.verify import compare
@@ -208,7 +209,7 @@ def verify(
         raise
     # Both models are user code: whatever they raise means that they do not take these inputs.
     except Exception as error:
-        raise ReparamError(f"a network rejects example_inputs: {error}") from error
+        raise ReparamError(f"a network rejects example_inputs: {error}{without_hooks_of(first, second)}") from error
 
 
 def check_model_shape(candidate: Any) -> None:

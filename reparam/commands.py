@@ -14,7 +14,7 @@ from rich.markup import escape
 import reparam
 from reparam import Counts, Form, ReparamError, Verdict, files, sources, tables
 from reparam.export import SUFFIXES, inputs_for, parse_dynamic, write_program
-from reparam.networks import Network, UsageError, load
+from reparam.networks import Network, UsageError, check_not_read, load
 from reparam.recipe import Recipe, parse_blocks, parse_where
 
 if TYPE_CHECKING:
@@ -286,8 +286,7 @@ def _collapse_onnx(path: Path, output: Path | None, how: bool | str, strict: boo
     if output is not None:
         if output.suffix != ".onnx":
             raise typer.BadParameter(f"{output} must end in .onnx, as the file that is collapsed")
-        if output.exists() and output.samefile(path):
-            raise UsageError(f"{output} is the file that is read, which would be lost; write to another one with -o")
+        check_not_read(output, path)
         files.check_writable(output)
     started = time.perf_counter()
     model, explanation = onnx.collapse_with_report(path, verify=how, strict=strict, cost=cost)
@@ -369,7 +368,7 @@ def import_(
 
     What it holds is found in the names of its tensors: ACNet, DBB, DO-Conv, RepVGG, MobileOne, OREPA, UniRepLKNet, ECB.
     """
-    _check_output(output)
+    _check_output(output, file, like)
     imported = reparam.import_checkpoint(file, block=block, like=like, collapse=collapse, key=key)
     console.print(escape(str(imported)), soft_wrap=True)
     if imported.recipe is not None:
@@ -476,9 +475,7 @@ def _batch(
 
 def _check_output(path: Path, *read_for_it: str | Path | None) -> None:
     """Fail before the work, not after it, and where the file is one that is read for it."""
-    for read in read_for_it:
-        if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
-            raise UsageError(f"{path} is the file that is read, which would be lost; write to another one with -o")
+    check_not_read(path, *read_for_it)
     try:
         files.check_target(path)
     except files.FileError as error:

@@ -43,6 +43,7 @@ from reparam.saving import (
     safetensors_torch,
     save_model,
 )
+from reparam.shards import is_index, shards_of
 from reparam.untrusted import ALLOWED, CODE, check_names, check_size, check_spec
 
 __all__ = [
@@ -164,7 +165,7 @@ def load_state(
     """Read the tensors and the note of a file, on the CPU. No code from the file is ever run.
 
     Args:
-        path: ends in one of :data:`SUFFIXES`.
+        path: ends in one of :data:`SUFFIXES`, or is the index of several (``model.safetensors.index.json``).
         key: where a checkpoint holds its state dict; default: the first of the usual keys, or the only one. One that
             ends in a dot is what stands before the names of the network: ``student.``.
         allow_options: whether the file may ask for a network with any options of its constructor; see
@@ -180,7 +181,7 @@ def load_state(
     kind = source.suffix.lower()
     if kind == ".py":
         raise FileError(f"{source} is code: name the network in it, {source}:Net for example")
-    if not is_file_name(str(source)):
+    if not is_file_name(str(source)) and not is_index(source):
         raise FileError(f"{source}: unknown kind of file {kind!r}; use {', '.join(SUFFIXES)}")
     if not os.path.isfile(source):  # which is no error where one may not look
         raise FileError(f"{source}: no such file")
@@ -188,7 +189,9 @@ def load_state(
     if kind not in READ_TORCH and key is not None:
         raise FileError(f"{source} is a plain list of tensors: it has no key {key!r}")
     try:
-        if kind in READ_TORCH:
+        if is_index(source):
+            read = _load_shards(source)
+        elif kind in READ_TORCH:
             read = _find_state(load_pickle(source), source, key)
         else:
             read = _load_safe(source) if kind in SAFE else _load_hdf5(source)
@@ -228,6 +231,18 @@ def _load_safe(path: Path) -> StateFile:
             tensors[name] = tensors[stored]
             del metadata[name]
     return _state_file(tensors, metadata)
+
+
+def _load_shards(index: Path) -> StateFile:
+    """Read the files that an index names, each of which has to have what it says."""
+    tensors: dict[str, Tensor] = {}
+    for path, names in shards_of(index).items():
+        found = load_state(path)
+        held = {f"{found.dropped}{name}": value for name, value in found.tensors.items()}
+        if held.keys() != names:
+            raise FileError(f"{path} and {index.name} differ in {min(held.keys() ^ names)!r}: download both again")
+        tensors |= held
+    return _state_file(tensors, {})
 
 
 def _load_hdf5(path: Path) -> StateFile:
@@ -288,6 +303,8 @@ def _find_state(content: Any, path: Path, key: str | None) -> StateFile:
     found += [name for name in inside if name not in found and name != "optimizer"]
     if key is not None and key not in found:
         have = f"it has {', '.join(map(repr, found))}" if found else "it has none"
+        begin = any(name.startswith(f"{key}.") for state in (content, *inside.values()) for name in map(str, state))
+        have += f"; what stands before names ends in a dot: {key}." if begin else ""
         raise FileError(f"{path} has no state dict under {key!r}; {have}")
     if key is None and _is_state(content):
         return _state_file(content, note)

@@ -11,10 +11,11 @@ same modules, under the same names in the state dict.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -53,9 +54,10 @@ class BlockLayer(nn.Module):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, device, dtype: those of
             ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
         bias: of the convolution; by default there is one unless a norm follows.
-        norm: the batch norm behind the convolution: True, False, a class, or a module with as many features as there
-            are ``out_channels``. By default it is there if the block normalises its branches. A block that leaves it
-            behind the sum is ``conv`` and ``norm`` in the state dict, as in an ``nn.Sequential`` of the two.
+        norm: the batch norm behind the convolution: True, False, a class, what makes one for a number of features (such
+            as ``partial(nn.BatchNorm2d, eps=1e-3)``), or a module with ``out_channels`` features. By default it is
+            there if the block normalises its branches. A block that leaves it behind the sum is ``conv`` and ``norm``
+            in the state dict, as in an ``nn.Sequential`` of the two.
         init: ``"paper"``: the published initialisation; ``"preserve"``: the added branches start at zero.
         form: how it trains, see :func:`reparam.expand`; by default as the block says.
         online: the former name of ``form="online"`` and ``form="branches"``; it will go.
@@ -81,7 +83,7 @@ class BlockLayer(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        norm: bool | type[nn.Module] | nn.Module | None = None,
+        norm: bool | Callable[[int], nn.Module] | nn.Module | None = None,
         init: str = "paper",
         form: str | Form | None = None,
         online: bool | None = None,
@@ -96,10 +98,7 @@ class BlockLayer(nn.Module):
             wanted = _normalises(block, CONVS[n](*geometry, False, padding_mode, "meta"))
         bias = not wanted if bias is None else bias
         conv = CONVS[n](*geometry, bias, padding_mode, device, dtype)
-        made: Any = norm if isinstance(norm, type) else _NORMS[n]
-        behind = norm if isinstance(norm, nn.Module) else made(out_channels, device=device, dtype=dtype)
-        if not isinstance(behind, _BatchNorm) or behind.num_features != out_channels:
-            raise ReparamError(f"{name}: norm= takes a batch norm of {out_channels} features, got {behind}")
+        behind = _norm_of(name, _NORMS[n] if norm is None or isinstance(norm, bool) else norm, conv)
         _become(self, _built(name, block, conv, behind if wanted else None, preserve, form_of(form, online)))
 
     def equivalent_conv(self) -> tuple[Tensor, Tensor | None]:
@@ -147,6 +146,23 @@ class LinearLayer(BlockLayer):
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
         preserve, wanted = _preserves(self, init), form_of(form, online)
         _become(self, _built(type(self).__name__, block, linear, None, preserve, wanted))
+
+
+def _norm_of(name: str, norm: Any, conv: _ConvNd) -> _BatchNorm:
+    """The batch norm that a person gives, or what they give to make it with; on the convolution's device."""
+    if not isinstance(norm, nn.Module) and callable(norm):
+        try:
+            norm = norm(conv.out_channels)
+        except TypeError as error:  # a norm of another kind
+            raise ReparamError(f"{name}: norm= takes a batch norm of {conv.out_channels} features: {error}") from error
+        if isinstance(norm, nn.Module):
+            norm = norm.to(conv.weight.device, conv.weight.dtype)
+    fits = isinstance(norm, _BatchNorm) and norm.num_features == conv.out_channels
+    if not fits or (isinstance(norm, _NORMS) and not isinstance(norm, _NORMS[len(conv.kernel_size) - 1])):
+        stands = f"a batch norm of {conv.out_channels} features in {len(conv.kernel_size)} dimensions"
+        raise ReparamError(f"{name}: norm= takes {stands}, got {norm!r}")
+    assert isinstance(norm, _BatchNorm)
+    return norm
 
 
 def _preserves(layer: BlockLayer, init: str) -> bool:
@@ -268,9 +284,11 @@ def __getattr__(name: str) -> type[BlockLayer]:
         every = " and ".join(repr(info.name) for info, _ in found)
         raise AttributeError(f"{name} is the layer of the blocks {every}: use layer_class(block, dims)")
     known = ", ".join(f"{_camel(block)}2d" for block in blocks())
+    lower = {other.lower(): other for info in blocks().values() for other in _names(info)}
+    close = ", ".join(lower[other] for other in difflib.get_close_matches(name.lower(), lower, n=3))
     raise AttributeError(
         f"there is no layer {name!r}; there are {known}, each with 1d and 3d as well, and those of blocks of your own "
-        "once the module that registers them is imported"
+        f"once the module that registers them is imported{f'; did you mean {close}?' if close else ''}"
     )
 
 

@@ -17,8 +17,9 @@ from passes.training.filters import ALL
 from reparam import ReparamError, files, sources
 from reparam.fitting import fitted, misfit, other_classes, without_prefix
 from reparam.recipe import Recipe, parse_where
+from reparam.shards import shard_of
 
-__all__ = ["Network", "UsageError", "advice", "load"]
+__all__ = ["Network", "UsageError", "advice", "check_not_read", "load"]
 
 
 class UsageError(ReparamError):
@@ -132,8 +133,8 @@ def _with_options_of(content: files.StateFile, target: str) -> str:
     said = content.metadata.get("source", "")
     if not sources.is_spec(said):
         return target
-    (*named, given), (*held, options) = sources.parse(target), sources.parse(said)
-    return content.source if named == held and given.items() <= options.items() else target
+    given, options = sources.parse(target)[2], sources.parse(said)[2]
+    return content.source if sources.same_place(target, said) and given.items() <= options.items() else target
 
 
 def _collapsed(target: str, content: files.StateFile, weights: Path, recipe: Recipe | None) -> Network:
@@ -165,12 +166,25 @@ def _filled(
     tensors = without_prefix(shell, content.tensors)
     if (classes := other_classes(shell, tensors)) is not None:
         layer, held, own = classes
+        wanted = sources.with_option(source, "num_classes", held)
         raise files.FileError(
             f"{weights} is for {held} classes and {what} for {own} ({layer or 'the network'} has as many outputs); "
-            f"name the network for {held}, {source},num_classes={held} where it takes that option"
+            f"name the network for {held}, {wanted} where it takes that option"
         )
-    hint = advice(sources.create(source).eval(), tensors)
+    if shell.state_dict().keys() == tensors.keys():
+        hint = "It is of this network in other sizes: see its options"
+    else:
+        hint = advice(sources.create(source).eval(), tensors)
+    if index := shard_of(Path(weights)):
+        hint = f"It is one of several files: name {index}"
     raise files.FileError(f"{weights} does not fit {what}: {misfit(shell, tensors)}" + (f". {hint}" if hint else ""))
+
+
+def check_not_read(output: Path, *read: str | Path | None) -> None:
+    """Raise :class:`UsageError` where a file that is to be written is one of those that are read for it."""
+    for each in read:
+        if each is not None and output.exists() and Path(each).exists() and output.samefile(each):
+            raise UsageError(f"{output} is the file that is read, which would be lost; write to another one with -o")
 
 
 # ------------------------------------------------------------------------------------------------- advice

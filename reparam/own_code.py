@@ -121,7 +121,9 @@ class Code:
         for part in name.split("."):
             if not hasattr(value, part):
                 known = self.names()
-                raise UnknownNameError(f"{self} has no {name!r}{near(name, known)}; it has {_listed(known)}")
+                inside = [module.name for module in pkgutil.iter_modules(getattr(self.load(), "__path__", []))]
+                more = f"; modules in it: {_listed(inside)}" if inside else ""
+                raise UnknownNameError(f"{self} has no {name!r}{near(name, known)}; it has {_listed(known)}{more}")
             value = getattr(value, part)
         if not callable(value):
             raise UnknownNameError(f"{self}:{name} is a {type(value).__name__}, and nothing that makes a network")

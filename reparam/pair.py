@@ -57,6 +57,8 @@ def load(path: str | os.PathLike[str], plain: nn.Module | Callable[[], nn.Module
     Raises:
         FileError: the file cannot be read, is of another class, or its tensors do not fit ``plain``.
     """
+    if not callable(plain):  # as every module is
+        raise ReparamError(f"plain= takes a network or what makes one, got {plain!r:.60}")
     content = load_state(path)
     held = content.metadata.get("class", "")
 

@@ -35,10 +35,12 @@ __all__ = [
     "near",
     "parse",
     "runs_code",
+    "same_place",
     "sources",
     "split",
     "split_commas",
     "takes",
+    "with_option",
 ]
 
 GROUP = "reparam.sources"
@@ -143,6 +145,19 @@ def create(spec: str, *, pretrained: bool = False) -> nn.Module:
         raise ReparamError(f"{source} could not build {name!r}{what}: {type(error).__name__}: {error}") from error
 
 
+def same_place(spec: str, other: str) -> bool:
+    """Whether two specs name the same network, options aside, however the path of a file is written."""
+    return key(*parse(spec)[:2]) == key(*parse(other)[:2])
+
+
+def with_option(spec: str, option: str, value: object) -> str:
+    """The spec with one option set, in the place of what it says of that."""
+    source, rest = split(spec)
+    name, *pairs = split_commas(rest)
+    kept = [pair for pair in pairs if pair.partition("=")[0].strip() != option]
+    return f"{source}:{','.join([name, *kept, f'{option}={value!r}'])}"
+
+
 def parse(spec: str) -> tuple[str, str, dict[str, Any]]:
     """Split ``source:name,key=value`` into its three parts. Raises :class:`UnknownNameError` if it is malformed."""
     if not is_spec(spec):
@@ -156,6 +171,8 @@ def parse(spec: str) -> tuple[str, str, dict[str, Any]]:
         option, equals, value = pair.partition("=")
         if not equals or not option.strip().isidentifier():
             raise UnknownNameError(f"{pair!r} in {spec!r} is not of the form key=value")
+        if option.strip() in options:
+            raise UnknownNameError(f"{spec!r} says {option.strip()} twice")
         options[option.strip()] = literal(value.strip())
     if "pretrained" in options:
         raise UnknownNameError(f"{spec!r}: ask for trained weights with the argument `pretrained`, not in the name")

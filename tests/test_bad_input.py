@@ -153,6 +153,27 @@ def test_example_inputs_that_the_model_rejects(inputs: Any, verify: bool, inplac
         reparam.verify(model, model, inputs)
 
 
+def test_a_network_that_needs_its_own_hooks_is_told_that_they_do_not_run() -> None:
+    class Recorded(ConvBN):
+        """Reads what a hook notes, as transformers' backbones do once they were called."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            noted.clear()
+            super().forward(x)
+            return noted[0] * 2
+
+    noted: list[Tensor] = []
+    model = ready(Recorded())
+    model.conv.register_forward_hook(lambda module, args, output: noted.append(output))
+    model(maps())
+    said = r"rejects example_inputs: list index out of range \(it runs without the hooks at 'conv'; if it needs them"
+    with pytest.raises(ReparamError, match=said):
+        reparam.collapse(model, example_inputs=maps())
+    with pytest.raises(ReparamError, match=said):
+        reparam.verify(model, model, maps())
+    assert torch.equal(reparam.collapse(model)(maps()), model(maps()))
+
+
 def test_candidate_that_rejects_the_inputs() -> None:
     with pytest.raises(ReparamError, match="a network rejects example_inputs"):
         reparam.verify(ConvBN(), ConvBN(3), maps())

@@ -639,6 +639,11 @@ class Any2(nn.Module):
         return args
 
 
+class Open(nn.Module):
+    def forward(self, x: Any, **more: Any) -> Any:
+        return x
+
+
 X, Y = torch.zeros(2), torch.ones(3)
 
 
@@ -672,6 +677,8 @@ X, Y = torch.zeros(2), torch.ones(3)
         (Any2(), (X, Y), (X, Y), {}),
         (Any2(), {"x": X}, (), {"x": X}),
         (Any2(), Pair(X, Y), (Pair(X, Y),), {}),
+        (Open(), {"x": X, "labels": Y}, (), {"x": X, "labels": Y}),
+        (Open(), {"image": X}, ({"image": X},), {}),
     ],
 )
 def test_every_form_of_example_inputs(model: nn.Module, inputs: Any, args: Any, kwargs: Any) -> None:
@@ -713,6 +720,8 @@ def test_arguments_by_name_only_are_given_and_made_up() -> None:
             with torch.no_grad():
                 collapsed.get_submodule("conv").weight.mul_(2)
             assert not reparam.verify(model, collapsed, given).ok
+    with pytest.raises(reparam.ReparamError, match=r"has 'pixel_value', and forward takes \(\*, pixel_values: "):
+        reparam.verify(ready(Named()), Named(), {"pixel_value": x})
     args, kwargs = reparam.guess_inputs(Both())
     assert [len(args), *kwargs] == [1, "other"]
 

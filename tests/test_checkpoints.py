@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 from collections import OrderedDict, defaultdict
@@ -148,6 +149,8 @@ def test_a_teacher_and_a_student_are_chosen_by_key(toy: str, tmp_path: Path) -> 
     assert not files.load_state(tmp_path / "o.safetensors").tensors["head.weight"].any()
     with pytest.raises(files.FileError, match=r"no tensor's name begins with 'pupil\.'"):
         files.load_state(tmp_path / "both.ckpt", key="pupil.")
+    with pytest.raises(files.FileError, match=r"what stands before names ends in a dot: student\.$"):
+        files.load_state(tmp_path / "both.ckpt", key="student")
 
 
 def test_what_else_is_wrong_is_said_behind_the_prefix(toy: str, tmp_path: Path) -> None:
@@ -171,3 +174,60 @@ def test_another_number_of_classes_is_told_as_that(tmp_path: Path) -> None:
         assert "timm:test_resnet,num_classes=7" in printed
     wider = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).state_dict()
     assert fitted(net(), wider) is None
+
+
+# ------------------------------------------------------------------------------------------------- several files
+
+
+def sharded(
+    folder: Path, state: dict[str, Tensor], base: str, write: Callable[[dict[str, Tensor], Path], None]
+) -> Path:
+    """Two files and their index, as Hugging Face writes them."""
+    names, (stem, _, suffix) = list(state), base.partition(".")
+    places = {name: f"{stem}-0000{1 + (i > len(names) // 2)}-of-00002.{suffix}" for i, name in enumerate(names)}
+    for place in set(places.values()):
+        write({name: state[name] for name in names if places[name] == place}, folder / place)
+    index = folder / f"{base}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize("base", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("prefix", ["", "module.", "net."])
+def test_several_files_are_read_by_their_index(toy: str, tmp_path: Path, base: str, prefix: str) -> None:
+    write = torch.save if base.endswith("bin") else pytest.importorskip("safetensors.torch").save_file
+    state = behind(prefix, dict(reparam.expand(sources.create(toy), "acb").state_dict()))
+    index = sharded(tmp_path, state, base, write)
+    arguments = ["collapse", toy, "--block", "acb", "-o", str(tmp_path / "o.safetensors"), "--weights"]
+    done = CliRunner().invoke(cli.app, [*arguments, str(index)])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(cli.app, [*arguments, str(next(tmp_path.glob("*-00001-of-00002.*")))])
+    assert done.exit_code == 1
+    assert f"It is one of several files: name {index}" in done.output.replace("\n", "")
+    lacking = json.loads(index.read_text())
+    lacking["weight_map"].popitem()
+    index.write_text(json.dumps(lacking))
+    with pytest.raises(files.FileError, match=r"-of-00002\..* and .*\.index\.json differ in '.*download both again"):
+        files.load_state(index)
+    next(tmp_path.glob("*-00001-of-00002.*")).unlink()
+    with pytest.raises(files.FileError, match="no such file"):
+        files.load_state(index)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"weight_map": {"a": "../secret.safetensors"}}', "only files beside it are read"),
+        ('{"weight_map": {"a": "/tmp/secret.pt"}}', "only files beside it are read"),
+        ('{"weight_map": {"a": "a.index.json"}}', "only files beside it are read"),
+        ('{"weight_map": {"a": 3}}', "it has no weight_map"),
+        ('{"weight_map": {}}', "it has no weight_map"),
+        ("[]", "it has no weight_map"),
+        ("{", "cannot be read as an index"),
+        ("[" * 100_000, "cannot be read as an index"),
+    ],
+)
+def test_an_index_names_files_beside_it_only(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "a.index.json").write_text(text)
+    with pytest.raises(files.FileError, match=words):
+        files.load_state(tmp_path / "a.index.json")

@@ -8,6 +8,7 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,12 @@ def test_norms() -> None:
     behind = made("doconv", norm=True)
     assert list(dict(behind.named_children())) == ["conv", "norm"]
     assert behind.conv.bias is None
-    for odd in (nn.BatchNorm2d(5), nn.GroupNorm(2, 4), nn.LayerNorm):
+    for maker in (partial(nn.BatchNorm2d, eps=1e-3), lambda features: nn.BatchNorm2d(features, eps=1e-3)):
+        layer = made("dbb", norm=maker, dtype=torch.float64)
+        assert {(m.eps, m.weight.dtype) for m in layer.modules() if isinstance(m, nn.BatchNorm2d)} == {
+            (1e-3, torch.float64)
+        }
+    for odd in (nn.BatchNorm2d(5), nn.GroupNorm(2, 4), nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, "bn", 0):
         with pytest.raises(ReparamError, match="takes a batch norm of 4 features"):
             made("dbb", norm=odd)
 
@@ -178,6 +184,8 @@ def test_names() -> None:
     assert reparam.layers is layers
     with pytest.raises(AttributeError, match="there is no layer 'DBBBlock'; there are Acb2d, "):
         layers.DBBBlock  # noqa: B018
+    with pytest.raises(AttributeError, match=r"did you mean DiverseBranchBlock, .*\?"):
+        layers.DiverseBranchblock  # noqa: B018
     with pytest.raises(ReparamError, match="there is no block named 'dbbb'"):
         layer_class("dbbb")
 

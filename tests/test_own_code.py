@@ -165,11 +165,13 @@ def test_code_and_paths_are_told_apart(text: str, answer: bool) -> None:
             "package_of_min.models:build",
             r"no module 'package_of_min'; .*none is installed, and the folder",
         ),
+        ("package_of_mine:build", "no 'build'; it has none; modules in it: layers, models"),
         ("./net_of_mine.py:number", "is a int, and nothing that makes a network"),
         ("./net_of_mine.py:nothing", "made a NoneType"),
         ("./net_of_mine.py:fails", "failed: ValueError: no cheese"),
         ("./net_of_mine.py:Net,wide=2", r"takes \(width=4, num_classes=10\)"),
         ("./net_of_mine.py:ready,width=2", "takes no options"),
+        ("./net_of_mine.py:Net,width=2,width=3", "says width twice"),
         ("mine:Net", "known sources: .*nor is there a module of that name"),
     ],
 )
@@ -220,7 +222,16 @@ def test_options_that_a_file_says_need_not_be_repeated(here: Path) -> None:
     run("expand", "./net_of_mine.py:Net,width=6", "--block", "acb", "-o", "e.safetensors")
     printed = run("collapse", "net_of_mine.py:Net,num_classes=10", "--weights", "e.safetensors", status=1)
     assert "does not fit net_of_mine.py:Net,num_classes=10" in printed  # another network: not the file's
-    assert "width=6" in run("collapse", "./net_of_mine.py:Net", "--weights", "e.safetensors", "-o", "d.safetensors")
+    assert "in other sizes: see its options" in printed
+    for net in ("./net_of_mine.py:Net", "net_of_mine.py:Net", here / "net_of_mine.py:Net"):  # however it is written
+        assert "width=6" in run("collapse", net, "--weights", "e.safetensors", "-o", "d.safetensors")
+
+
+def test_the_classes_to_ask_for_stand_in_the_place_of_others(here: Path) -> None:
+    run("expand", "net_of_mine.py:Net,width=6", "--block", "acb", "-o", "e.safetensors")
+    printed = run("collapse", "net_of_mine.py:Net,num_classes=7,width=6", "--weights", "e.safetensors", status=1)
+    assert "is for 10 classes" in printed
+    assert "net_of_mine.py:Net,width=6,num_classes=10 where" in printed
 
 
 def test_a_block_of_the_file_is_known(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,11 +263,17 @@ def test_training_and_batches_take_code(here: Path) -> None:
     assert "--allow-code" in run("convert", "runs/x", "-o", "t.safetensors", status=1)
     assert "answers agree" in run("convert", "runs/x", *net, "-o", "t.safetensors")
     assert "./net_of_mine.py:Net" in run("evaluate", "t.safetensors", *net, "--data", "digits")
+    assert "./net_of_mine.py:Net" in run("evaluate", "t.safetensors", "--model", "net_of_mine:Net", status=1)
+    for same in ("net_of_mine.py:Net", here / "net_of_mine.py:Net"):
+        assert "./net_of_mine.py:Net" in run("evaluate", "t.safetensors", "--model", same, "--data", "digits")
+    assert "would be lost" in run("convert", "runs/x", *net, "-o", "runs/x/best.safetensors", status=2)
     wrong = run("train", "--model", "./net_of_mine.py:Net,num_classes=7", "--data", "digits", "--out", "y", status=1)
     assert "digits, which has 10 classes, with (2, 7)" in wrong
     batch = ("./net_of_mine.py:Net", "package_of_mine.models:build,width=2")
     assert "2 converted" in run("zoo", "convert", *batch, "--block", "acb", "--no-latency", "--out", "runs/z")
-    assert "no 'Nat'" in run("zoo", "convert", "./net_of_mine.py:Nat", "--out", "runs/w", status=2)
+    for name in ("Nat", "N*"):
+        printed = run("zoo", "convert", f"./net_of_mine.py:{name}", "--out", "runs/w", status=2)
+        assert f"net_of_mine.py has no '{name}'" in printed
     assert "1 planned" in run("zoo", "plan", "./net_of_mine.py:ready", "--out", "runs/p")
 
 

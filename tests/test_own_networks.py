@@ -104,7 +104,7 @@ def test_pre_activation_blocks_project_the_activated_input() -> None:
 @pytest.mark.parametrize("name", [n if n in SMALL else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
 def test_blocks_go_in_and_come_out(name: str, block: str) -> None:
     stock = sources.create(f"zoo:{name}")
-    plan = reparam.plan(stock, block, init="paper")
+    plan = reparam.plan(stock, block, init="paper", where="all")
     assert len(plan.expanded) == sum(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in stock.modules())
     expanded = plan.apply().train()
     with torch.no_grad():

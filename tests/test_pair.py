@@ -118,6 +118,7 @@ def test_an_expanded_network_goes_on_training(tmp_path: Path) -> None:
         (Chain, "is of the class Net, and plain= is a Chain"),
         (lambda: reparam.expand(Net(), "acb"), "as it was before it was expanded"),
         (lambda: 3, "takes a network or what makes one, got int"),
+        ("timm:resnet18", "takes a network or what makes one, got 'timm:resnet18'"),
     ],
 )
 def test_another_network_is_refused(tmp_path: Path, plain: Callable[[], nn.Module], words: str) -> None:

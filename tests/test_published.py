@@ -337,6 +337,23 @@ def test_ecb(tmp_path: Path) -> None:
         assert torch.allclose(F.prelu(got, found.tensors["body.act.weight"]), official(x), rtol=1e-12, atol=1e-12)
 
 
+def test_an_identity_is_where_a_block_keeps_its_channels(tmp_path: Path) -> None:
+    """The authors' option is one for the whole network; that it was not said is."""
+    official = lively(nn.Sequential(ECB(4, 6), ECB(6, 6, identity=True)))
+    file = save(tmp_path / "x.pth", official.state_dict())
+    found = reparam.import_checkpoint(file, block="ecb:identity=true")
+    x = torch.randn(1, 4, 9, 9).double()
+    want, got = official(x), x
+    for i in "01":
+        got = F.conv2d(got, found.tensors[f"{i}.weight"], found.tensors[f"{i}.bias"], padding=1)
+        got = F.prelu(got, found.tensors[f"{i}.act.weight"])
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+    assert "--block ecb:identity=true" not in str(found)
+    assert "no file says: taken to have the default; else --block ecb:identity=true" in str(
+        reparam.import_checkpoint(file)
+    )
+
+
 def test_norms_inside_and_behind(tmp_path: Path) -> None:
     """UniRepLKNet's block has norms of its own and one more behind: expanding has one place for it, folding two."""
 
@@ -380,6 +397,22 @@ REFUSED = {
     "both forms": (
         lambda: broken(lambda s: s.update({"first.dbb_reparam.weight": torch.zeros(8, 4, 3, 3)})),
         "first.dbb_reparam.weight beside",
+    ),
+    "two blocks in one place": (
+        lambda: broken(lambda s: s.update({f"first.{k}": v for k, v in ACB(4, 8, 3).state_dict().items()})),
+        "first.dbb_origin.conv.weight beside first.square_conv.weight",
+    ),
+    "something where the kernel goes": (
+        lambda: broken(lambda s: s.update({"first.weight": torch.zeros(8, 4, 3, 3)})),
+        "first.weight beside first.dbb_origin.conv.weight",
+    ),
+    "something where the bias goes": (
+        lambda: broken(lambda s: s.update({"second.bias": torch.zeros(8)})),
+        "second.bias beside second.dbb_origin.conv.weight",
+    ),
+    "a kernel of unknown shape": (
+        lambda: {"first.W": torch.rand(8, 4, 15), "first.D": torch.zeros(4, 15, 15)},
+        "first: its D is of 15 taps, which is no square kernel",
     ),
     "some deployed": (
         lambda: {
@@ -441,12 +474,45 @@ def test_names_without_a_place_are_listed(tmp_path: Path) -> None:
         tmp_path / "x.pth",
         {f"deep.{k}": v for k, v in case.official().state_dict().items()} | {"odd.weight": torch.zeros(3)},
     )
-    with pytest.raises(files.FileError, match=r"no place for .*odd.*; nothing for its"):
+    with pytest.raises(files.FileError, match=r"no place for odd$"):
         reparam.import_checkpoint(file, like=case.stock(norms=True))
+    with pytest.raises(files.FileError, match=r"no place for .*odd.*; nothing for its"):
+        reparam.import_checkpoint(file, like=nn.Sequential(case.stock(norms=True), nn.PReLU(7)))
     with pytest.raises(files.FileError, match="no place for second"):
         reparam.import_checkpoint(
             save(tmp_path / "y.pth", case.official().state_dict()), like=CASES["acb"].stock(norms=True)
         )
+
+
+def test_what_alone_keeps_a_file_from_fitting_is_said(tmp_path: Path) -> None:
+    """The classes, the part that the network lacks, the part that the file lacks; by lists of names and by the tree."""
+
+    class More(Two):
+        def __init__(self) -> None:
+            super().__init__(*(nn.Conv2d(i, o, k, s, k // 2, bias=False) for i, o, k, s, _ in DENSE), norms=True)
+            self.tail = nn.Conv2d(3, 7, 3)
+
+    case = CASES["acb"]
+    for prefix in ("", "deep."):
+        state = {f"{prefix}{k}": v for k, v in case.official().state_dict().items()}
+        file = save(tmp_path / "x.pth", state)
+        seven = case.stock(norms=True)
+        seven.head = nn.Linear(8, 7)
+        wrong: tuple[tuple[nn.Module, str], ...] = (
+            (seven, r"it is for 5 classes \((deep\.)?head\) and the network for 7; name the network for 5"),
+            (More(), "to the network: nothing for its tail$"),
+        )
+        for like, message in wrong:
+            with pytest.raises(files.FileError, match=message):
+                reparam.import_checkpoint(file, like=like)
+        file = save(tmp_path / "y.pth", {**state, f"{prefix}loss.weight": torch.zeros(5)})
+        with pytest.raises(files.FileError, match=r"to the network: no place for (deep\.)?loss$"):
+            reparam.import_checkpoint(file, like=case.stock(norms=True))
+        lacks = {k: v for k, v in state.items() if k != f"{prefix}second.hor_bn.bias"}
+        file = save(tmp_path / "z.pth", lacks)
+        for collapse in (False, True):
+            with pytest.raises(files.FileError, match=r"it misses (deep\.)?second.hor_bn.bias$"):
+                reparam.import_checkpoint(file, like=case.stock(norms=True), collapse=collapse)
 
 
 def test_a_block_that_is_not_what_its_authors_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 import reparam
 from reparam import cli
+from tests.published_blocks import ACB
+from tests.published_networks import lively
 
 pytest_plugins = ("toy_package",)
 X = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -42,16 +44,20 @@ def test_a_file_is_not_written_over_itself(toy: str, tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     run = CliRunner().invoke
     assert run(cli.app, ["expand", toy, "--block", "acb", "-o", str(path)]).exit_code == 0
-    before = path.read_bytes()
+    published = tmp_path / "acnet.pth"
+    torch.save(lively(ACB(3, 4, 3)).state_dict(), published)
+    before = path.read_bytes(), published.read_bytes()
     link = tmp_path / "link.safetensors"
     link.symlink_to(path)
     for words in (["collapse", str(path), "-o", str(path)], ["collapse", str(path), "-o", str(link)],
                   ["collapse", toy, "--weights", str(path), "-o", str(path)],
-                  ["expand", toy, "--block", "acb", "--weights", str(path), "-o", str(path)]):  # fmt: skip
+                  ["expand", toy, "--block", "acb", "--weights", str(path), "-o", str(path)],
+                  ["import", str(published), "-o", str(published)],
+                  ["convert", str(path), "-o", str(link)]):  # fmt: skip
         done = run(cli.app, words)
         assert done.exit_code == 2
         assert "is the file that is read, which would be lost" in " ".join(done.output.split())
-    assert path.read_bytes() == before
+    assert (path.read_bytes(), published.read_bytes()) == before
     assert run(cli.app, ["collapse", str(path), "-o", str(tmp_path / "other.safetensors")]).exit_code == 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from passes.fold.rules import rules_of
 from reparam import ReparamError, sources
 from reparam.networks import UsageError
-from reparam.own_code import Code
+from reparam.own_code import Code, is_place
 from reparam.recipe import parse_block
 from zoo.job import FILES, Job, Settings, finished, versions
 from zoo.journal import Journal, JournalError
@@ -186,11 +186,12 @@ def select(
     """
     found: dict[tuple[str, str], None] = {}
     for text in names:
-        where, name = sources.split(text) if sources.is_spec(text) else (source, text)
+        own = is_place(text.rpartition(":")[0])  # a pattern of one's own code is no spec, and matches nothing
+        where, name = sources.split(text) if own or sources.is_spec(text) else (source, text)
         pattern = any(c in name for c in "*?[") and "," not in name
         if sources.runs_code(where):
-            sources.name_code(text)
             Code(where).find(name.partition(",")[0])
+            sources.name_code(text)
             found[where, name] = None
             continue
         matches = sources.names(where, name) if pattern else [name]

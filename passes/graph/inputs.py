@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
+from passes.refusal import ReparamError
 
 __all__ = [
     "SMALL",
@@ -92,8 +93,11 @@ def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
       one tensor or one list is that argument;
     - all else is one argument.
     """
-    if isinstance(inputs, Mapping) and _names(inputs, model):
-        return (), dict(inputs)
+    if isinstance(inputs, Mapping):
+        if _names(inputs, model):
+            return (), dict(inputs)
+        if _signature(model) is not None and not _binds(model, (inputs,), {}):
+            raise ReparamError(f"example_inputs has {_odd_names(inputs, model)}, and forward takes {_signature(model)}")
     if isinstance(inputs, tuple) and type(inputs) is tuple:
         *args, last = inputs or (None,)
         if inputs and isinstance(last, Mapping):
@@ -187,7 +191,13 @@ def _names(inputs: Mapping[Any, Any], model: nn.Module) -> bool:
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     known = {p.name for p in signature.parameters.values() if p.kind in named}
     any_name = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    return set(inputs) <= known or (any_name and not known)
+    return set(inputs) <= known or (any_name and (not known or bool(known & set(inputs))))
+
+
+def _odd_names(inputs: Mapping[Any, Any], model: nn.Module) -> str:
+    signature = _signature(model)
+    known = () if signature is None else signature.parameters
+    return ", ".join(repr(name) for name in inputs if name not in known) or "no arguments"
 
 
 def _binds(model: nn.Module, args: Any, kwargs: Mapping[Any, Any]) -> bool:

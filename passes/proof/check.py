@@ -35,7 +35,7 @@ from passes.proof.locate import Choices, choose_alike
 from passes.proof.run import Run, hooked, nudged, run, runner_of
 from passes.refusal import ReparamError
 
-__all__ = ["Checked", "NoInputError", "Observed", "check", "explained", "first_line", "observe"]
+__all__ = ["Checked", "NoInputError", "Observed", "check", "explained", "first_line", "observe", "without_hooks_of"]
 
 ROUNDING = 1e-6
 """The most that rounding in float64 may explain in a network that amplifies it; beyond it, nothing can be told."""
@@ -159,7 +159,8 @@ def observe(model: nn.Module, example: Any = None, *, training: bool = False) ->
         # The model is user code: whatever it raises means that it does not take these inputs.
         except Exception as error:
             if given is not None:
-                raise ReparamError(f"the model rejects example_inputs: {first_line(error)}") from error
+                said = f"{first_line(error)}{without_hooks_of(model)}"
+                raise ReparamError(f"the model rejects example_inputs: {said}") from error
             tried.append(f"{made}: {first_line(error)}")
         if given is not None:
             raise ReparamError("nothing to compare: the model returns no numbers for these inputs")
@@ -459,6 +460,13 @@ def _where(path: str, moved: Mapping[str, str]) -> str:
         if before in moved:
             return ".".join([moved[before], *parts[i:]])
     return path
+
+
+def without_hooks_of(*models: nn.Module) -> str:
+    """That a network was run without its hooks, which its own code may need; empty if it has none."""
+    paths = list(dict.fromkeys(path for model in models for path in hooked(model)))
+    at = ", ".join(map(repr, paths[:3])) + (", ..." if len(paths) > 3 else "")
+    return f" (it runs without the hooks at {at}; if it needs them, leave example_inputs out)" if paths else ""
 
 
 def first_line(error: Exception) -> str:

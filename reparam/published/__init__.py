@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from passes.training.discovery import find_convs
 from reparam import files, sources
 from reparam.disk import FileError
 from reparam.published import order
+from reparam.published.grammar import Unit
 from reparam.published.place import Network, put
 from reparam.published.units import find_units, folded
 from reparam.recipe import Recipe, parse_block
@@ -129,6 +131,7 @@ def _imported(content: files.StateFile, asked: str | Block | None, network: Netw
         )
     said = Counter(unit.grammar.said + (", deployed" if unit.deployed else "") for unit in units)
     options = asked if isinstance(asked, Block) else None
+    notes += _unsaid(units, options)
     if content.others:
         notes.append(f"read from {content.key!r} of the checkpoint; it also has {', '.join(content.others)}")
     if network is None:
@@ -147,6 +150,16 @@ def _imported(content: files.StateFile, asked: str | Block | None, network: Netw
     return Imported(
         state, done.model, network.spec, done.recipe, done.collapsed, dict(said), done.difference, tuple(notes)
     )
+
+
+def _unsaid(units: list[Unit], asked: Block | None) -> Iterator[str]:
+    """What a block is taken to be where no file says it and nobody did."""
+    for grammar in {unit.grammar.name: unit.grammar for unit in units if not unit.deployed}.values():
+        if grammar.unsaid and (asked is None or grammar.unsaid not in asked.options):
+            yield (
+                f"whether its {grammar.block} blocks have the option {grammar.unsaid}, no file says: taken to have the "
+                f"default; else --block {grammar.block}:{grammar.unsaid}=true"
+            )
 
 
 def _clean(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from passes.algebra.geometry import Geometry
+from reparam.disk import FileError
 from reparam.published import formulas
 from reparam.published.grammar import Grammar, Options, Tensors
 from reparam.published.sums import BESIDE_REPVGG, repvgg_options
@@ -35,9 +36,11 @@ def _doconv_loads(t: Tensors) -> bool:
 
 
 def _taps(taps: int) -> tuple[int, ...]:
-    """A square kernel of so many taps; of other kernels the file does not say more."""
+    """A square kernel of so many taps; of others the file does not say which: :class:`FileError`."""
     side = round(taps**0.5)
-    return (side, side) if side * side == taps else (1, taps)
+    if side * side != taps:
+        raise FileError(f"its D is of {taps} taps, which is no square kernel, and the file does not say of what shape")
+    return side, side
 
 
 def _depth(taps: int, depth: int) -> dict[str, Any]:

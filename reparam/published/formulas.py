@@ -154,7 +154,7 @@ def ecb(t: Tensors, x: Tensor, g: Geometry, options: Mapping[str, Any]) -> Tenso
         else:
             weight = t[f"{branch}.scale"] * t[f"{branch}.mask"]
             y = y + F.conv2d(first, weight, t[f"{branch}.bias"], groups=weight.shape[0])
-    return y + x if options.get("identity") else y
+    return y + x if options.get("identity") and y.shape == x.shape else y
 
 
 # ------------------------------------------------------------------ kernels that are computed

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -110,28 +110,91 @@ class Side:
     norms: Mapping[str, str]
 
 
-def placed(file: Side, network: Side) -> tuple[dict[str, str], str]:
+def placed(file: Side, network: Side, *, explain: bool = False) -> tuple[dict[str, str], str]:
     """The path in the network of each module of the file, and how that was told.
 
-    Raises :class:`FileError` if nothing fits, or more than one thing does; the message lists what is left over.
+    Raises :class:`FileError` if nothing fits, or more than one thing does; the message lists what is left over. To
+    ``explain`` is to look for the one thing that keeps them from fitting.
     """
-    best: tuple[list[str], list[str]] | None = None
+    if (found := _fit(file, network)) is not None:
+        return found
+    nearest = _nearest(file, network) if explain else ""
+    if not nearest:
+        every = [{path: _renamed(path, renames) for path in file.shapes} for renames in _LISTS.values()]
+        lost, left = min((_differences(paths, file, network) for paths in every), key=lambda two: sum(map(len, two)))
+        nearest = _lacks(lost, left)
+    raise FileError(f"the names of the file do not map to the network: {nearest}")
+
+
+def _fit(file: Side, network: Side) -> tuple[dict[str, str], str] | None:
     for name, renames in _LISTS.items():
         paths = {path: _renamed(path, renames) for path in file.shapes}
-        lost, left = _differences(paths, file, network)
-        if not lost and not left:
+        if not any(_differences(paths, file, network)):
             return paths, name
-        if best is None or len(lost) + len(left) < len(best[0]) + len(best[1]):
-            best = lost, left
-    behind = set(network.norms.values()) if file.norms else set()
-    tree = _by_tree(file.shapes, {path: shape for path, shape in network.shapes.items() if path not in behind})
+    tree = _by_tree(file.shapes, _in_front(file, network))
     if tree is not None and not any(_differences(tree, file, network)):
         return tree, "by shapes, and modules of one shape by their numbers"
-    assert best is not None
-    lost, left = best
+    return None
+
+
+def _in_front(file: Side, network: Side) -> dict[str, Shape]:
+    """The modules of a network without the norms that blocks of the file bring along."""
+    behind = set(network.norms.values()) if file.norms else set()
+    return {path: shape for path, shape in network.shapes.items() if path not in behind}
+
+
+# ------------------------------------------------------------------ what keeps them from fitting
+
+
+def _lacks(lost: Iterable[str], left: Iterable[str]) -> str:
     said = [f"no place for {shortened(lost)}"] if lost else []
-    said += [f"nothing for its {shortened(left)}"] if left else []
-    raise FileError(f"the names of the file do not map to the network: {'; '.join(said)}")
+    return "; ".join([*said, *([f"nothing for its {shortened(left)}"] if left else [])])
+
+
+def _nearest(file: Side, network: Side) -> str:
+    """The one thing, in words, without which they would fit: the number of classes, or a part that one side lacks."""
+    theirs = _in_front(file, network)
+    more = Counter(file.shapes.values()) - Counter(theirs.values())
+    less = Counter(theirs.values()) - Counter(file.shapes.values())
+    if len(more) == len(less) == 1:
+        return _classes(file, network, next(iter(more)), next(iter(less)))
+    for part in _parts(file.shapes) if not less else ():
+        rest = {path: shape for path, shape in file.shapes.items() if path not in part}
+        if Counter(part.values()) == more and _fits(Side(rest, file.norms), network):
+            return _lacks(part, ())
+    for part in _parts(theirs) if not more else ():
+        gone = {*part, *(network.norms.get(path) for path in part)}
+        rest = {path: shape for path, shape in network.shapes.items() if path not in gone}
+        if Counter(part.values()) == less and _fits(file, Side(rest, network.norms)):
+            return _lacks((), part)
+    return ""
+
+
+def _classes(file: Side, network: Side, held: Shape, own: Shape) -> str:
+    if len(held) != 2 or held[1:] != own[1:]:
+        return ""
+    alike = {path: own if shape == held else shape for path, shape in file.shapes.items()}
+    if not _fits(Side(alike, file.norms), network):
+        return ""
+    heads = shortened(path for path, shape in file.shapes.items() if shape == held)
+    return (
+        f"it is for {held[0]} classes ({heads}) and the network for {own[0]}; name the network for {held[0]}, "
+        f"num_classes={held[0]} where it takes that option"
+    )
+
+
+def _fits(file: Side, network: Side) -> bool:
+    try:
+        return _fit(file, network) is not None
+    except FileError:  # in more than one way
+        return False
+
+
+def _parts(shapes: Mapping[str, Shape]) -> Iterator[dict[str, Shape]]:
+    """Every module by itself, and with what is inside."""
+    paths = dict.fromkeys(above for path in shapes for above in accumulate(path.split("."), "{}.{}".format))
+    for part in paths:
+        yield {path: shape for path, shape in shapes.items() if f"{path}.".startswith(f"{part}.")}
 
 
 def _renamed(path: str, renames: tuple[Rename, ...]) -> str:

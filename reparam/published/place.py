@@ -21,7 +21,7 @@ from reparam import files
 from reparam.disk import FileError
 from reparam.published.grammar import Unit, normed, translated
 from reparam.published.names import Side, placed
-from reparam.published.units import completed, deviation, folded, geometry_of, ours, shortened
+from reparam.published.units import completed, deviation, folded, geometry_of, module_of, ours, shortened
 from reparam.rebuilding import generic
 from reparam.recipe import Recipe
 
@@ -93,7 +93,7 @@ def put(units: list[Unit], rest: Mapping[str, Tensor], network: Network, asked: 
     try:
         where, said = _places(units, _modules(rest), network.stock)
     except FileError:  # no network but the authors' own has a norm beside its convolution under these very names
-        where, said = _places(units, _paired(_modules(rest)), network.stock)
+        where, said = _places(units, _paired(_modules(rest)), network.stock, explain=True)
     notes = (f"names: {said}",)
     if where.native:
         return _native(units, where, network, asked, notes, collapse=collapse)
@@ -133,7 +133,9 @@ def _shape(module: Mapping[str, Tensor]) -> tuple[int, ...]:
     return tuple(next(iter([module["weight"]] if "weight" in module else module.values())).shape)
 
 
-def _places(units: list[Unit], rest: dict[str, dict[str, Tensor]], stock: nn.Module) -> tuple[_Placed, str]:
+def _places(
+    units: list[Unit], rest: dict[str, dict[str, Tensor]], stock: nn.Module, *, explain: bool = False
+) -> tuple[_Placed, str]:
     shapes = {unit.path: _kernel_shape(unit) for unit in units} | {path: _shape(m) for path, m in rest.items()}
     brings = {unit.path: "" for unit in units if unit.deployed or any("running_mean" in part for part in unit.tensors)}
     brings |= {path: "" for path, module in rest.items() if "bn.running_mean" in module or _bare(module, units)}
@@ -150,7 +152,7 @@ def _places(units: list[Unit], rest: dict[str, dict[str, Tensor]], stock: nn.Mod
     }
     own |= {block: theirs[path] for block, path in native.items()}
     norms = {path: found.norm.path for path, found in convs.items() if found.norm is not None}
-    paths, said = placed(Side(shapes, brings), Side(own, norms))
+    paths, said = placed(Side(shapes, brings), Side(own, norms), explain=explain)
     return _Placed(paths, convs, rest, frozenset(native)), said
 
 
@@ -219,7 +221,13 @@ def _expanded(
         if left:
             raise FileError(f"the network's convolutions do not take the blocks: {shortened(left)}")
         model = planned.apply()
-    _load(model, state)
+    try:
+        _load(model, state)
+    except FileError:
+        for unit in units:  # what is wrong with a block is said in its authors' names
+            g = _geometry(network.stock, where.paths[unit.path])
+            module_of(unit, ours(unit, g, asked), g)
+        raise
     difference = 0.0
     for unit in units:
         to = where.paths[unit.path]

@@ -177,9 +177,9 @@ def _ecb_options(t: Tensors) -> dict[str, Any]:
 
 
 def _ecb_convert(t: Tensors, g: Geometry, options: Options) -> dict[str, Tensor]:
-    """The authors' identity has no factor, and so no tensor."""
-    bias = t["conv3x3.bias"]
-    return {"identity.scale.weight": torch.ones_like(bias)[:, None, None]} if options.get("identity") else {}
+    """The authors' identity has no factor, and so no tensor; it is there where the block keeps its channels."""
+    has = options.get("identity") and g.in_channels == g.out_channels
+    return {"identity.scale.weight": torch.ones_like(t["conv3x3.bias"])[:, None, None]} if has else {}
 
 
 ECB = Grammar(
@@ -210,4 +210,5 @@ ECB = Grammar(
     generic=("conv3x3.weight", "conv3x3.bias"),
     options=_ecb_options,
     convert=_ecb_convert,
+    unsaid="identity",
 )

@@ -30,7 +30,7 @@ from reparam.published.grammar import BATCH_NORM, Grammar, Unit
 from reparam.published.grammars import GRAMMARS
 from reparam.untrusted import FLOATS
 
-__all__ = ["Folded", "deviation", "find_units", "folded", "geometry_of", "ours", "shortened"]
+__all__ = ["Folded", "deviation", "find_units", "folded", "geometry_of", "module_of", "ours", "shortened"]
 
 EXACT = 1e-10
 """Largest difference in float64, relative to the largest value, that is rounding."""
@@ -63,6 +63,7 @@ def find_units(
             wrong += _half(unit)
             wrong += [key for key in rest if any(key.startswith(unit.key(word)) for word in grammar.words)]
             units.append(unit)
+    wrong += _collisions(units, rest)
     if wrong:
         raise FileError(f"the names of blocks are not whole: {shortened(dict.fromkeys(wrong))}")
     if not units:
@@ -90,6 +91,17 @@ def _of(grammar: Grammar, tensors: Mapping[str, Tensor]) -> list[Unit]:
     return units
 
 
+def _collisions(units: list[Unit], rest: Mapping[str, Tensor]) -> Iterator[str]:
+    """What stands where another block does, or where its kernel and bias go."""
+    held: dict[str, Unit] = {}
+    for unit in units:
+        first = unit.key(next(iter(unit.tensors)))
+        yield from (f"{key} beside {first}" for name in ("weight", "bias") if (key := unit.key(name)) in rest)
+        other = held.setdefault(unit.path, unit)
+        if other is not unit:
+            yield f"{first} beside {other.key(next(iter(other.tensors)))}"
+
+
 def _half(unit: Unit) -> list[str]:
     """What a block lacks or has of both of its forms, as far as the names say."""
     grammar, t = unit.grammar, unit.tensors
@@ -115,6 +127,8 @@ def _of_a_file(unit: Unit) -> Iterator[None]:
     """Say what is wrong with tensors that may be missing, or of any shape."""
     try:
         yield
+    except FileError as error:
+        raise FileError(f"{unit.path}: {error}") from error
     except KeyError as error:
         key = unit.key(str(error.args[0]))
         raise FileError(f"{unit.path} is {unit.grammar.said} in part: it misses {key}") from error

@@ -68,6 +68,7 @@ class Folder:
         self.upcoming = self.path / "next.safetensors"
         self.best = self.path / "best.safetensors"
         self.best_ema = self.path / "best.ema.safetensors"
+        self.weights = (self.last, self.previous, self.best, self.best_ema)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write ``name`` (``run.json``, ``result.json``)."""

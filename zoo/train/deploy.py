@@ -21,9 +21,10 @@ from reparam.commands import Blocks, FormName, Online, Where, form_of
 from reparam.disk import FileError, check_writable, move_file, scratch_folder
 from reparam.export import SUFFIXES, inputs_for, parse_dynamic, write_program
 from reparam.files import check_target, load_model, save_model
-from reparam.networks import Network, UsageError
+from reparam.networks import Network, UsageError, check_not_read
 from reparam.tables import counts_table
 from zoo.render import console
+from zoo.train.checkpoint import Folder
 from zoo.train.data import Data
 from zoo.train.evaluate import Score, Tally, answers
 from zoo.train.targets import (
@@ -144,6 +145,7 @@ def convert(
     fold_norms = fold_norms or exports
     if not exports:
         check_target(output)
+    check_not_read(output, checkpoint, *Folder(checkpoint).weights)
     check_writable(output)
     subject = find(checkpoint, model=model, recipe=expansion(block, where, form_of(form, online)), ema=ema)
     network = subject.network

@@ -17,7 +17,7 @@ from reparam.commands import errors
 from reparam.files import AVERAGED, FileError, StateFile, is_file_name, load_state, rebuild
 from reparam.networks import Network, UsageError, load
 from reparam.recipe import Recipe, parse_blocks, parse_where
-from reparam.sources import is_named, name_code, split
+from reparam.sources import is_named, name_code, same_place
 from zoo.networks import find_spec
 from zoo.train.checkpoint import Folder
 from zoo.train.config import Config
@@ -107,7 +107,7 @@ def find(
     content = load_state(path)
     if not content.source:
         return _foreign(target, content, model, recipe, ema)
-    same = model is not None and split(model)[0] == split(content.source)[0] and is_named(content.source)
+    same = model is not None and is_named(content.source) and same_place(model, content.source)
     _refuse(target, "says itself which network it is of", model=None if same else model, block=recipe)
     if "settings" in content.metadata:
         content, notes = _part(target, content, ema)
