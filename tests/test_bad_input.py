@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,18 +156,46 @@ def test_example_inputs_that_the_model_rejects(inputs: Any, verify: bool, inplac
         reparam.verify(model, model, inputs)
 
 
-def test_a_network_that_needs_its_own_hooks_is_told_that_they_do_not_run() -> None:
-    class Recorded(ConvBN):
-        """Reads what a hook notes, as transformers' backbones do once they were called."""
+NOTED: list[Tensor] = []
 
-        def forward(self, x: Tensor) -> Tensor:
-            noted.clear()
-            super().forward(x)
-            return noted[0] * 2
 
-    noted: list[Tensor] = []
+class Recorded(ConvBN):
+    """Reads what a hook notes, as transformers' backbones do once they were called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        NOTED.clear()
+        super().forward(x)
+        return NOTED[0] * 2
+
+
+def note(module: nn.Module, args: Any, output: Tensor) -> None:
+    NOTED.append(output)
+
+
+def test_hooks_of_the_library_that_a_network_is_from_run_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are a part of its forward; those that a person put on it reach anywhere, and do not run."""
+    library = types.ModuleType("some_library")
+    library.__file__ = str(tmp_path / "some_library" / "__init__.py")
+    monkeypatch.setitem(sys.modules, "some_library", library)
+    monkeypatch.setattr("passes.proof.run._SITES", {tmp_path})
+    for thing in (Recorded, note):
+        monkeypatch.setattr(thing, "__module__", "some_library.hooks")
     model = ready(Recorded())
-    model.conv.register_forward_hook(lambda module, args, output: noted.append(output))
+    model.conv.register_forward_hook(note)
+    ours = []
+    model.norm.register_forward_hook(lambda module, args, output: ours.append(output))
+    collapsed, explanation = reparam.collapse_with_report(model, example_inputs=maps())
+    assert explanation.checked is not None
+    assert explanation.checked.ok
+    assert not reparam.verify(model, collapsed, maps()).max_abs
+    assert not ours
+
+
+def test_a_network_that_needs_its_own_hooks_is_told_that_they_do_not_run() -> None:
+    model = ready(Recorded())
+    model.conv.register_forward_hook(note)
     model(maps())
     said = r"rejects example_inputs: list index out of range \(it runs without the hooks at 'conv'; if it needs them"
     with pytest.raises(ReparamError, match=said):

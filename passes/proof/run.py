@@ -11,12 +11,14 @@ import hashlib
 import random
 import re
 import sys
+import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,15 +86,17 @@ def runner_of(
 ) -> nn.Module:
     """A copy of ``model`` to be run, without the hooks that a person put on it: they may reach anywhere.
 
+    Those of the library that the network is from stay: its forward may need them.
+
     Args:
         model: is not changed, and not run: a model's own ``train`` and ``eval`` may compute, so they run on the copy.
         double: in float64, else as it is.
         training: the mode; a model that is in evaluation already keeps each module's own. None: as it is.
         exact: float64 numbers to use instead of a tensor of ``model``, by its id.
     """
-    runner = deep_copy(model)
+    runner, own = deep_copy(model), _libraries(model)
     for module in runner.modules():
-        for table, hooks in _hooks(module):
+        for table, hooks in _hooks(module, own):
             for key in hooks:
                 del table[key]
     if training is not None and runner.training != training:
@@ -113,19 +117,39 @@ def runner_of(
 
 def hooked(model: nn.Module) -> dict[str, int]:
     """How many hooks of a person's own each module has."""
-    counts = {path: sum(len(hooks) for _, hooks in _hooks(module)) for path, module in model.named_modules()}
+    own = _libraries(model)
+    counts = {path: sum(len(hooks) for _, hooks in _hooks(module, own)) for path, module in model.named_modules()}
     return {path: count for path, count in counts.items() if count}
 
 
-def _hooks(module: nn.Module) -> Iterator[tuple[Any, list[int]]]:
-    """Tables of hooks, each with the keys of those that are neither torch's own nor compute weights."""
+def _hooks(module: nn.Module, own: frozenset[str]) -> Iterator[tuple[Any, list[int]]]:
+    """Tables of hooks, each with the keys of those that are neither torch's nor ``own``, nor compute weights."""
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         table = vars(module).get(name) or {}
         keys = [
-            key for key, hook in table.items() if not (type(hook).__module__.startswith("torch.") or makes_weight(hook))
+            key
+            for key, hook in table.items()
+            if not (type(hook).__module__.startswith("torch.") or _package(hook) in own or makes_weight(hook))
         ]
         if keys:
             yield table, keys
+
+
+def _libraries(model: nn.Module) -> frozenset[str]:
+    """The installed packages that define the network's classes, torch aside."""
+    return frozenset(filter(_is_installed, {_package(type(module)) for module in model.modules()}))
+
+
+def _package(thing: Any) -> str:
+    return str(getattr(thing, "__module__", None) or "").partition(".")[0]
+
+
+def _is_installed(package: str) -> bool:
+    file = getattr(sys.modules.get(package), "__file__", None)
+    return package != "torch" and file is not None and any(Path(file).is_relative_to(site) for site in _SITES)
+
+
+_SITES = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
 
 
 def _tables(model: nn.Module) -> Iterator[dict[str, Any]]:
