@@ -16,6 +16,9 @@ from passes.graph.outside import Outside
 
 __all__ = ["Snapshot", "no_mark"]
 
+_PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
+"""Classes of most attributes, looked up first."""
+
 
 class Snapshot:
     """Every module's attributes as they are now, and what its forward can reach elsewhere (:attr:`outside`)."""
@@ -25,7 +28,7 @@ class Snapshot:
         self.saved: list[tuple[nn.Module, dict[str, Any], list[tuple[str, Any, Any]]]] = []
         for module in model.modules():
             attributes = dict(module.__dict__)
-            tables = [(name, v) for name, v in attributes.items() if isinstance(v, CONTAINERS)]
+            tables = [(n, v) for n, v in attributes.items() if type(v) not in _PLAIN and isinstance(v, CONTAINERS)]
             # Most are empty tables of hooks; copying thousands of those costs more than the trace.
             self.saved.append((module, attributes, [(name, t, copied(t) if t else None) for name, t in tables]))
 

@@ -67,17 +67,17 @@ class Outside:
 
     def _note(self) -> None:
         self._now = [copied(c) for c, _, _ in self._containers], [get() for get, _, _ in self._slots]
-        self._in_a_row = self._row()
+        self._in_a_row = [*map(len, self._plain)], [*self._row()]
 
-    def _row(self) -> tuple[list[int], list[Any]]:
-        """How much plain containers hold, and all of that and what names stand for, one after the other."""
+    def _row(self) -> Iterator[Any]:
+        """All that plain containers hold, and what names stand for, one after the other."""
         held = [itertools.chain.from_iterable(each) for each in (self._plain, map(dict.values, self._dicts))]
-        return list(map(len, self._plain)), [*held[0], *held[1], *(get() for get, _, _ in self._slots)]
+        return itertools.chain(*held, (get() for get, _, _ in self._slots))
 
     def _as_noted(self) -> bool:
         """Whether nothing has changed for sure, seen at a glance: this is asked at every step of a trace."""
-        (sizes, row), (before, noted) = self._row(), self._in_a_row
-        if sizes != before or not all(map(operator.is_, row, noted)):
+        before, noted = self._in_a_row
+        if not all(map(operator.eq, map(len, self._plain), before)) or not all(map(operator.is_, self._row(), noted)):
             return False
         return all(self._containers[i][2](self._containers[i][0], self._now[0][i]) for i in self._special)
 
