@@ -36,6 +36,7 @@ from passes.graph.capture import join
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
 from passes.graph.inputs import as_example
+from passes.graph.patches import patched
 from passes.graph.weights import weight_maker
 from passes.proof.compare import EquivalenceError
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
@@ -320,7 +321,8 @@ def make_plan(
             example_inputs = as_example(example_inputs, model)
             positions = positions_of(model, convs, example_inputs)
         decide = _Decision(model, init == "preserve", positions)
-        rows = decide.rows(convs, asked, form)
+        with patched():  # for the traces of all blocks at once
+            rows = decide.rows(convs, asked, form)
         plan = Plan(rows, positions is not None, model, init == "preserve", inplace, verify, _alone=alone)
         return _tried(plan, decide, example_inputs, read, strict) if verify is True else plan
 

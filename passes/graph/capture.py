@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from types import MappingProxyType
 from typing import Any
 
@@ -167,7 +167,7 @@ def trace_units(
     seen: set[int] = set()
     queue: list[tuple[str, nn.Module]] = [("", model)]
     with patched(), no_mark(model) as snapshot:
-        drawing = [m for m in model.modules() if snapshot.outside.draws(m)]
+        drawing = snapshot.outside.drawing(model.modules())
         whole |= {id(m): Refusal(Reason.STATE, "its forward goes on with an iterator") for m in drawing}
         while queue:
             path, module = queue.pop(0)
@@ -270,7 +270,7 @@ def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] =
     constants = {t: tracer._attribute(t) for t in targets - set(tracer.names.values())}
     reached = [root.get_submodule(at) for at in tracer.opaque]
     pinned = {id(inner) for leaf in reached for inner in leaf.modules() if inner is not leaf} | tracer.pinned
-    inside = [m for m in root.modules() if id(m) in pinned]
+    inside = [m for m in root.modules() if id(m) in pinned] if pinned else []
     stateful = {id(m) for m in inside if next(iter(m.state_dict()), None) is not None}
     return Unit(
         path, root, graph, tracer.calls, constants, tracer.opaque, stateful, tracer.read_names,
@@ -288,7 +288,7 @@ FORKING = 40
 
 
 def _is_small(root: nn.Module) -> bool:
-    return sum(1 for _ in root.modules()) <= FORKING
+    return sum(1 for _ in islice(root.modules(), FORKING + 1)) <= FORKING
 
 
 def _other_ways(tracer: Tracer) -> list[tuple[Asked, tuple[bool, ...]]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from passes.graph.copies import deep_copy, shadow
 from passes.graph.inputs import likely
 from passes.graph.modes import has_own_modes
+from passes.graph.patches import patched
 from passes.proof.check import Checked, NoInputError, Observed, check, first_line, observe
 from passes.proof.compare import Difference, Verdict
 from passes.refusal import Reason, Refusal, ReparamError
@@ -247,10 +248,11 @@ class _Trial(Generic[Row]):
         checks = [check(seen, trial, training=seen.training, moved=everywhere) for seen in self.seen]
         if not self.seen:
             blocks, away = [row.layer for row in rows], [old for old, new in everywhere.items() if old != new]
-            checks = [
-                traced_alike(self.model, trial, blocks, away, training=training, read=read)
-                for training, read in zip((False, True), self.read, strict=True)
-            ]
+            with patched():  # for both traces at once
+                checks = [
+                    traced_alike(self.model, trial, blocks, away, training=training, read=read)
+                    for training, read in zip((False, True), self.read, strict=True)
+                ]
         if not self.modes:
             return checks, {}
         try:
