@@ -120,9 +120,8 @@ def _given(layer: _ConvNd, why: RefusalError) -> Inside:
         tensors = [("weight", layer.weight), ("bias", layer.bias)]
         numbers = {name: torch.randn(t.shape) for name, t in tensors if t is not None}
         kept = {name: t.clone() for name, t in numbers.items()}
-        first, *others = sizes_for(layer)
-        # The weight is computed in each run, which takes long: both modes, and all sizes, but not each with each.
-        for sizes, training in ((first, False), (first, True), *zip(others, (True, False), strict=True)):
+        # The weight is computed in each run, which takes long: both modes and all sizes, but not each with each.
+        for sizes, training in zip(sizes_for(layer), (False, True, False), strict=True):
             if not _same_given(layer, sizes, training, numbers):
                 raise why
         if not all(torch.equal(kept[name], t) for name, t in numbers.items()):
