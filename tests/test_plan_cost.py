@@ -77,16 +77,17 @@ class Changing(nn.Module):
         return y if flag and not before else self.norm(y)
 
 
-def unreadable(flag: Any) -> None:
-    if float(flag.sum()) >= 0:
-        flag.logical_not_()
+class Unread(nn.Module):
+    def forward(self, flag: Any) -> None:
+        if float(flag.sum()) >= 0:
+            flag.logical_not_()
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "in place": lambda flag: flag.logical_not_(),
     "through a view": lambda flag: flag.view(()).logical_not_(),
     "as a function is told": lambda flag: F.relu(flag, inplace=True),
-    "by code that is not read": lambda flag: unreadable(flag),
+    "by a module that is not read": Unread(),
 }
 
 
