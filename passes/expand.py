@@ -11,7 +11,7 @@ import logging
 import math
 import textwrap
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import PurePosixPath
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from passes.algebra.geometry import Geometry
+from passes.algebra.geometry import Geometry, Layer
 from passes.blocks.kit.layers import BranchSum, SilenceError, is_block
 from passes.blocks.kit.registry import Block
 from passes.collapse import check_model
@@ -31,17 +31,18 @@ from passes.edits.carried import other_network, remember
 from passes.edits.edit import Block as BlockEdit
 from passes.edits.edit import Edit, Remove
 from passes.exported import is_program
-from passes.fold.methods import parts_used
+from passes.fold.methods import classes_of, parts_used
 from passes.graph.capture import join
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
 from passes.graph.inputs import as_example
+from passes.graph.patches import patched
 from passes.graph.weights import weight_maker
 from passes.proof.compare import EquivalenceError
 from passes.refusal import Reason, Refusal, RefusalError, ReparamError
 from passes.table import section
 from passes.training.build import Cost, answers_for, build, check_preserved, signature, site_of, try_on_meta
-from passes.training.discovery import Found, find_convs
+from passes.training.discovery import Found, find_convs, layers_in
 from passes.training.filters import Blocks, Forms, Where, block_chooser, form_chooser, named_blocks, selector
 from passes.training.forms import Form
 from passes.training.inside import takes_any_weight
@@ -265,6 +266,7 @@ def _put(
     blocks: dict[str, nn.Module] = {}
     moved: dict[str, _BatchNorm] = {}
     checked: set[Any] = set()
+    running = classes_of(model.modules())
     for row in rows:
         block, path, norm = row.block, row.layer, row.found.norm
         assert block is not None
@@ -283,7 +285,7 @@ def _put(
         behind = ("", ()) if norm is None else (norm.path, norm.rest)
         edits.append(BlockEdit(path, block.name, options, str(row.form), preserve, *behind, norms=row.found.norms))
         if site.norm_taken and site.norm is not None and norm is not None:
-            answering = answers_for(model, norm.path, blocks[path])
+            answering = answers_for(model, norm.path, blocks[path], running)
             edits.append(Remove(norm.path, norm.rest, answering=answering, into="" if answering else path))
             moved[norm.path] = site.norm
     apply(model, edits, blocks)
@@ -310,16 +312,37 @@ def make_plan(
     with kept_generators(p.device for p in model.parameters()):
         positions = None
         read: list[Reading] = []
-        convs = find_convs(model, linear=linear, read=read)
+        asked = _asked(model, layers_in(model, linear=linear), block, where)
+        wanted = {path for path, mine in asked.items() if isinstance(mine, Block)}
+        convs = find_convs(model, linear=linear, read=read, wanted=wanted)
         if verify is not True:
             convs = [_unseen(found) for found in convs]
         if example_inputs is not None:
             example_inputs = as_example(example_inputs, model)
             positions = positions_of(model, convs, example_inputs)
         decide = _Decision(model, init == "preserve", positions)
-        rows = decide.rows(convs, block, where, form)
+        with patched():  # for the traces of all blocks at once
+            rows = decide.rows(convs, asked, form)
         plan = Plan(rows, positions is not None, model, init == "preserve", inplace, verify, _alone=alone)
         return _tried(plan, decide, example_inputs, read, strict) if verify is True else plan
+
+
+def _asked(model: nn.Module, layers: Mapping[str, Layer], block: Blocks, where: Where) -> dict[str, Block | Refusal]:
+    """The block that is asked for in each layer's place, or why none is; whatever the code around it does."""
+    paths = [*layers]
+    selected, chosen = selector(where, paths), block_chooser(block, paths)
+    asked: dict[str, Block | Refusal] = {}
+    for path, layer in layers.items():
+        mine = chosen(path)
+        refusal: Refusal | None = Refusal(Reason.NOT_SELECTED, Reason.NOT_SELECTED.value)
+        if mine is not None and isinstance(layer, nn.Linear) and not mine.info.linear:
+            refusal = Refusal(Reason.NOT_SELECTED, f"{mine.name} is for convolutions, and this is a linear layer")
+        elif mine is not None:
+            refusal = selected(path, layer, mine)
+        if (refusal is None or refusal.reason is not Reason.NOT_SELECTED) and _inside_block(model, path):
+            refusal = Refusal(Reason.BLOCK, "it is part of a block already; collapse the model first")
+        asked[path] = refusal or mine  # type: ignore[assignment]  # without a refusal there is a block
+    return asked
 
 
 def _unseen(found: Found) -> Found:
@@ -378,25 +401,15 @@ class _Decision:
         self.model, self.preserve, self.positions = model, preserve, positions
         self._decided: dict[Any, Cost | Refusal] = {}
 
-    def rows(self, convs: list[Found], block: Blocks, where: Where, form: Forms) -> tuple[PlanRow, ...]:
-        paths = [found.path for found in convs]
-        selected, chosen, form_of = selector(where, paths), block_chooser(block, paths), form_chooser(form, paths)
+    def rows(self, convs: list[Found], asked: Mapping[str, Block | Refusal], form: Forms) -> tuple[PlanRow, ...]:
+        form_of = form_chooser(form, [*asked])
         rows = []
         for found in convs:
-            mine = chosen(found.path)
-            refusal: Refusal | None = Refusal(Reason.NOT_SELECTED, Reason.NOT_SELECTED.value)
-            if mine is not None and isinstance(found.conv, nn.Linear) and not mine.info.linear:
-                refusal = Refusal(Reason.NOT_SELECTED, f"{mine.name} is for convolutions, and this is a linear layer")
-            elif mine is not None:
-                refusal = selected(found.path, found.conv, mine)
-            asked = refusal is None or refusal.reason is not Reason.NOT_SELECTED
-            if asked and _inside_block(self.model, found.path):
-                refusal = Refusal(Reason.BLOCK, "it is part of a block already; collapse the model first")
-            refusal = refusal or found.refusal
-            if refusal is not None or mine is None:
-                rows.append(
-                    PlanRow(found.path, Geometry.of(found.conv), None, refusal and refusal.at(found.path), None, found)
-                )
+            mine = asked[found.path]
+            refusal = mine if isinstance(mine, Refusal) else found.refusal
+            if refusal is not None or isinstance(mine, Refusal):
+                told = refusal and refusal.at(found.path)
+                rows.append(PlanRow(found.path, Geometry.of(found.conv), None, told, None, found))
             else:
                 rows.append(self.row(found, mine, form_of(found.path, mine)))
         return tuple(rows)

@@ -21,7 +21,8 @@ from passes.refusal import ReparamError
 
 __all__ = ["Holder", "apart", "holders", "substituted"]
 
-_TABLES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_OF_TORCH = frozenset(vars(nn.Module()))
+"""Attributes that torch gives every module, none of which holds another but the table of children."""
 _DEPTH = 4
 _PLAIN = frozenset({bool, int, float, str, type(None), nn.Parameter, Tensor})
 """Classes of most values: looked up first, since every attribute of every module is looked at."""
@@ -45,7 +46,9 @@ def holders(model: nn.Module) -> dict[int, list[Holder]]:
     found: dict[int, list[Holder]] = {}
     for path, owner in model.named_modules():
         for name, value in vars(owner).items():
-            if type(value) in _PLAIN or name in _TABLES or name.endswith("_hooks") or not _may_hold(value):
+            if type(value) in _PLAIN or name in _OF_TORCH or name.endswith("_hooks") or not _may_hold(value):
+                continue
+            if type(value) is tuple and _PLAIN.issuperset(map(type, value)):  # a stride, a padding
                 continue
             held: dict[int, bool] = {}
             for module, changeable in _modules_in(value, _DEPTH):

@@ -23,7 +23,7 @@ from passes.fold.candidates import Candidate, Key, Tie
 from passes.fold.folds import Fold
 from passes.fold.forward import new_forward
 from passes.fold.layout import Layout
-from passes.fold.methods import deployed_as, folded_from_outside, needed_elsewhere, parts_used
+from passes.fold.methods import classes_of, deployed_as, folded_from_outside, needed_elsewhere, parts_used
 from passes.fold.placement import Rewrite as Change
 from passes.graph.capture import Call, call_of, join
 from passes.graph.methods import MethodCall
@@ -68,6 +68,7 @@ class _Writer:
         self.done = Edited()
         self.paths = dict(self.unit.root.named_modules())
         self.described = {id(m._modules): join(self.unit.path, path) for path, m in self.paths.items()}
+        self.classes = classes_of(self.paths.values())
         self.gone: set[str] = set()
 
     def written(self) -> Edited:
@@ -112,7 +113,7 @@ class _Writer:
         if region is None:
             keeping = tuple(sorted(name[len(path) + 1 :] for name in self.layout.read(path)))
             norm = isinstance(self.unit.root.get_submodule(path), _BatchNorm)
-            answering = norm and not keeping and folded_from_outside(self.unit.root, path)
+            answering = norm and not keeping and folded_from_outside(self.unit.root, path, self.classes)
             self.done.edits.append(Remove(full, keeping=keeping, answering=answering))
         else:
             self._place(full, region, Replace(full, self._description(region)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -21,8 +21,8 @@ from passes.graph.methods import methods_of
 from passes.portable import plain_class
 
 __all__ = [
-    "asked_of_others", "deployed_as", "folded_from_outside", "folding_again", "making_again", "needed_elsewhere",
-    "parts_used",
+    "asked_of_others", "classes_of", "deployed_as", "folded_from_outside", "folding_again", "making_again",
+    "needed_elsewhere", "parts_used",
 ]  # fmt: skip
 
 
@@ -94,18 +94,23 @@ def deployed_as(kind: type[nn.Module], folded: set[str]) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def folded_from_outside(model: nn.Module, path: str) -> bool:
+def classes_of(modules: Iterable[nn.Module]) -> frozenset[type]:
+    """The classes of these modules, as a person wrote them."""
+    return frozenset(plain_class(module) for module in modules)
+
+
+def folded_from_outside(model: nn.Module, path: str, running: frozenset[type]) -> bool:
     """Whether a library may know a norm by its owner's class, to fold it, and is right to take a bias before it.
 
     In torch's containers no one looks for it, and a module around it that folds it by a method of its own may count on
-    a layer without a bias. A forward that computes with a norm's epsilon needs that as it is.
+    a layer without a bias. A forward that computes with a norm's epsilon needs that as it is; ``running`` are the
+    classes of all modules.
     """
     names = path.split(".")
     kinds = [plain_class(model.get_submodule(".".join(names[:i]))) for i in range(len(names))]
     own = any(_statistics(function) for kind in kinds for function in _versions(kind))
     if own or kinds[-1].__module__.startswith("torch.nn."):
         return False
-    running: set[Any] = {plain_class(module) for module in model.modules()}
     return not any("eps" in _asked_by_forward(kind) for kind in running)
 
 
@@ -225,5 +230,9 @@ def _reached(methods: Mapping[str, FunctionType], first: str = "forward") -> set
 
 def asked_of_others(model: nn.Module) -> set[str]:
     """Names of attributes that the methods of a model's classes read of anything but their own object."""
-    kinds = {plain_class(module) for module in model.modules()}
-    return {name for kind in kinds for function in methods_of(kind).values() for name in used_by(function).others}
+    return {
+        name
+        for kind in classes_of(model.modules())
+        for function in methods_of(kind).values()
+        for name in used_by(function).others
+    }

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from passes.fold.candidates import Key
 from passes.fold.selection import Selection
-from passes.graph.dataflow import Constants, Flow
+from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind, argument, base_operation
 from passes.laws.layouts import is_conv
 from passes.refusal import Reason, Refusal, RefusalError
@@ -175,7 +175,7 @@ class _Why:
         if weight not in self.flow.constant:
             return Refusal(Reason.COMPUTED, "its weight is no constant")
         try:
-            Constants(self.flow, None).value(weight)
+            self.flow.planned.value(weight)
         except RefusalError as error:
             return error.refusal
         return None

@@ -37,12 +37,10 @@ class Call:
             call = call.parent
 
 
+_grad, _autocast, _inference = torch.is_grad_enabled, torch.is_autocast_enabled, torch.is_inference_mode_enabled
+"""Torch's own, whoever listens in their places while a model is traced: they are asked for every node."""
+
+
 def context() -> tuple[Any, ...]:
     """What a context manager of torch may have changed."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-        torch.is_inference_mode_enabled(),
-        torch.get_default_dtype(),
-    )
+    return _grad(), _autocast("cpu"), _autocast("cuda"), _inference(), torch.get_default_dtype()

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from types import MappingProxyType
 from typing import Any
 
@@ -98,7 +98,7 @@ class Unit:
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a ``call_module`` node calls."""
-        return self.root.get_submodule(str(node.target))
+        return _at(self.root, str(node.target))
 
     def name(self, node: fx.Node) -> str:
         """How a person finds this node: its layer's path in the model, and the operation where it is not a layer."""
@@ -167,7 +167,7 @@ def trace_units(
     seen: set[int] = set()
     queue: list[tuple[str, nn.Module]] = [("", model)]
     with patched(), no_mark(model) as snapshot:
-        drawing = [m for m in model.modules() if snapshot.outside.draws(m)]
+        drawing = snapshot.outside.drawing(model.modules())
         whole |= {id(m): Refusal(Reason.STATE, "its forward goes on with an iterator") for m in drawing}
         while queue:
             path, module = queue.pop(0)
@@ -270,7 +270,7 @@ def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] =
     constants = {t: tracer._attribute(t) for t in targets - set(tracer.names.values())}
     reached = [root.get_submodule(at) for at in tracer.opaque]
     pinned = {id(inner) for leaf in reached for inner in leaf.modules() if inner is not leaf} | tracer.pinned
-    inside = [m for m in root.modules() if id(m) in pinned]
+    inside = [m for m in root.modules() if id(m) in pinned] if pinned else []
     stateful = {id(m) for m in inside if next(iter(m.state_dict()), None) is not None}
     return Unit(
         path, root, graph, tracer.calls, constants, tracer.opaque, stateful, tracer.read_names,
@@ -288,7 +288,7 @@ FORKING = 40
 
 
 def _is_small(root: nn.Module) -> bool:
-    return sum(1 for _ in root.modules()) <= FORKING
+    return sum(1 for _ in islice(root.modules(), FORKING + 1)) <= FORKING
 
 
 def _other_ways(tracer: Tracer) -> list[tuple[Asked, tuple[bool, ...]]]:
@@ -473,6 +473,14 @@ def _children(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def _at(root: nn.Module, path: str) -> nn.Module:
+    """What is registered at a path; torch's own way asks more than once at each step, and this is asked often."""
+    for name in path.split("."):
+        child = root._modules.get(name)
+        root = root.get_submodule(name) if child is None else child
+    return root
+
+
 def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
     """Inside of opaque leaves, and the outermost modules that this unit never called."""
     root, todo = unit.root, []
@@ -485,8 +493,9 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
         failed = refusal.reason in UNREAD and not refusal.message.startswith("compiled")
         failed = failed and not isinstance(leaf, torch.jit.ScriptModule)
         todo += _children(join(unit.path, at), leaf) if failed else [(join(unit.path, at), leaf)]
-    entered = {id(call.module) for call in unit.calls} | {id(root.get_submodule(at)) for at in leaves}
+    entered = {id(call.module) for call in unit.calls} | {id(_at(root, at)) for at in leaves}
     above = {p.rsplit(".", i)[0] for p in called | leaves for i in range(1, p.count(".") + 1)}
+    reading = {p.rsplit(".", i)[0] for p in unit.read for i in range(1, p.count(".") + 1)}
 
     def visit(path: str, module: nn.Module) -> None:
         for name, child in module.named_children():
@@ -497,7 +506,7 @@ def _remaining(unit: Unit) -> list[tuple[str, nn.Module]]:
                 todo.extend(_children(join(unit.path, at), child))
             elif at in called or at in above:
                 visit(at, child)
-            elif id(child) not in entered and not any(name.startswith(at + ".") for name in unit.read):
+            elif id(child) not in entered and at not in reading:
                 # Not the same module under another name, nor one whose weights are used without it.
                 todo.append((join(unit.path, at), child))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -50,6 +51,11 @@ class Flow:
         self.rank, self.channels, self.dtype = shapes.rank, shapes.channels, shapes.dtype
         self.refused = self._refused(written)
         self.affine = {n for n in self.nodes if self._has_law(n) or self._may_be_probed(n) or self._is_unread_layer(n)}
+
+    @functools.cached_property
+    def planned(self) -> Constants:
+        """Constants as they are for planning, each computed once."""
+        return Constants(self, None)
 
     def sharers(self, node: fx.Node) -> set[fx.Node]:
         """Nodes that hold one of the weights that ``node`` holds."""

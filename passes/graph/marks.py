@@ -16,16 +16,20 @@ from passes.graph.outside import Outside
 
 __all__ = ["Snapshot", "no_mark"]
 
+_PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
+"""Classes of most attributes, looked up first."""
+
 
 class Snapshot:
     """Every module's attributes as they are now, and what its forward can reach elsewhere (:attr:`outside`)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.outside = Outside(model)
+        modules = [*model.modules()]
+        self.outside = Outside(modules)
         self.saved: list[tuple[nn.Module, dict[str, Any], list[tuple[str, Any, Any]]]] = []
-        for module in model.modules():
+        for module in modules:
             attributes = dict(module.__dict__)
-            tables = [(name, v) for name, v in attributes.items() if isinstance(v, CONTAINERS)]
+            tables = [(n, v) for n, v in attributes.items() if type(v) not in _PLAIN and isinstance(v, CONTAINERS)]
             # Most are empty tables of hooks; copying thousands of those costs more than the trace.
             self.saved.append((module, attributes, [(name, t, copied(t) if t else None) for name, t in tables]))
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from passes.graph.opset import Kind, Operation, argument, is_torch, operation_of
+from passes.graph.within import Within
 
 __all__ = ["LAYERS", "is_constant", "is_query", "may_draw", "surely_tensor"]
 
@@ -34,9 +35,10 @@ _APART = {"getitem", "chunk", "split", "tensor_split", "unbind", "split_with_siz
 
 def surely_tensor(node: fx.Node, called: Callable[[fx.Node], nn.Module | None]) -> bool:
     """Whether a node's value is a tensor whatever the inputs are; ``called`` gives what a node calls."""
-    if node.op == "get_attr":
+    module = called(node)
+    if node.op == "get_attr" or isinstance(module, Within):  # which was seen to give one, or stands where a layer does
         return True
-    operation = operation_of(node, called(node))
+    operation = operation_of(node, module)
     if operation is None:
         return False
     if operation.kind in _OF_TENSORS:

@@ -13,7 +13,7 @@ import inspect
 import itertools
 import operator
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,13 +30,13 @@ DEPTH = 6
 
 
 class Outside:
-    """What the forwards of ``model`` can reach, as it is now."""
+    """What the forwards of ``modules`` can reach, as it is now."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Collection[nn.Module]) -> None:
         walk = _Walk()
-        for kind in {type(module) for module in model.modules()}:
+        for kind in set(map(type, modules)):
             walk.method(kind, "forward")
-        for module in model.modules():
+        for module in modules:
             walk.value(vars(module).get("forward"))
             walk.attributes(module)
             for name in ("_forward_hooks", "_forward_pre_hooks"):
@@ -54,30 +54,23 @@ class Outside:
         self.small = sum(sizes) + len(self._slots) <= SMALL
         """Whether it costs nothing to look again at every step."""
 
-    def draws(self, module: nn.Module) -> bool:
-        """Whether the forward of a module can reach an iterator, which nobody can put back once it has gone on."""
-        if not self._iterates:
-            return False
-        walk = _Walk()
-        walk.method(type(module), "forward")
-        walk.value(vars(module).get("forward"))
-        for name in walk.names & vars(module).keys():
-            walk.held(vars(module)[name])
-        return bool(walk.iterators)
+    def drawing(self, modules: Iterable[nn.Module]) -> list[nn.Module]:
+        """Those whose forward can reach an iterator, which nobody can put back once it has gone on."""
+        return [module for module in modules if _draws(module)] if self._iterates else []
 
     def _note(self) -> None:
         self._now = [copied(c) for c, _, _ in self._containers], [get() for get, _, _ in self._slots]
-        self._in_a_row = self._row()
+        self._in_a_row = [*map(len, self._plain)], [*self._row()]
 
-    def _row(self) -> tuple[list[int], list[Any]]:
-        """How much plain containers hold, and all of that and what names stand for, one after the other."""
+    def _row(self) -> Iterator[Any]:
+        """All that plain containers hold, and what names stand for, one after the other."""
         held = [itertools.chain.from_iterable(each) for each in (self._plain, map(dict.values, self._dicts))]
-        return list(map(len, self._plain)), [*held[0], *held[1], *(get() for get, _, _ in self._slots)]
+        return itertools.chain(*held, (get() for get, _, _ in self._slots))
 
     def _as_noted(self) -> bool:
         """Whether nothing has changed for sure, seen at a glance: this is asked at every step of a trace."""
-        (sizes, row), (before, noted) = self._row(), self._in_a_row
-        if sizes != before or not all(map(operator.is_, row, noted)):
+        before, noted = self._in_a_row
+        if not all(map(operator.eq, map(len, self._plain), before)) or not all(map(operator.is_, self._row(), noted)):
             return False
         return all(self._containers[i][2](self._containers[i][0], self._now[0][i]) for i in self._special)
 
@@ -106,10 +99,19 @@ class Outside:
         self._note()
 
 
+def _draws(module: nn.Module) -> bool:
+    walk = _Walk()
+    walk.method(type(module), "forward")
+    walk.value(vars(module).get("forward"))
+    for name in walk.names & vars(module).keys():
+        walk.held(vars(module)[name])
+    return bool(walk.iterators)
+
+
 @contextmanager
 def kept_outside(model: nn.Module) -> Iterator[None]:
     """Restore what the model's forwards can reach outside of it."""
-    outside = Outside(model)
+    outside = Outside([*model.modules()])
     try:
         yield
     finally:

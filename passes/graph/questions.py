@@ -14,7 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 from passes.graph.answers import Answers, DependsError, UnknownError
 from passes.graph.call import Call, context
 from passes.graph.errors import NotCapturedError
+from passes.graph.memory import shared_by, written_by
 from passes.graph.nodes import surely_tensor
+from passes.graph.opset import is_torch, operation_of
 from passes.graph.patches import active
 from passes.graph.proxies import Held, Value, is_value
 from passes.refusal import Reason, Refusal
@@ -98,9 +100,9 @@ class Questions(TracerBase):
         if what in ("truth", "type") and self.forks and self.answers.is_open(node):
             if what != "truth" or node.op != "placeholder":
                 return self._either(False)
-            # An argument that nothing was done with since has the truth that it had.
+            # An argument that nothing can have changed since has the truth that it had.
             told = self.truths.get(node)
-            if told is None or told.users != len(node.users):
+            if told is None or (told.users != len(node.users) and not all(self._only_reads(u) for u in node.users)):
                 told = self.truths[node] = Told(self.current, self._either(False), len(node.users))
             return told.answer
         if node.op == "placeholder" and what in ("type", "class"):
@@ -120,6 +122,13 @@ class Questions(TracerBase):
         except Exception as error:
             self.stop(Reason.QUESTION, f"asks for the {what} of a value: {type(error).__name__}: {error}")
         return answer
+
+    def _only_reads(self, node: fx.Node) -> bool:
+        """Whether an operation is torch's, and neither changes what it is given nor hands that on to who might."""
+        module = self.called(node)
+        operation = operation_of(node, module)
+        known = operation is not None or is_torch(node)
+        return known and not written_by(node, operation, module) and not shared_by(node, operation)
 
     def _either(self, answer: bool) -> bool:
         """An answer that some sizes give; the forward is traced with the other one as well."""

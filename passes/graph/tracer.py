@@ -82,9 +82,10 @@ class Tracer(Questions):
         self.root, self.leaves, self.given, self.careful = root, leaves, given or {}, careful
         self.inputs = inputs
         self.leaf_types = tuple(t for t in library_leaves("get_notrace_modules") if isinstance(t, type))
-        self._buffers = {name for name, _ in root.named_buffers()}
-        self.paths = {id(module): path for path, module in root.named_modules()}
-        self.names = {id(t): name for name, t in [*root.named_buffers(), *root.named_parameters()]}
+        self.paths = {id(module): path for path, module in self._modules.items()}
+        buffers, parameters = (_tensors(self._modules, table) for table in ("_buffers", "_parameters"))
+        self._buffers = set(buffers.values())
+        self.names = buffers | parameters
         self.graph = fx.Graph()
         self.calls: list[Call] = [self.current]
         self.opaque: dict[str, Refusal] = {}
@@ -330,12 +331,14 @@ class Tracer(Questions):
         changed = written_by(node, operation, module)
         shared = changed or shared_by(node, operation)
         base = self._base[node] = self._base.get(shared[0], shared[0]) if shared else node
-        own = isinstance(self.current.module, _NormBase) and self.current.module.training  # it counts its batches
-        if changed and base.op == "get_attr" and not own:
+        if changed and base.op == "get_attr" and not self._counts_batches():
             self.graph.erase_node(node)
             buffer = str(base.target) in self._buffers  # made to be kept from call to call
             self.stop(Reason.STATE if buffer else Reason.EFFECT, f"its forward writes into {base.target}")
         return node
+
+    def _counts_batches(self) -> bool:
+        return isinstance(self.current.module, _NormBase) and self.current.module.training
 
     def _by_place(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a call with the tensors that it works on in their places, as everybody else writes them."""
@@ -515,6 +518,16 @@ _RUN = Tracer._run.__code__
 _MATH = tuple(f for name, f in vars(math).items() if callable(f) and not name.startswith("_"))
 _FUNCTION_TYPES = (FunctionType, BuiltinFunctionType)
 _TENSOR = torch.empty(0)
+
+
+def _tensors(modules: dict[str, nn.Module], table: str) -> dict[int, str]:
+    """Names of the parameters or buffers of these modules by id: the first of each, as torch tells them."""
+    found: dict[int, str] = {}
+    for path, module in modules.items():
+        for name, tensor in getattr(module, table).items():
+            if tensor is not None:
+                found.setdefault(id(tensor), f"{path}.{name}" if path else name)
+    return found
 
 
 def _wanted(root: nn.Module, given: dict[str, Any], inputs: Any) -> list[tuple[str, bool]]:

@@ -255,7 +255,7 @@ class Interpreter:
         self.view = view
         self.channels = channels
         self.dtype = dtype
-        self.constants = Constants(self.flow, dtype)
+        self.constants = self.flow.planned if dtype is None else Constants(self.flow, dtype)
         like = torch.empty(0, dtype=dtype or torch.float64, device=_device(self.flow, dtype))
         identity = ConvForm.identity(channels, view.n, like=like)
         self._given: dict[fx.Node, Signal] = {entry: Signal(identity, view, untouched=True)}

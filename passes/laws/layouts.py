@@ -6,7 +6,7 @@ import operator
 
 from torch import fx
 
-from passes.graph.dataflow import Constants, Flow
+from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind, Operation, argument, base_operation
 from passes.graph.within import Within
 from passes.laws.conv import contraction
@@ -96,7 +96,7 @@ def _demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[View, in
     if not isinstance(weight, fx.Node) or weight not in flow.constant:
         return None
     try:
-        shape = Constants(flow, None).value(weight).shape
+        shape = flow.planned.value(weight).shape
     except RefusalError:
         return None
     if operation.kind is Kind.CONV:
@@ -113,7 +113,7 @@ def _einsum_demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[V
         return None
     letters, w, result, _, at = read
     try:
-        shape = Constants(graph.flow, None).value(weight).shape  # type: ignore[arg-type]
+        shape = graph.flow.planned.value(weight).shape  # type: ignore[arg-type]
     except RefusalError:
         return None
     rank = graph.rank(entry) if "~" in letters else len(letters)

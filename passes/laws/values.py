@@ -351,11 +351,13 @@ def _positions(signal: Signal) -> int:
 
 def channels_along(signal: Signal, view: View) -> Tensor:
     """The form's channel that each element belongs to along the axis on which a layer of this view reads channels."""
-    ids = _ids(signal)
-    channel = _channel_of(signal, ids)
-    rank = view.rank or (channel.dim() if view.last else view.n + 2)
-    if channel.dim() != rank:
+    shape = signal.ids.shape if signal.is_moved else _example_shape(signal)
+    rank = view.rank or (len(shape) if view.last else view.n + 2)
+    if len(shape) != rank:
         raise RefusalError(Reason.LAYOUT)
+    if not signal.is_moved and (signal.view.channel_axis - view.channel_axis) % rank == 0:
+        return torch.arange(signal.form.out_channels, device="cpu")
+    channel = _channel_of(signal, _ids(signal))
     line = _line(channel, view.channel_axis)
     if not bool((channel.movedim(view.channel_axis, -1) == line).all()):
         raise RefusalError(Reason.LAYOUT, "what it reads as a channel holds several of the map's")

@@ -322,10 +322,9 @@ def _least_size(form: Form, i: int) -> int:
 
 def _least_rank(flow: Flow, region: Region) -> int:
     """Where the rank is not known: a constant (1, 1, C) is for maps of three dimensions."""
-    constants = Constants(flow, None)
     inside = _needed({region.entry}, region.result)
     read = {c for n in inside - flow.constant for c in n.all_input_nodes if c in flow.constant}
-    return max(2, *(value.dim() for c in read if isinstance(value := constants.value(c), Tensor)), 0)
+    return max(2, *(value.dim() for c in read if isinstance(value := flow.planned.value(c), Tensor)), 0)
 
 
 def _run(

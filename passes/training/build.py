@@ -23,7 +23,7 @@ from passes.blocks.kit.layers import BranchSum, silence, stand_in
 from passes.blocks.kit.registry import Block
 from passes.blocks.kit.transposed import site_at
 from passes.edits.edit import Block as BlockEdit
-from passes.fold.methods import folded_from_outside
+from passes.fold.methods import classes_of, folded_from_outside
 from passes.graph.copies import deep_copy
 from passes.graph.leaf import inherits_forward, without_hooks
 from passes.graph.modes import kept_modes
@@ -159,13 +159,16 @@ def rebuilt(model: nn.Module, edit: BlockEdit) -> nn.Module:
     site = site_of(model, found, edit.preserve, form)
     made = build(edit.path, site, Block(edit.block, **dict(edit.options)), form)
     if site.norm_taken and edit.norm:
-        answers_for(model, edit.norm, made)
+        answers_for(model, edit.norm, made, classes_of(model.modules()))
     return made
 
 
-def answers_for(model: nn.Module, norm: str, block: nn.Module) -> bool:
-    """Whether what a norm leaves, when it moves into a block, answers as a norm; if not, the block tells no weight."""
-    answering = folded_from_outside(model, norm)
+def answers_for(model: nn.Module, norm: str, block: nn.Module, running: frozenset[type]) -> bool:
+    """Whether what a norm leaves, when it moves into a block, answers as a norm; if not, the block tells no weight.
+
+    ``running`` are the classes of all modules.
+    """
+    answering = folded_from_outside(model, norm, running)
     if not answering and isinstance(block, BranchSum):
         block.reparam_layer = None
     return answering

@@ -9,7 +9,9 @@ convolution is left alone, such a norm stays where it is.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +26,7 @@ from passes.graph.capture import Call, Unit, call_of, has_hooks, in_one_context,
 from passes.graph.modes import kept_modes
 from passes.graph.opset import is_shape_query
 from passes.graph.outside import speaks_of_weights
+from passes.graph.patches import patched
 from passes.graph.variants import own_calls, variants
 from passes.graph.weights import is_pruned, weight_maker, weight_sources
 from passes.graph.within import Inside, arounds
@@ -32,7 +35,7 @@ from passes.training.hooks import hook_refusal, sees_result
 from passes.training.inside import inside_of, kind_of
 from passes.training.retrace import Reading
 
-__all__ = ["Found", "Norm", "find_convs", "plain_norm"]
+__all__ = ["Found", "Norm", "find_convs", "layers_in", "plain_norm"]
 
 
 @dataclass(frozen=True)
@@ -69,69 +72,95 @@ class Found:
         return self.norm is not None or not self.again
 
 
-def find_convs(model: nn.Module, *, linear: bool = False, read: list[Reading] | None = None) -> list[Found]:
+def find_convs(
+    model: nn.Module,
+    *,
+    linear: bool = False,
+    read: list[Reading] | None = None,
+    wanted: Container[str] | None = None,
+) -> list[Found]:
     """Every convolution module of ``model``, in order of registration; the model is not changed.
 
     With ``linear``, linear layers too; norms behind them stay where they are. ``read`` is filled with what was read of
-    the model, in evaluation and in training.
+    the model, in evaluation and in training. Of layers that are not ``wanted`` nothing is said but where they are.
     """
-    own: dict[str, Any] = dict(model.named_modules())
-    kinds: _Kinds = (_ConvNd, nn.Linear) if linear else (_ConvNd,)
-    return [replace(each, conv=own[each.path]) for each in _found(apart(model), kinds, [] if read is None else read)]
+    layers = layers_in(model, linear=linear)
+    paths = {path for path in layers if wanted is None or path in wanted}
+    if not paths:
+        return [Found(path, layer) for path, layer in layers.items()]
+    found = _found(apart(model), _kinds(linear), [] if read is None else read, paths)
+    return [replace(each, conv=layers[each.path]) for each in found]
+
+
+def layers_in(model: nn.Module, *, linear: bool = False) -> dict[str, Layer]:
+    """The convolutions, and with ``linear`` the linear layers, by path."""
+    kinds = _kinds(linear)
+    return {
+        path: m for path, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear)) and isinstance(m, kinds)
+    }
 
 
 _Kinds = tuple[type[nn.Module], ...]
 
 
-def _found(model: nn.Module, kinds: _Kinds, read: list[Reading]) -> list[Found]:
+def _kinds(linear: bool) -> _Kinds:
+    return (_ConvNd, nn.Linear) if linear else (_ConvNd,)
+
+
+def _found(model: nn.Module, kinds: _Kinds, read: list[Reading], wanted: Container[str]) -> list[Found]:
     seen: list[_Uses] = []
     other: list[_Uses] = []
-    inside = _insides(model)
+    asked = [module for path, module in model.named_modules() if path in wanted]
+    inside = _insides(model, asked)
     leaves = [layer for layer, where in inside.items() if isinstance(where, Inside)]
-    for training in (False, True):
-        with kept_modes(model, training=training):
-            units, untraced = trace_units(model, numbers=not training, leaves=leaves)
-            read.append((units, untraced))
-            seen.append(_Uses(kinds, units, untraced, "in training" if training else "in evaluation"))
-            other += [uses for unit in units for uses in _other_calls(kinds, unit)]
+    about = {id(m) for m in [*asked, *(m for m in model.modules() if isinstance(m, _BatchNorm))]}
+    with patched():  # for all of these traces at once
+        for training in (False, True):
+            with kept_modes(model, training=training):
+                units, untraced = trace_units(model, numbers=not training, leaves=leaves)
+                read.append((units, untraced))
+                seen.append(_Uses(kinds, units, untraced, "in training" if training else "in evaluation"))
+                other += [uses for unit in units for uses in _other_calls(kinds, unit, about)]
     places = Counter(id(child) for m in model.modules() for child in m._modules.values() if child is not None)
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found = []
-    for path, module in model.named_modules():
-        if isinstance(module, (_ConvNd, nn.Linear)) and isinstance(module, kinds):
-            where = inside.get(module)
-            around = where if isinstance(where, Inside) else None
-            refusal = _intrinsic(module, places, owners) or (where if isinstance(where, Refusal) else None)
-            refusal = refusal or _usage(path, module, seen, other)
-            if refusal is not None:
-                found.append(Found(path, module, refusal=refusal.at(path)))
-                continue
-            if (unread := _unread(path, module, seen)) is not None:
-                speaking = _speaks(path, model, seen)
-                unread = None if speaking else unread.at(path)
-                found.append(Found(path, module, refusal=speaking, unread=unread, inside=around))
-                continue
-            always = any(u.calls[id(module)] and not u.unit_of[id(module)].path for u in seen)
-            norm = None if isinstance(module, nn.Linear) else _norm_of(module, [*seen, *other])
-            if isinstance(norm, Norm) and sees_result(module):
-                norm = Refusal(Reason.HOOK, "it has a hook, which sees its result before the norm")
-            if isinstance(norm, Norm):
-                norm = _stays(model.get_submodule(norm.path), places, owners, around) or norm
-            more = any(id(module) in u.shared or u.calls[id(module)] > 1 for u in [*seen, *other])
-            each = Found(path, module, always=always, inside=around, again=more)
-            if isinstance(norm, Refusal):
-                found.append(replace(each, norm_stays=norm.at(path)))
-            else:
-                found.append(replace(each, norm=norm))
+    for path, module in layers_in(model, linear=nn.Linear in kinds).items():
+        if path not in wanted:
+            found.append(Found(path, module))
+            continue
+        where = inside.get(module)
+        around = where if isinstance(where, Inside) else None
+        refusal = _intrinsic(module, places, owners) or (where if isinstance(where, Refusal) else None)
+        refusal = refusal or _usage(path, module, seen, other)
+        if refusal is not None:
+            found.append(Found(path, module, refusal=refusal.at(path)))
+            continue
+        if (unread := _unread(path, module, seen)) is not None:
+            speaking = _speaks(path, model, seen)
+            unread = None if speaking else unread.at(path)
+            found.append(Found(path, module, refusal=speaking, unread=unread, inside=around))
+            continue
+        always = any(u.calls[id(module)] and not u.unit_of[id(module)].path for u in seen)
+        norm = None if isinstance(module, nn.Linear) else _norm_of(module, [*seen, *other])
+        if isinstance(norm, Norm) and sees_result(module):
+            norm = Refusal(Reason.HOOK, "it has a hook, which sees its result before the norm")
+        if isinstance(norm, Norm):
+            norm = _stays(model.get_submodule(norm.path), places, owners, around) or norm
+        more = any(id(module) in u.shared or u.calls[id(module)] > 1 for u in [*seen, *other])
+        each = Found(path, module, always=always, inside=around, again=more)
+        if isinstance(norm, Refusal):
+            found.append(replace(each, norm_stays=norm.at(path)))
+        else:
+            found.append(replace(each, norm=norm))
     return found
 
 
-def _insides(model: nn.Module) -> dict[nn.Module, Inside | Refusal]:
+def _insides(model: nn.Module, asked: list[nn.Module]) -> dict[nn.Module, Inside | Refusal]:
     """Where convolutions of a class with a forward of its own convolve, or why that cannot be said."""
     found: dict[nn.Module, Inside | Refusal] = {}
     tried: dict[Any, Inside | Refusal] = {}
     around = arounds(model.modules())
-    for conv in model.modules():
+    for conv in asked:
         if not isinstance(conv, _ConvNd) or inherits_forward(conv) or id(conv) in around or _computed(conv):
             continue
         kind = kind_of(conv)
@@ -146,9 +175,10 @@ def _insides(model: nn.Module) -> dict[nn.Module, Inside | Refusal]:
     return found
 
 
-def _other_calls(kinds: _Kinds, unit: Unit) -> list[_Uses]:
-    """What calls with other values for optional arguments show; nothing where there is no convolution to ask about."""
-    if not any(n.op == "call_module" and isinstance(unit.module(n), kinds) for n in unit.graph.nodes):
+def _other_calls(kinds: _Kinds, unit: Unit, about: Container[int]) -> list[_Uses]:
+    """What calls with other values for optional arguments show; nothing where none of these modules is called."""
+    called = (unit.module(node) for node in unit.graph.nodes if node.op == "call_module")
+    if not any(id(module) in about for module in itertools.chain(called, (call.module for call in unit.calls))):
         return []
     found = []
     for variant in variants(unit):

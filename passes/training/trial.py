@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from passes.graph.copies import deep_copy, shadow
 from passes.graph.inputs import likely
 from passes.graph.modes import has_own_modes
+from passes.graph.patches import patched
 from passes.proof.check import Checked, NoInputError, Observed, check, first_line, observe
 from passes.proof.compare import Difference, Verdict
 from passes.refusal import Reason, Refusal, ReparamError
@@ -99,12 +100,13 @@ def try_blocks(
         rows = [again(row) if unread(row) and _calls(row, seen) > 1 else row for row in rows if row.layer not in unseen]
         if seen and not exact_in_training:
             seen, why = seen[:1], [*why, "not compared in training, where a block is exact only up to eps"]
+        copied: nn.Module | None = None
         if not seen:
             try:
-                shadow(model)
+                copied = shadow(model)
             except ReparamError:  # it is edited in place, and nothing can be seen before
                 return Outcome(tuple(rows), {}, {}, tuple(why), unseen)
-        trial = _Trial(model, seen, put, expected, read)
+        trial = _Trial(model, seen, put, expected, read, copied)
         doubted = frozenset(row.layer for row in rows if unread(row) is not None)
         return replace(trial.settle(list(rows), smaller, why, doubted), unseen=unseen)
 
@@ -186,8 +188,10 @@ class _Trial(Generic[Row]):
         put: Put[Row],
         expected: Callable[[Row], bool],
         read: Sequence[Reading],
+        copied: nn.Module | None,
     ) -> None:
         self.model, self.seen, self.put, self.expected = model, seen, put, expected
+        self.copied = copied  # for the first attempt
         self.read = read or (None, None)
         self.ran: frozenset[str] = frozenset[str]().union(*(one.ran for one in seen))
         self.modes = _modes(model)
@@ -238,16 +242,17 @@ class _Trial(Generic[Row]):
 
     def run(self, rows: Sequence[Row]) -> tuple[list[Checked], dict[str, Refusal]]:
         """The model with ``rows`` compared with itself without, and rows whose norm is put into another mode."""
-        trial = shadow(self.model)
+        trial, self.copied = shadow(self.model) if self.copied is None else self.copied, None
         moved = self.put(trial, rows)
         everywhere = {old: new for paths in moved.values() for old, new in paths.items()}
         checks = [check(seen, trial, training=seen.training, moved=everywhere) for seen in self.seen]
         if not self.seen:
             blocks, away = [row.layer for row in rows], [old for old, new in everywhere.items() if old != new]
-            checks = [
-                traced_alike(self.model, trial, blocks, away, training=training, read=read)
-                for training, read in zip((False, True), self.read, strict=True)
-            ]
+            with patched():  # for both traces at once
+                checks = [
+                    traced_alike(self.model, trial, blocks, away, training=training, read=read)
+                    for training, read in zip((False, True), self.read, strict=True)
+                ]
         if not self.modes:
             return checks, {}
         try:
