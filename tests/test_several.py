@@ -474,6 +474,18 @@ WRITTEN: dict[str, Code] = {
     "einsum, turned": lambda m, x, y: m.n(torch.einsum("nchw,co->nohw", x, m.b.weight.flatten(1).t())).relu(),
     "einsum, open": lambda m, x, y: m.n(torch.einsum("oc,bc...->bo...", m.b.weight.flatten(1), x)).relu(),
     "einsum of rows": lambda m, x, y: m.n1(torch.einsum("bc,oc->bo", x.mean((2, 3)), m.b.weight.flatten(1))).relu(),
+    "einsum of two matrices": lambda m, x, y: m.n1(
+        torch.einsum("nd,de->ne", x.mean((2, 3)), m.b.weight.flatten(1).t())
+    ).relu(),
+    "a product": lambda m, x, y: m.n1(x.mean((2, 3)) @ m.b.weight.flatten(1).t()).relu(),
+    "a product, mm": lambda m, x, y: m.n1(torch.mm(x.mean((2, 3)), m.b.weight.flatten(1).t())).relu(),
+    "a product of tokens": lambda m, x, y: m.n1(
+        (x.flatten(2).transpose(1, 2) @ m.b.weight.flatten(1).t()).transpose(1, 2)
+    ).relu(),
+    "a product and a bias": lambda m, x, y: m.n1(
+        torch.addmm(m.b.bias, x.mean((2, 3)), m.b.weight.flatten(1).t())
+    ).relu(),
+    "a product, the weight first": lambda m, x, y: m.n1(torch.matmul(m.b.weight.flatten(1), x.flatten(2))).relu(),
     "type_as": lambda m, x, y: m.n(m.a(x).type_as(x)).relu(),
     "to the dtype of a weight": lambda m, x, y: m.n(m.a(x).to(m.a.weight.dtype)).relu(),
     "to the dtype of the input": lambda m, x, y: m.n(m.a(x).to(x.dtype)).relu(),
@@ -508,6 +520,8 @@ def test_other_ways_to_write_a_layer_and_its_norm(case: str) -> None:
         lambda m, x, y: m.n(torch.einsum("bchw,bohw->bo", x, m.a(x))[:, :, None, None].relu()).relu(),
         lambda m, x, y: m.n(torch.einsum("bchw,ow->bohc", x, m.thin)).relu(),
         lambda m, x, y: m.n(m.a(x).to(torch.float32).to(x.dtype)).relu(),
+        lambda m, x, y: m.n1(torch.einsum("nd,de->ne", x.mean((2, 3)), y[0, :, :, 0].mean(1, True).tile(6))).relu(),
+        lambda m, x, y: m.n1(torch.mm(m.thin, y[0, 0, :6, :6])).relu(),
     ],
 )
 def test_what_only_looks_so_stays(code: Code) -> None:

@@ -13,7 +13,7 @@ from passes.fold.candidates import Key
 from passes.fold.selection import Selection
 from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind, argument, base_operation
-from passes.laws.layouts import is_conv
+from passes.laws.layouts import is_conv, weight_of
 from passes.refusal import Reason, Refusal, RefusalError
 
 __all__ = ["worth_saying"]
@@ -169,7 +169,7 @@ class _Why:
         """Why something that may well be a convolution is none here: it was not read, or its weight is not known."""
         if "refusal" in node.meta:
             return self.flow.refused[node]
-        weight = argument(node, 1, "weight")
+        weight = weight_of(self.flow, node)
         if node.op != "call_function" or not is_conv(self.flow, node) or not isinstance(weight, fx.Node):
             return None
         if weight not in self.flow.constant:

@@ -124,12 +124,15 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Signal:
 
 
 def matmul(x: Any, y: Any) -> Signal:
-    """``x @ y``."""
+    """``x @ y``: a linear layer, or a 1x1 of ``y``, ``(batch, channels, positions)``."""
+    if isinstance(x, Tensor):
+        value = read(y, 1)
+        return then(value, ConvForm.conv(constant(x, value).unsqueeze(-1)), conv=True)
     return linear(x, constant(y, signal(x)).transpose(-1, -2))
 
 
-def contraction(equation: str) -> tuple[str, str, str, int, int] | None:
-    """The letters of two operands and of the result, which operand is the weight, and where its value has channels.
+def contraction(equation: str, weight: int) -> tuple[str, str, str, int] | None:
+    """The letters of the value, of the ``weight``, which operand that is, and of the result; where the channels are.
 
     None for an equation that does more than weigh the channels at each position.
     """
@@ -137,24 +140,22 @@ def contraction(equation: str) -> tuple[str, str, str, int, int] | None:
     parts = given.split(",")
     if not arrow or len(parts) != 2:
         return None
-    for weight in (0, 1):
-        value, w = parts[1 - weight], parts[weight]
-        summed = [letter for letter in w if letter not in result]
-        if len(w) != 2 or "~" in w or len({*w}) != 2 or len(summed) != 1 or value.count(summed[0]) != 1:
-            continue
-        (made,) = {*w} - {*summed}
-        distinct = len({*value}) == len(value) and made not in value
-        if distinct and result == value.replace(summed[0], made):
-            return value, w, result, weight, value.index(summed[0])
-    return None
+    value, w = parts[1 - weight], parts[weight]
+    summed = [letter for letter in w if letter not in result]
+    if len(w) != 2 or "~" in w or len({*w}) != 2 or len(summed) != 1 or value.count(summed[0]) != 1:
+        return None
+    (made,) = {*w} - {*summed}
+    distinct = len({*value}) == len(value) and made not in value
+    return (value, w, result, value.index(summed[0])) if distinct and result == value.replace(summed[0], made) else None
 
 
 def einsum(equation: Any, *operands: Any) -> Signal:
     """``torch.einsum`` of a value and a matrix that weighs its channels: a 1x1, or a linear layer."""
-    read_as = contraction(equation) if isinstance(equation, str) and len(operands) == 2 else None
+    weight = 0 if operands and isinstance(operands[0], Tensor) else 1
+    read_as = contraction(equation, weight) if isinstance(equation, str) and len(operands) == 2 else None
     if read_as is None:
         raise RefusalError(Reason.NOT_AFFINE, "an einsum that is no 1x1")
-    letters, w, result, weight, at = read_as
+    letters, w, result, at = read_as
     value = settle(signal(operands[1 - weight]))
     matrix = constant(operands[weight], value)
     rank = value.view.rank if value.view.last else value.view.n + 2

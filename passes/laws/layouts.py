@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -15,7 +16,7 @@ from passes.laws.regions import Contraction
 from passes.laws.values import View
 from passes.refusal import PROBED, RefusalError
 
-__all__ = ["is_conv", "views"]
+__all__ = ["is_conv", "views", "weight_of"]
 
 
 def views(graph: Contraction, entry: fx.Node) -> list[tuple[View, int]]:
@@ -87,18 +88,23 @@ def _demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[View, in
             return ProbedForms.of(flow.unit).demand(module)
     if operation is not None and operation.id == "einsum":
         return _einsum_demand(graph, node, entry)
-    if operation is None or operation.kind not in _DEMANDING or operation.id in ("matmul", "addmm", "bmm", "einsum"):
+    if operation is None or operation.kind not in _DEMANDING or operation.id == "bmm":
         return None
     if module is not None:
         channels = module.in_features if operation.kind is Kind.LINEAR else module.in_channels
         return _view(graph, operation, entry), int(channels)  # type: ignore[arg-type]
-    weight = argument(node, 1, "weight")
-    if not isinstance(weight, fx.Node) or weight not in flow.constant:
+    weight = weight_of(flow, node)
+    if weight not in flow.constant:
         return None
     try:
         shape = flow.planned.value(weight).shape
     except RefusalError:
         return None
+    if operation.id in ("matmul", "addmm"):
+        if len(shape) != 2 or weight is not node.args[0]:
+            return (_view(graph, operation, entry), int(shape[0])) if len(shape) == 2 else None
+        # A 1x1 of (batch, channels, positions), if there are so many dimensions: the product itself takes any number.
+        return (View(1), int(shape[1])) if graph.rank(node.args[1]) == 3 else None  # type: ignore[arg-type]
     if operation.kind is Kind.CONV:
         groups = argument(node, 6, "groups", 1)
         return _view(graph, operation, entry), int(shape[1]) * (groups if isinstance(groups, int) else 1)
@@ -106,14 +112,15 @@ def _demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[View, in
 
 
 def _einsum_demand(graph: Contraction, node: fx.Node, entry: fx.Node) -> tuple[View, int] | None:
-    equation, operands = node.args[0], node.args[1:]
-    read = contraction(equation) if isinstance(equation, str) and len(operands) == 2 else None
-    weight = operands[read[3]] if read is not None else None
-    if read is None or weight not in graph.flow.constant:
+    weight = weight_of(graph.flow, node)
+    if weight not in graph.flow.constant:
         return None
-    letters, w, result, _, at = read
+    read = contraction(node.args[0], node.args[1:].index(weight)) if isinstance(node.args[0], str) else None
+    if read is None:
+        return None
+    letters, w, result, at = read
     try:
-        shape = graph.flow.planned.value(weight).shape  # type: ignore[arg-type]
+        shape = graph.flow.planned.value(weight).shape
     except RefusalError:
         return None
     rank = graph.rank(entry) if "~" in letters else len(letters)
@@ -130,6 +137,21 @@ _DEMANDING = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR)
 
 def _view(graph: Contraction, operation: Operation, entry: fx.Node) -> View:
     return View(0, last=True, rank=graph.rank(entry)) if operation.n is None else View(operation.n)
+
+
+def weight_of(flow: Flow, node: fx.Node) -> Any:
+    """What a call of a convolution, a linear layer or a product is given as its weight."""
+    operation = flow.operations.get(node)
+    id = "" if operation is None else operation.id
+    if id == "einsum":  # either of the two: the one that is a constant
+        return (
+            next((given for given in node.args[1:3] if given in flow.constant), None) if len(node.args) == 3 else None
+        )
+    if id == "matmul":
+        if len(node.args) == 2 and node.args[0] in flow.constant:
+            return node.args[0]
+        return argument(node, 1, "mat2" if "mat2" in node.kwargs else "other")
+    return argument(node, 2, "mat2") if id == "addmm" else argument(node, 1, "weight")
 
 
 def is_conv(flow: Flow, node: fx.Node) -> bool:
