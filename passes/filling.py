@@ -64,7 +64,9 @@ def fill(collapsed: nn.Module, result: nn.Module, exact: Exact) -> list[str] | N
     with torch.no_grad():
         filling.take(structure.state_dict(keep_vars=True), have, exact)
         assert ledger.made is not None
-        for undo, (flow, folds) in reversed(list(zip(undos, ledger.made, strict=True))):
+        for undo in reversed(undos[len(ledger.made) :]):  # of what was done when all was folded
+            undo()
+        for undo, (flow, folds) in reversed(list(zip(undos, ledger.made, strict=False))):
             undo()
             for fold in reversed(folds):
                 filling.solve(flow, fold)
