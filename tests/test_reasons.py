@@ -89,6 +89,8 @@ NORMS: list[tuple[str, Callable[[], nn.Module], str, Reason, str]] = [
     ("of a convolution that others call", lambda: Net(lambda m, x: m.b(m.c(m.a(m.c(x)).relu())), c=conv(), a=norm(),
      b=norm()), "a", Reason.SHARED, "the weights of c are used in several places"),
     ("of a convolution with a hook", hooked, "1", Reason.HOOK, "it follows 0 (Conv2d): has a hook"),
+    ("of every position", lambda: nn.Sequential(conv(), nn.Flatten(), nn.BatchNorm1d(4 * 36), nn.ReLU()), "2",
+     Reason.CHANNELS, "of 144 channels, where dimension 1 no longer holds just the 4 channels"),
     ("behind a pad", lambda: nn.Sequential(conv(padding=1), nn.ZeroPad2d(1), norm()), "2",
      Reason.BORDER, "it follows 1 (ZeroPad2d): zero padding"),
     ("behind a cast", lambda: Net(lambda m, x: m.n(m.c(x).half().double()), c=conv(), n=norm()), "n",

@@ -51,6 +51,9 @@ def batch_norm(
         raise RefusalError(Reason.LAYOUT, "batch norm acts on dimension 1, which does not hold the channels here")
     if value.is_moved:  # a shuffle of pixels may have made several of one
         channels = value.ids.shape[1] if value.ids.dim() > 1 else 0
+    if mean.shape[0] != channels and value.is_moved:  # the size of the example says nothing
+        told = f"dimension 1 no longer holds just the {value.form.out_channels} channels of the layer before it"
+        raise RefusalError(Reason.CHANNELS, f"batch norm of {mean.shape[0]} channels, where {told}")
     if mean.shape[0] != channels:
         raise RefusalError(Reason.CHANNELS, f"batch norm of {mean.shape[0]} channels after {channels}")
     if mean.device.type == "meta":  # planning: only the shapes count
