@@ -42,8 +42,10 @@ _AGREEMENT = 1e-9
 """Relative difference allowed between a fold of the filled layers and what it should be, both in float64."""
 
 
-def fill(collapsed: nn.Module, result: nn.Module, exact: Exact) -> list[str] | None:
+def fill(collapsed: nn.Module, result: nn.Module, exact: Exact, rules: Rules) -> list[str] | None:
     """Fill ``result``, in eval mode, so that it computes what ``collapsed`` does; None if their graphs differ.
+
+    ``rules`` are those by which ``collapsed`` was folded.
 
     Returns:
         What a person should know.
@@ -55,7 +57,7 @@ def fill(collapsed: nn.Module, result: nn.Module, exact: Exact) -> list[str] | N
     for key, tensor in structure.state_dict(keep_vars=True).items():
         keys[id(tensor)] = key
     _randomise(structure)
-    ledger, undos = Ledger(prove=False, rules=Rules(whole=True), made=[]), list[Undo]()
+    ledger, undos = Ledger(prove=False, rules=rules, made=[]), list[Undo]()
     compile_model(structure, None, Explanation(), undos, ledger)
     have = renamed(collapsed, structure)
     if have is None:
@@ -64,8 +66,7 @@ def fill(collapsed: nn.Module, result: nn.Module, exact: Exact) -> list[str] | N
     with torch.no_grad():
         filling.take(structure.state_dict(keep_vars=True), have, exact)
         assert ledger.made is not None
-        for undo in reversed(undos[len(ledger.made) :]):  # of what was done when all was folded
-            undo()
+        # Behind those of folds, there is one of what was settled when all was folded.
         for undo, (flow, folds) in reversed(list(zip(undos, ledger.made, strict=False))):
             undo()
             for fold in reversed(folds):
@@ -312,6 +313,8 @@ def _roles(flow: Flow, fold: Fold) -> _Roles:
         read = _reader(flow, node)
         if operation.kind in _KERNELS:
             weight, bias = read(1, "weight"), read(2, "bias")
+            for at, name in ((1, "weight"), (2, "bias")):
+                roles.scales.extend(_made_of(flow, node, at, name)[1:])
             if weight is not None:
                 roles.kernels.append((weight, node, bias))
             roles.shifts.extend([] if bias is None else [bias])
@@ -330,7 +333,7 @@ def _roles(flow: Flow, fold: Fold) -> _Roles:
 
 
 def _reader(flow: Flow, node: fx.Node) -> Callable[[int, str], Tensor | None]:
-    """What a layer, or a call of a function, has as a weight of that name, if it is plainly held."""
+    """What a layer, or a call of a function, has as a weight of that name, or computes it of."""
     module = flow.modules.get(node)
 
     def read(position: int, name: str) -> Tensor | None:
@@ -338,9 +341,20 @@ def _reader(flow: Flow, node: fx.Node) -> Callable[[int, str], Tensor | None]:
             return module._parameters.get(name, module._buffers.get(name))
         given = argument(node, position, name)
         held: Any = flow.held.get(given) if isinstance(given, fx.Node) else None
-        return held if isinstance(held, Tensor) else None
+        if isinstance(held, Tensor):
+            return held
+        return next(iter(_made_of(flow, node, position, name)), None)
 
     return read
+
+
+def _made_of(flow: Flow, node: fx.Node, position: int, name: str) -> list[Tensor]:
+    """The parameters that a weight is computed of, the largest first: the others scale it, if it is linear in each."""
+    given = argument(node, position, name) if node not in flow.modules else None
+    if not isinstance(given, fx.Node) or given in flow.held:
+        return []
+    tensors = {id(t): t for t in _beneath(flow, given) if isinstance(t, nn.Parameter)}
+    return sorted(tensors.values(), key=lambda t: -t.numel())
 
 
 def _beneath(flow: Flow, node: fx.Node) -> Iterator[Tensor]:

@@ -36,7 +36,9 @@ from passes.graph.inputs import Example
 from passes.graph.leaf import inherits_forward
 from passes.graph.modes import has_own_modes, kept_modes
 from passes.graph.weights import computed_weight, computing, weight_like, weight_maker, weight_sources
+from passes.portable import plain_class
 from passes.proof.check import check
+from passes.proof.compare import Verdict
 from passes.proof.hold import Exact
 from passes.proof.prove import prove
 from passes.refusal import RefusalError, ReparamError
@@ -52,28 +54,60 @@ def collapse_like(
     model: nn.Module, like: nn.Module, example: Example | None, *, verify: bool | str
 ) -> tuple[nn.Module, Explanation]:
     """A copy of ``like`` that computes what ``model`` computes, compared with it; see :func:`reparam.collapse`."""
-    given, exact, by_graph = model, Exact(keep=verify is True), False
+    given = model
     if model.training and has_own_modes(model):  # what its own eval() computes, it computes on a copy
         model = deep_copy(model).eval()
-    outcome = restore_blocks(model, like, exact, prove_folds=bool(verify))
-    if outcome is None:
-        exact = Exact(keep=verify is True)
-        folded, explanation = collapse_model(
-            model, example=None, verify="folds" if verify else False, exact=exact, rules=Rules(whole=True)
-        )
-        restored, told = restore(folded, like, exact)
-        by_graph = told is not None
-        explanation.notes += told or ()
-        outcome = restored, explanation
-        inside = dict(folded.named_modules())
-        norms = [path for path, layer in outcome[0].named_modules() if isinstance(layer, _NormBase) and path in inside]
-        explanation.edits += _put_back(inside, outcome[0], norms)
-    result, explanation = outcome
-    if verify is True or (verify and by_graph):  # where layers go was told by names, or has to be seen
-        with timed(explanation.seconds, "check"):
-            explanation.checked = check(given, result, example, exact=exact, effects=False, by_name=not by_graph)
-            explanation.checked.raise_if_different()
-    return result, explanation
+    failed: ReparamError | None = None
+    for rules in (None, Rules(whole=True), Rules(whole=True, plain=True)):
+        exact, by_name = Exact(keep=verify is True), True
+        try:
+            if rules is None:
+                outcome = restore_blocks(model, like, exact, prove_folds=bool(verify))
+            else:
+                outcome, by_name = _whole(model, like, exact, rules, verify)
+            if outcome is None:
+                continue
+            result, explanation = outcome
+            if verify is True or (verify and not by_name):  # where layers go was told by names, or has to be seen
+                with timed(explanation.seconds, "check"):
+                    explanation.checked = check(given, result, example, exact=exact, effects=False, by_name=by_name)
+                    explanation.checked.raise_if_different()
+            if verify and by_name and (explanation.checked is None or explanation.checked.verdict is not Verdict.EQUAL):
+                _check_classes(model, result)
+            return result, explanation
+        except ReparamError as error:  # names may be the same, and a class may compute its weights otherwise
+            failed = failed or error
+    assert failed is not None
+    raise failed
+
+
+def _check_classes(model: nn.Module, result: nn.Module) -> None:
+    """Raise :class:`ReparamError` where a weight went, by its name, into a class that may compute otherwise with it."""
+    inside = dict(model.named_modules())
+    for path, layer in result.named_modules():
+        there = inside.get(path)
+        weights = [name for name, p in layer._parameters.items() if p is not None and p.dim() > 1]
+        if there is None or is_block(there) or not any(name in there._parameters for name in weights):
+            continue
+        alike = plain_class(there) is plain_class(layer) or (inherits_forward(there) and inherits_forward(layer))
+        if not alike:
+            told = f"{path} is a {type(layer).__name__} in like=, and a {type(there).__name__} in the network"
+            raise ReparamError(f"{told}: only a run shows whether the two do the same; pass example_inputs")
+
+
+def _whole(
+    model: nn.Module, like: nn.Module, exact: Exact, rules: Rules, verify: bool | str
+) -> tuple[tuple[nn.Module, Explanation], bool]:
+    """The network collapsed as a whole and put into a copy of ``like``, and whether names told where layers go."""
+    folded, explanation = collapse_model(
+        model, example=None, verify="folds" if verify else False, exact=exact, rules=rules
+    )
+    result, told = restore(folded, like, exact, rules)
+    explanation.notes += told or ()
+    inside = dict(folded.named_modules())
+    norms = [path for path, layer in result.named_modules() if isinstance(layer, _NormBase) and path in inside]
+    explanation.edits += _put_back(inside, result, norms)
+    return (result, explanation), told is None
 
 
 def restore_blocks(
@@ -329,8 +363,8 @@ def _put_bias(path: str, conv: Layer, bias: Tensor | None, norm: Any, exact: Exa
         _copy(norm.running_mean, -bias, exact, -number)
 
 
-def restore(collapsed: nn.Module, like: nn.Module, exact: Exact) -> tuple[nn.Module, list[str] | None]:
-    """A copy of ``like`` (in eval mode) that computes what ``collapsed`` does.
+def restore(collapsed: nn.Module, like: nn.Module, exact: Exact, rules: Rules) -> tuple[nn.Module, list[str] | None]:
+    """A copy of ``like`` (in eval mode) that computes what ``collapsed`` does, which was folded by ``rules``.
 
     With notes where names told nothing and the graph did; then it has to be run.
 
@@ -345,10 +379,11 @@ def restore(collapsed: nn.Module, like: nn.Module, exact: Exact) -> tuple[nn.Mod
         _norm_behind(result),
     )
     missing, extra = _unmatched(have, state, norms)
-    if missing or extra:  # a class that was written for deployment may name its layers otherwise
-        notes = fill(collapsed, result, exact)
+    if missing or extra or rules.plain:  # a class that was written for deployment may name its layers otherwise
+        notes = fill(collapsed, result, exact, rules)
         if notes is not None:
-            return result, ["like= names its layers otherwise: they were matched by the graph", *notes]
+            told = "computes its weights" if rules.plain else "names its layers"
+            return result, [f"like= {told} otherwise: they were matched by the graph", *notes]
         raise ReparamError(
             f"the collapsed network does not match the architecture given as like=: it lacks "
             f"{', '.join(missing[:3]) or 'nothing'}, it has {', '.join(extra[:3]) or 'nothing'} besides; give the "

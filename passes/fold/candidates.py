@@ -260,6 +260,8 @@ def _weigh(interpreter: Interpreter, result: fx.Node, value: Signal, rules: Rule
                 Reason.SHARED, f"the weights of {names} are used in several places", _last(graph, dying, signals)
             )
         return Refusal(Reason.LARGER, cost_message(form, numbers, work, factor), _last(graph, dying, signals))
+    if rules.plain and any(n.op != "get_attr" for n in constants):
+        computed = max(computed, 1)  # a gain, whatever it saves
     if best == (numbers, work) and len(convs) == 1 and not computed:
         return None
     conv_first = _begins_with_conv(interpreter, between)

@@ -22,11 +22,14 @@ class Rules:
             where it saves a call; None where it may not cost more.
         affine: whether batch norms that are left over become one scale and shift.
         whole: whether only what vanishes may be inside of a region: no layer that stays is computed a second time.
+        plain: whether code that makes a layer's weight goes even where nothing is saved, so that what is left are stock
+            layers.
     """
 
     factor: float | None = None
     affine: bool = False
     whole: bool = False
+    plain: bool = False
 
 
 DEFAULT = Rules()

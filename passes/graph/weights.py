@@ -83,20 +83,35 @@ def computing(layer: nn.Module, weight: Tensor) -> nn.Module:
     """A copy in float64 of a layer that computes its weight, with numbers from which it computes this one.
 
     A parametrization says which (``right_inverse``); so do weight normalisation, ``w = g v / |v|`` with ``v = w`` and
-    ``g = |w|``, and hooks that have one tensor of the same shape. Raises :class:`ValueError` if that is not what comes
-    of it.
+    ``g = |w|``, and hooks that have one tensor of the same shape. Where such a tensor enters linearly, two evaluations
+    say it as well. Raises :class:`ValueError` if that is not what comes of it.
     """
-    made, weight = deep_copy(layer).double(), weight.detach().double()
-    try:
-        with torch.no_grad():
-            _give(made, weight.clone())  # which a parametrization may keep
-            got = computed_weight(made, "weight")
-    # What inverts a parametrization is user code, which may refuse in any way.
-    except Exception as error:
-        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
-    if got is None or not bool(((got - weight).abs() <= 1e-12 * weight.abs().max()).all()):
-        raise ValueError("it computes another one from this")
-    return made
+    weight, why = weight.detach().double(), ""
+    for give in (_give, _give_linearly):
+        made = deep_copy(layer).double()
+        try:
+            with torch.no_grad():
+                give(made, weight.clone())  # which a parametrization may keep
+                got = computed_weight(made, "weight")
+        # What inverts a parametrization is user code, which may refuse in any way.
+        except Exception as error:
+            why = why or str(error).partition("\n")[0] or type(error).__name__
+            continue
+        if got is not None and bool(((got - weight).abs() <= 1e-12 * weight.abs().max()).all()):
+            return made
+        why = why or "it computes another one from this"
+    raise ValueError(why)
+
+
+def _give_linearly(layer: nn.Module, weight: Tensor) -> None:
+    (source,) = (source for source in weight_sources(layer) if source.shape == weight.shape)
+    values: list[Tensor] = []
+    for number in (0.0, 1.0):
+        source.fill_(number)
+        made = computed_weight(layer, "weight")
+        assert made is not None
+        values.append(made.clone())
+    source.copy_((weight - values[0]) / (values[1] - values[0]))
 
 
 def _give(layer: nn.Module, weight: Tensor) -> None:
