@@ -95,6 +95,8 @@ NORMS: list[tuple[str, Callable[[], nn.Module], str, Reason, str]] = [
      Reason.BORDER, "it follows 1 (ZeroPad2d): zero padding"),
     ("behind a cast", lambda: Net(lambda m, x: m.n(m.c(x).half().double()), c=conv(), n=norm()), "n",
      Reason.CAST, "a cast or a move between devices"),
+    ("behind a cast to what the input has", lambda: Net(lambda m, x: m.n(m.c(x.to(m.c.weight.dtype)).to(x.dtype)),
+     c=conv(), n=norm()), "n", Reason.CAST, "it follows (model):to: a cast or a move between devices"),
     ("behind dropout that is on", lambda: Net(lambda m, x: m.n(F.dropout(m.c(x), 0.5, True)), c=conv(), n=norm()), "n",
      Reason.NO_CONVOLUTION, "it follows (model):dropout"),
     ("behind a sum of two values", lambda: Net(lambda m, x: m.n(m.c(x).relu() + m.d(x).relu()), c=conv(), d=conv(),

@@ -107,9 +107,10 @@ class _Why:
         return found
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
-        """The values that an operation computes with; the sizes that one is moved by are none."""
+        """The values that an operation computes with; the sizes that one is moved by, or a dtype, are none."""
         operation, given = self.flow.operations.get(node), argument(node, 0, "input")
-        if operation is not None and operation.kind is Kind.MOVEMENT and isinstance(given, fx.Node):
+        moves = operation is not None and operation.kind in (Kind.CAST, Kind.MOVEMENT)
+        if moves and isinstance(given, fx.Node):
             return [given]
         return self.flow.inputs(node)
 
