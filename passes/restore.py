@@ -36,9 +36,8 @@ from passes.graph.inputs import Example
 from passes.graph.leaf import inherits_forward
 from passes.graph.modes import has_own_modes, kept_modes
 from passes.graph.weights import computed_weight, computing, weight_like, weight_maker, weight_sources
-from passes.portable import plain_class
 from passes.proof.check import check
-from passes.proof.compare import Verdict
+from passes.proof.compare import EquivalenceError, Verdict
 from passes.proof.hold import Exact
 from passes.proof.prove import prove
 from passes.refusal import RefusalError, ReparamError
@@ -59,46 +58,59 @@ def collapse_like(
         model = deep_copy(model).eval()
     failed: ReparamError | None = None
     for rules in (None, Rules(whole=True), Rules(whole=True, plain=True)):
-        exact, by_name = Exact(keep=verify is True), True
+        exact, by_name, folded = Exact(keep=verify is True), True, model
         try:
             if rules is None:
                 outcome = restore_blocks(model, like, exact, prove_folds=bool(verify))
             else:
-                outcome, by_name = _whole(model, like, exact, rules, verify)
-            if outcome is None:
-                continue
-            result, explanation = outcome
-            if verify is True or (verify and not by_name):  # where layers go was told by names, or has to be seen
-                with timed(explanation.seconds, "check"):
-                    explanation.checked = check(given, result, example, exact=exact, effects=False, by_name=by_name)
-                    explanation.checked.raise_if_different()
-            if verify and by_name and (explanation.checked is None or explanation.checked.verdict is not Verdict.EQUAL):
-                _check_classes(model, result)
-            return result, explanation
-        except ReparamError as error:  # names may be the same, and a class may compute its weights otherwise
+                outcome, folded, by_name = _whole(model, like, exact, rules, verify)
+        except ReparamError as error:
             failed = failed or error
+            continue
+        if outcome is None:
+            continue
+        result, explanation = outcome
+        doubt = _other_class(folded, result) if by_name else ""
+        if verify is True or (verify and not by_name):  # where layers go was told by names, or has to be seen
+            with timed(explanation.seconds, "check"):
+                explanation.checked = check(given, result, example, exact=exact, effects=False, by_name=by_name)
+                if not doubt:
+                    explanation.checked.raise_if_different()
+        seen = explanation.checked is not None and explanation.checked.verdict is Verdict.EQUAL
+        if seen or not doubt or not verify:
+            return result, explanation
+        failed = failed or _doubtful(doubt, explanation)
     assert failed is not None
     raise failed
 
 
-def _check_classes(model: nn.Module, result: nn.Module) -> None:
-    """Raise :class:`ReparamError` where a weight went, by its name, into a class that may compute otherwise with it."""
-    inside = dict(model.named_modules())
+def _doubtful(doubt: str, explanation: Explanation) -> ReparamError:
+    """What is raised if no other way is found: how the results differ, or that nothing shows whether they do."""
+    try:
+        if explanation.checked is not None:
+            explanation.checked.raise_if_different()
+    except EquivalenceError as error:
+        return error
+    return ReparamError(f"{doubt}: only a run shows whether the two do the same; pass example_inputs")
+
+
+def _other_class(network: nn.Module, result: nn.Module) -> str:
+    """Where a weight went, by its name, into a class that may compute otherwise with it; empty if nowhere."""
+    inside = dict(network.named_modules())
     for path, layer in result.named_modules():
         there = inside.get(path)
         weights = [name for name, p in layer._parameters.items() if p is not None and p.dim() > 1]
         if there is None or is_block(there) or not any(name in there._parameters for name in weights):
             continue
-        alike = plain_class(there) is plain_class(layer) or (inherits_forward(there) and inherits_forward(layer))
-        if not alike:
-            told = f"{path} is a {type(layer).__name__} in like=, and a {type(there).__name__} in the network"
-            raise ReparamError(f"{told}: only a run shows whether the two do the same; pass example_inputs")
+        if type(there) is not type(layer) and not (inherits_forward(there) and inherits_forward(layer)):
+            return f"{path} is a {type(layer).__name__} in like=, and a {type(there).__name__} in the network"
+    return ""
 
 
 def _whole(
     model: nn.Module, like: nn.Module, exact: Exact, rules: Rules, verify: bool | str
-) -> tuple[tuple[nn.Module, Explanation], bool]:
-    """The network collapsed as a whole and put into a copy of ``like``, and whether names told where layers go."""
+) -> tuple[tuple[nn.Module, Explanation], nn.Module, bool]:
+    """The network collapsed and put into a copy of ``like``, the former, and whether names told which is which."""
     folded, explanation = collapse_model(
         model, example=None, verify="folds" if verify else False, exact=exact, rules=rules
     )
@@ -107,7 +119,7 @@ def _whole(
     inside = dict(folded.named_modules())
     norms = [path for path, layer in result.named_modules() if isinstance(layer, _NormBase) and path in inside]
     explanation.edits += _put_back(inside, result, norms)
-    return (result, explanation), told is None
+    return (result, explanation), folded, told is None
 
 
 def restore_blocks(

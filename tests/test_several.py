@@ -458,12 +458,73 @@ def test_a_norm_behind_a_deformable_convolution(bias: bool, mask: bool, groups: 
     torch.testing.assert_close(folded.offset.weight, model.offset.weight, rtol=0, atol=0)
 
 
-def test_a_deformable_convolution_that_is_called_as_a_function_says_so() -> None:
+class DeformedByCall(nn.Module):
+    """As the packs of DCNv2: a module holds the weight and calls the function, by its name or as the operator."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        pytest.importorskip("torchvision.ops")
+        groups = 2 if how == "groups" else 1
+        self.how, self.offset = how, nn.Conv2d(4, 27, 3, stride=2, padding=1)
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 4 // groups, 3, 3)), nn.Parameter(torch.randn(6))
+        self.norm, self.other = nn.BatchNorm2d(6), nn.Conv2d(4, 6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ops, (along, across, mask) = __import__("torchvision").ops, self.offset(x).chunk(3, 1)
+        offset, mask = torch.cat([along, across], 1), mask.sigmoid()
+        if self.how == "the operator":
+            numbers = (2, 2, 1, 1, 1, 1, 1, 1, True)
+            y = torch.ops.torchvision.deform_conv2d(x, self.weight, offset, mask, self.bias, *numbers)
+        elif self.how == "of another layer":
+            y = ops.deform_conv2d(input=x, offset=offset, weight=self.other.weight, mask=mask, stride=2, padding=1)
+        elif self.how == "no mask":
+            y = ops.deform_conv2d(x, offset, self.weight, self.bias, 2, 1)
+        elif self.how == "weight by offset":
+            y = ops.deform_conv2d(x, offset, self.weight * offset.mean(), self.bias, 2, 1)
+        else:
+            y = ops.deform_conv2d(x, offset, self.weight, self.bias, (2, 2), (1, 1), (1, 1), mask)
+        return F.relu(self.norm(y))
+
+
+@pytest.mark.parametrize("how", ["the function", "the operator", "of another layer", "no mask", "groups"])
+@pytest.mark.parametrize("around", [False, True])
+def test_a_norm_behind_a_deformable_convolution_that_is_called(how: str, around: bool, tmp_path: Path) -> None:
+    model: Any = ready(DeformedByCall(how)).double()
+    if around:  # the norm stands outside of the pack
+        norm, model.norm = model.norm, nn.Identity()
+        model = nn.Sequential(model, nn.Conv2d(6, 6, 1, groups=6), norm).double().eval()
+    x, y = MAPS
+    folded, report = reparam.collapse_with_report(model, example_inputs=x)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert not report.taken_back
+    for given in (x, y[:1, :, :5]):
+        torch.testing.assert_close(folded(given), model(given))
+    torch.testing.assert_close(copy.deepcopy(folded)(x), model(x))
+    reparam.save(folded, tmp_path / "net.pt")
+
+
+def test_a_pack_that_is_nothing_but_functions_keeps_its_offsets() -> None:
     ops = pytest.importorskip("torchvision.ops")
-    code: Code = lambda m, x, y: m.n(ops.deform_conv2d(x, y.repeat(1, 5, 1, 1)[:, :18], m.a.weight, padding=1)).relu()  # noqa: E731
-    _, report = collapsed(code)
-    (told,) = [refusal.message for refusal in report.refusals if refusal.layer == "n"]
-    assert "deform_conv2d of several values, a function whose weights stay" in told
+
+    class Pack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.offset = nn.Parameter(torch.randn(6, 4, 3, 3)), nn.Parameter(torch.randn(18, 4, 3, 3))
+
+        def forward(self, x: Tensor) -> Any:
+            return ops.deform_conv2d(x, F.conv2d(x, self.offset, padding=1), self.weight, padding=1)
+
+    model = ready(nn.Sequential(Pack(), nn.BatchNorm2d(6), nn.ReLU())).double()
+    folded, report = reparam.collapse_with_report(model, example_inputs=MAPS[0])
+    assert (report.after.norms, report.taken_back) == (0, [])
+    torch.testing.assert_close(folded(MAPS[1]), model(MAPS[1]))
+
+
+def test_a_deformable_convolution_whose_weight_depends_on_the_input_keeps_the_norm() -> None:
+    model = ready(DeformedByCall("weight by offset")).double()
+    folded, report = reparam.collapse_with_report(model, example_inputs=MAPS[0])
+    assert report.folds == []
+    torch.testing.assert_close(folded(MAPS[0]), model(MAPS[0]), rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------ other ways to write the same

@@ -20,6 +20,7 @@ from passes.fold.placement import Rewrite, nodes_in
 from passes.graph.capture import Call, call_of, join
 from passes.graph.methods import MethodCall
 from passes.graph.structures import Made, parts_of
+from passes.laws.deform import is_deforming_call, with_numbers
 from passes.portable import function_of, source_of
 from passes.refusal import Reason, RefusalError
 
@@ -148,13 +149,20 @@ class _Local:
 
     def _fold(self, source: fx.Node, region: Candidate) -> None:
         own = self.filled is not None and self.names[region] == self.call.path
-        if own or region in self.tied:
+        if is_deforming_call(self.layout.flow, region.result):
+            new = self._deform(region.result, self._value(source), "" if own else self._relative(self.names[region]))
+        elif own or region in self.tied:
             holder = "" if own else self._relative(self.names[region])
             new = self._convolve(self.tied.get(region, self.filled), self._value(source), holder)
         else:
             new = self.graph.call_module(self._relative(self.names[region]), (self._value(source),))
         for node in region.dying:  # whoever still asks for their shape asks the result, or what goes in
             self.env[node] = self._value(source) if node in region.sized else new
+
+    def _deform(self, node: fx.Node, x: fx.Node, holder: str) -> fx.Node:
+        """The same call, with the weight and bias that the module itself or a child holds."""
+        numbers = {name: self.graph.get_attr(join(holder, name)) for name in ("weight", "bias")}
+        return self.graph.call_function(node.target, *with_numbers(node, {"input": x, **numbers}, self._map))  # type: ignore[arg-type]
 
     def _convolve(self, layer: Any, x: fx.Node, holder: str) -> fx.Node:
         """The weight and bias that the module itself or a child holds, used as the folded layer would use them."""

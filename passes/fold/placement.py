@@ -21,7 +21,7 @@ from passes.algebra.geometry import CONVS
 from passes.fold.candidates import Candidate, Tie
 from passes.fold.layout import Layout
 from passes.graph.capture import Call, call_of, join
-from passes.laws.interpreter import deformed
+from passes.laws.deform import deformed, is_deforming_call
 from passes.refusal import Reason, RefusalError
 
 __all__ = ["Placement", "Rewrite", "nodes_in", "place"]
@@ -173,6 +173,7 @@ def _substitute(layout: Layout, region: Candidate, call: Call, step: Step, place
         placement.rewrites += trial.rewrites
         return
     fixed = call in layout.flow.unit.fixed
+    fixed |= is_deforming_call(layout.flow, region.result)  # it reads more than a layer would
     if not fixed and _is_whole(layout, region, call, step.old) and call.args == (step.source,) and not call.kwargs:
         outer = call.parent is None and layout.flow.unit.path != ""
         inner = call.parent is not None and layout.replaceable(call.module, call.path, call.parent)

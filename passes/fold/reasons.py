@@ -187,8 +187,6 @@ class _Why:
         several = " of several values" if len(self._sources(node)) > 1 else ""
         if node.op == "call_function" and node not in self.flow.operations and self._weighs(node):
             several += ", a function whose weights stay as they are"
-            deforms = getattr(node.target, "__name__", "") == "deform_conv2d"
-            several += "; torchvision.ops.DeformConv2d takes such a norm" if deforms else ""
         return Refusal(Reason.NO_CONVOLUTION, f"{Reason.NO_CONVOLUTION.value}: it follows {self._named(node)}{several}")
 
     def _weighs(self, node: fx.Node) -> bool:

@@ -21,7 +21,8 @@ from passes.fold.candidates import Candidate, between_of, dying_constants, in_or
 from passes.fold.cost import numbers_of, staying_numbers
 from passes.graph.dataflow import Flow
 from passes.graph.opset import Kind, argument
-from passes.laws.interpreter import Interpreter, deformed, sources_of
+from passes.laws.deform import deformed
+from passes.laws.interpreter import Interpreter, sources_of
 from passes.laws.layouts import is_conv, views
 from passes.laws.regions import Contraction, Region, Spread
 from passes.laws.values import Signal, View
@@ -183,7 +184,8 @@ def layer_of(graph: Contraction, head: fx.Node) -> tuple[Interpreter, Signal]:
     """The layer that gives a value, alone, behind what it reads."""
     region, flow = graph.regions.get(head), graph.flow
     if region is None and (own := deformed(flow, head, None)) is not None:
-        interpreter = Interpreter(graph, sources_of_node(graph, head)[0], View(2), own.in_channels)
+        entry = argument(head, 0, "input")
+        interpreter = Interpreter(graph, entry, View(2), own.in_channels)
         return interpreter, Signal(own, View(2), work=own.weight.numel(), conv=True)
     if region is not None:
         interpreters = [Interpreter(graph, region.entry, region.view, region.channels)]

@@ -213,7 +213,13 @@ OPERATIONS: tuple[Operation, ...] = (
     *_conv(2, nn.Conv2d, nn.ConvTranspose2d),
     *_conv(3, nn.Conv3d, nn.ConvTranspose3d),
     Operation("convolution", Kind.CONV, (torch.convolution, "aten.convolution.default")),
-    Operation("deform_conv2d", Kind.CONV, ("torchvision.ops.deform_conv.DeformConv2d",), n=2, rank=Rank.SPATIAL),
+    Operation(
+        "deform_conv2d",
+        Kind.CONV,
+        ("torchvision.ops.deform_conv.DeformConv2d", "torchvision.deform_conv2d"),
+        n=2,
+        rank=Rank.SPATIAL,
+    ),
     Operation("linear", Kind.LINEAR, (nn.Linear, F.linear, "aten.linear.default"), rank=Rank.SAME, affine=True),
     Operation(
         "matmul",
@@ -636,7 +642,8 @@ def operation_of_function(target: Any) -> Operation | None:
         if isinstance(target, torch._ops.OpOverload):
             text = str(target)
             return _BY_NAME.get(text) or (_BY_NAME.get(text.replace("_.", ".")) if target._schema.is_mutable else None)
-        return _BY_NAME.get(_full_name(target))
+        packet = isinstance(target, torch._ops.OpOverloadPacket)
+        return _BY_NAME.get(str(target) if packet else _full_name(target))
     return found
 
 

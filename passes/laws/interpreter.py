@@ -18,20 +18,20 @@ from torch import Tensor, fx
 
 from passes.algebra.conv_form import ConvForm, Form
 from passes.algebra.kernels import divisors
-from passes.algebra.opaque import OpaqueForm
 from passes.algebra.sparse_form import SparseForm
 from passes.graph.dataflow import Constants, Flow
 from passes.graph.opset import Kind
 from passes.graph.within import Within
+from passes.laws.deform import deformed
 from passes.laws.laws import law_of
 from passes.laws.probe import ProbedForms
-from passes.laws.regions import Contraction, Region, Spread
+from passes.laws.regions import Contraction, Region, Spread, form_device
 from passes.laws.values import Dim, Signal, View, channels_along, settle
 from passes.laws.within import InnerGraph, around_form
 from passes.refusal import PROBED, Reason, Refusal, RefusalError
 
 __all__ = [
-    "Interpreter", "Share", "behind_map", "deformed", "form_of", "read_behind", "shares_of", "sources_of",
+    "Interpreter", "Share", "behind_map", "form_of", "read_behind", "shares_of", "sources_of",
     "values_behind",
 ]  # fmt: skip
 
@@ -54,18 +54,6 @@ def form_of(flow: Flow, region: Region, dtype: torch.dtype = torch.float64) -> F
 def behind_map(form: Form, scale: Tensor, shift: Tensor | None) -> ConvForm:
     """The form behind a map per channel of its input."""
     return ConvForm.identity(form.in_channels, form.n, like=form.weight).affine(scale, shift).then(form)
-
-
-def deformed(flow: Flow, node: fx.Node, dtype: torch.dtype | None) -> OpaqueForm | None:
-    """The form of a deformable convolution: linear in its weight, whatever its offsets and its mask are."""
-    operation, module = flow.operations.get(node), flow.modules.get(node)
-    if module is None or operation is None or operation.id != "deform_conv2d":
-        return None
-    constants, device = Constants(flow, dtype), _device(flow, dtype)
-    weight, bias = (constants.read(module, name) for name in ("weight", "bias"))
-    assert weight is not None
-    layer: Any = module
-    return OpaqueForm(layer, weight.to(device), None if bias is None else bias.to(device))
 
 
 Share = tuple[Tensor, "Tensor | None"]
@@ -107,7 +95,7 @@ def _shares_ahead(
     flow: Flow, spread: Spread, lies: tuple[View, int], dtype: torch.dtype | None
 ) -> dict[fx.Node, Share]:
     view, channels = lies
-    like = torch.empty(0, dtype=dtype or torch.float64, device=_device(flow, dtype))
+    like = torch.empty(0, dtype=dtype or torch.float64, device=form_device(flow, dtype))
     joined = Signal(SparseForm.identity(0, channels, view.n, like=like), view)
     mapped = _mapped(flow, spread, joined, dtype).form
     # Behind them, channels of the source itself: the map does not act on those.
@@ -144,7 +132,7 @@ def values_behind(
         if len(own) != len(shapes[0]) or own[view.channel_axis] != channels:
             raise RefusalError(Reason.CHANNELS)
         shapes = [own]
-    like = torch.empty(0, dtype=dtype or torch.float64, device=_device(graph.flow, dtype))
+    like = torch.empty(0, dtype=dtype or torch.float64, device=form_device(graph.flow, dtype))
     found = []
     for shape in shapes:
         given = {
@@ -197,7 +185,7 @@ def _owner(spread: Spread) -> Tensor:
 
 
 def _over(graph: Contraction, spread: Spread, dtype: torch.dtype | None) -> Interpreter:
-    like = torch.empty(0, dtype=dtype or torch.float64, device=_device(graph.flow, dtype))
+    like = torch.empty(0, dtype=dtype or torch.float64, device=form_device(graph.flow, dtype))
     starts = itertools.accumulate(spread.channels, initial=0)
     given = {
         head: Signal(SparseForm.identity(start, channels, view.n, like=like), view)
@@ -233,14 +221,6 @@ def _signal(interpreter: Interpreter, node: fx.Node) -> Signal:
     return value
 
 
-def _device(flow: Flow, dtype: torch.dtype | None) -> torch.device:
-    """Where the numbers of a form are."""
-    if dtype is None:
-        return torch.device("meta")
-    device = next((t.device for t in flow.unit.root.parameters()), torch.device("cpu"))
-    return torch.device("cpu") if device.type == "mps" else device  # no float64 there
-
-
 class Interpreter:
     """Values of the nodes behind one entry, each an affine function of it or a refusal.
 
@@ -256,7 +236,7 @@ class Interpreter:
         self.channels = channels
         self.dtype = dtype
         self.constants = self.flow.planned if dtype is None else Constants(self.flow, dtype)
-        like = torch.empty(0, dtype=dtype or torch.float64, device=_device(self.flow, dtype))
+        like = torch.empty(0, dtype=dtype or torch.float64, device=form_device(self.flow, dtype))
         identity = ConvForm.identity(channels, view.n, like=like)
         self._given: dict[fx.Node, Signal] = {entry: Signal(identity, view, untouched=True)}
         self._values: dict[fx.Node, Any] = {**self._given}

@@ -11,13 +11,22 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from passes.algebra.conv_form import Form
 from passes.graph.dataflow import Flow
 from passes.laws.values import View
 
-__all__ = ["Contraction", "Region", "Spread"]
+__all__ = ["Contraction", "Region", "Spread", "form_device"]
+
+
+def form_device(flow: Flow, dtype: torch.dtype | None) -> torch.device:
+    """Where the numbers of a form are."""
+    if dtype is None:
+        return torch.device("meta")
+    device = next((t.device for t in flow.unit.root.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "mps" else device  # no float64 there
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,8 @@ from passes.algebra.opaque import OpaqueForm
 from passes.graph.copies import deep_copy
 from passes.graph.dataflow import Constants, Flow
 from passes.graph.opset import operation_of_layer
-from passes.laws.interpreter import Share, deformed, shares_of
+from passes.laws.deform import deformed, given_to, is_deforming_call
+from passes.laws.interpreter import Share, shares_of
 from passes.laws.regions import Region, Spread
 from passes.laws.values import View
 from passes.proof.compare import FLOAT64_TOLERANCE, EquivalenceError
@@ -210,9 +211,8 @@ def _beside(flow: Flow, region: Region, form: Form, x: Tensor, generator: torch.
     if deformed(flow, region.result, None) is None:
         return {}
     assert isinstance(form, OpaqueForm)
-    layer: Any = flow.modules[region.result]
-    names = "offset", "mask"
-    given = dict(zip(names, region.result.args[1:], strict=False)) | region.result.kwargs
+    layer: Any = form.layer
+    names, given = ("offset", "mask"), given_to(region.result)
     taps = math.prod(form.kernel)
     size = [
         (x.shape[2 + i] + 2 * layer.padding[i] - form.dilation[i] * (form.kernel[i] - 1) - 1) // form.stride[i] + 1
@@ -230,13 +230,18 @@ def _folded(
 ) -> list[Tensor]:
     """What the region gives with the layer in its place, and what moves the layer's value behind it."""
     if region.head is None:
-        return [_called(layer, region, x, more) for x, more in zip(inputs, beside, strict=True)]
+        return [_called(flow, layer, region, x, more) for x, more in zip(inputs, beside, strict=True)]
     made = [{region.entry: x, region.head: layer(x)} for x in inputs]
     return [value for value, _ in _run(flow, made, region.moved[-1])]
 
 
-def _called(layer: nn.Module, region: Region, x: Tensor, beside: Mapping[fx.Node, Tensor]) -> Tensor:
+def _called(flow: Flow, layer: nn.Module, region: Region, x: Tensor, beside: Mapping[fx.Node, Tensor]) -> Tensor:
     given = {region.entry: x, **beside}
+    if is_deforming_call(flow, region.result):
+        own = given_to(region.result)
+        numbers = {own[name]: value for name, value in layer.named_parameters()}
+        ((called, _),) = _run(flow, [{**given, **numbers}], region.result)
+        return called
     args, kwargs = fx.map_arg((region.result.args, region.result.kwargs), given.__getitem__) if beside else ((x,), {})
     result: Tensor = layer(*args, **kwargs)
     return result
