@@ -49,6 +49,10 @@ from passes.training.forms import note_on_samples
 __all__ = ["collapse_like"]
 
 
+class MisplacedError(ReparamError):
+    """A tensor of the architecture does not hold what was put there: no other way of matching layers mends that."""
+
+
 def collapse_like(
     model: nn.Module, like: nn.Module, example: Example | None, *, verify: bool | str
 ) -> tuple[nn.Module, Explanation]:
@@ -64,6 +68,8 @@ def collapse_like(
                 outcome = restore_blocks(model, like, exact, prove_folds=bool(verify))
             else:
                 outcome, folded, by_name = _whole(model, like, exact, rules, verify)
+        except MisplacedError:
+            raise
         except ReparamError as error:
             failed = failed or error
             continue
@@ -241,14 +247,14 @@ def _put_back(inside: dict[str, nn.Module], result: nn.Module, paths: list[str])
 def check_pair(path: str, conv: Any, norm: Any, weight: Tensor, bias: Tensor | None) -> None:
     """The convolution at ``path`` and the norm behind it, as they now are, compute what one with these numbers does.
 
-    Read from the tensors that are returned, not from what was meant to be put there. Raises :class:`ReparamError`.
+    Read from the tensors that are returned, not from what was meant to be put there. Raises :class:`MisplacedError`.
     """
     if weight_maker(conv) is None:
         check_copy(f"{path}.weight", conv.weight, weight)
     else:
         made, largest = computed_weight(conv, "weight"), weight.abs().max()
         if made is None or not bool(((made - weight).abs() <= 16 * torch.finfo(weight.dtype).eps * largest).all()):
-            raise ReparamError(f"the weight of {path} of like= is not what was folded")
+            raise MisplacedError(f"the weight of {path} of like= is not what was folded")
     factor, shift = torch.ones(()), torch.zeros(())
     if norm is not None:
         mean, var = norm.running_mean.double(), norm.running_var.double()
@@ -259,14 +265,14 @@ def check_pair(path: str, conv: Any, norm: Any, weight: Tensor, bias: Tensor | N
     want = torch.zeros_like(got) if bias is None else bias.double()
     gap = (got.double() - want).abs()
     if not bool(((factor - 1).abs() <= allowed).all()) or not bool((gap <= allowed * want.abs().max()).all()):
-        raise ReparamError(f"{path} and the norm behind it in like= do not compute what was folded")
+        raise MisplacedError(f"{path} and the norm behind it in like= do not compute what was folded")
 
 
 def check_copy(name: str, into: Tensor, value: Tensor) -> None:
     """A tensor that was copied has the numbers that it should have."""
     wanted = value.to(into)
     if not bool(((into == wanted) | ((into != into) & (wanted != wanted))).all()):
-        raise ReparamError(f"{name} of like= does not hold the numbers that it should")
+        raise MisplacedError(f"{name} of like= does not hold the numbers that it should")
 
 
 def _unwrapped(model: nn.Module, like: nn.Module) -> nn.Module:
