@@ -32,6 +32,7 @@ from passes.blocks import orepa as orepa_file
 from passes.blocks.kit.kernel_conv import KernelConv
 from passes.blocks.kit.layers import BranchSum, ChannelScale, IdentityConv, Times, WindowMean, is_block
 from passes.blocks.kit.registry import unregister
+from passes.edits.apply import Moved
 from passes.refusal import Reason, ReparamError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -1090,5 +1091,5 @@ def test_state_dict_names_are_the_same_every_time_and_load_into_another_expansio
 @pytest.mark.parametrize("block", BLOCKS)
 def test_blocks_are_made_of_stock_modules_and_the_few_of_parts(block: str) -> None:
     for module in reparam.expand(SmallNet(), block, where="all", form="branches", verify=False).modules():
-        own = (SmallNet, BranchSum, ChannelScale, KernelConv, Times, WindowMean)
+        own = (SmallNet, BranchSum, ChannelScale, KernelConv, Moved, Times, WindowMean)
         assert type(module).__module__.startswith("torch.nn") or isinstance(module, own)

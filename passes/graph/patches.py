@@ -25,7 +25,16 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from passes.graph.contents import FOREIGN
 
-__all__ = ["Interceptor", "active", "intercept_function", "intercept_type", "intercepting", "patched", "suspended"]
+__all__ = [
+    "INTERCEPTED",
+    "Interceptor",
+    "active",
+    "intercept_function",
+    "intercept_type",
+    "intercepting",
+    "patched",
+    "suspended",
+]
 
 
 class _Local(threading.local):
@@ -351,6 +360,10 @@ def _function(function: Any, always: bool) -> Any:
 
     intercepted._reparam_original = function  # type: ignore[attr-defined]
     return intercepted
+
+
+INTERCEPTED = _function(len, False).__code__
+"""The code of what stands in the place of functions."""
 
 
 def _method(function: FunctionType, name: str) -> Any:

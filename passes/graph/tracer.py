@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import gc
 import inspect
+import itertools
 import math
 import sys
 import traceback
@@ -37,7 +38,7 @@ from passes.graph.methods import noting_methods
 from passes.graph.nodes import is_constant, is_query
 from passes.graph.opset import operation_of
 from passes.graph.outside import Outside
-from passes.graph.patches import intercept_function, intercept_type, intercepting
+from passes.graph.patches import INTERCEPTED, intercept_function, intercept_type, intercepting
 from passes.graph.proxies import Held, Value, is_value
 from passes.graph.questions import Questions
 from passes.graph.structures import leaves, structure
@@ -265,10 +266,14 @@ class Tracer(Questions):
         if isinstance(self.current.module, _ConvNd):
             return None  # a convolution that pads by a rule of its own is one layer
         start = max((i for i, f in enumerate(frames) if f.f_code is _RUN), default=-1)
-        for caller, frame in zip(frames[start + 1 :], frames[start + 2 :], strict=False):
+        # What stands in a function's place may be there for another tracer, and is passed through.
+        frames = [f for f in frames[start + 1 :] if f.f_code is not INTERCEPTED]
+        for caller, frame in itertools.pairwise(frames):
             found = _global_function(caller, frame)
-            if found is not None and not hasattr(found[0][found[1]], "_reparam_original"):
-                return *found, frame
+            if found is not None:
+                namespace, name, function = found
+                if function not in self.functions or not hasattr(namespace[name], "_reparam_original"):
+                    return *found, frame
         return None
 
     def _search(self, namespace: dict[str, Any] | None) -> None:
