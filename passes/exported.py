@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import InputKind, TensorArgument
 
 from passes.compiler import clock
 from passes.edits.edit import Substitute
@@ -157,7 +157,8 @@ class _Compilation(Compilation[Program]):
         return values[result], peak
 
 
-_WRITTEN = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+_WRITTEN = {"BUFFER_MUTATION", "PARAMETER_MUTATION"}
+"""By name: torch 2.8 knows the former only."""
 
 
 def _weights(program: Program) -> tuple[Mapping[str, str], Mapping[str, Any]]:
@@ -165,7 +166,8 @@ def _weights(program: Program) -> tuple[Mapping[str, str], Mapping[str, Any]]:
     if isinstance(program, ExportedProgram):
         signature = program.graph_signature
         kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-        written = {spec.target for spec in signature.output_specs if spec.kind in _WRITTEN}  # the next call has others
+        # The next call has others of what it writes.
+        written = {spec.target for spec in signature.output_specs if spec.kind.name in _WRITTEN}
         specs = [spec for spec in signature.input_specs if spec.kind in kinds and spec.target not in written]
         names = {spec.arg.name: str(spec.target) for spec in specs}
         held = {**program.constants, **program.state_dict}
