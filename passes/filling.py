@@ -67,7 +67,7 @@ def fill(collapsed: nn.Module, result: nn.Module, exact: Exact, rules: Rules) ->
         filling.take(structure.state_dict(keep_vars=True), have, exact)
         assert ledger.made is not None
         # Behind those of folds, there is one of what was settled when all was folded.
-        for undo, (flow, folds) in reversed(list(zip(undos, ledger.made, strict=False))):
+        for undo, (flow, folds) in reversed(list(zip(undos[: len(ledger.made)], ledger.made, strict=True))):
             undo()
             for fold in reversed(folds):
                 filling.solve(flow, fold)

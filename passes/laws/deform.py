@@ -54,9 +54,7 @@ def deformed(flow: Flow, node: fx.Node, dtype: torch.dtype | None) -> OpaqueForm
         given = given_to(node)
         none = getattr(given.get("bias"), "target", None) is torch.zeros  # which torchvision makes of None
         nodes = given.get("weight"), None if none else given.get("bias")
-        if nodes[0] not in flow.constant or not (nodes[1] is None or nodes[1] in flow.constant):
-            return None
-        try:
+        try:  # what is computed of the input has no value here
             weight, bias = (None if n is None else constants.value(n) for n in nodes)
             assert weight is not None
             layer = _holder(weight, node.args[len(_FUNCTION) :])
