@@ -29,7 +29,8 @@ from passes.blocks.kit.registry import Block
 from passes.graph.weights import weight_maker
 from passes.refusal import RefusalError, ReparamError
 from passes.training.equivalent import KernelProgram
-from passes.training.statistics import shared, statistics_code
+from passes.training.rows import branches_code, statistics_code
+from passes.training.statistics import shared
 
 __all__ = ["FORMS", "Folded", "Form", "note_on_samples", "scales_for_norms", "train_as"]
 
@@ -132,21 +133,46 @@ class Folded:
         self._said = False
         if form.name != "branches":
             self._record(block)
+        self._read_rows(block)
         self.note_statistics(block)
 
     def _record(self, block: BranchSum) -> None:
         self.dtype = next(block.parameters()).dtype
-        plain = BranchSum.__new__(BranchSum)  # the sum alone, whatever is around it and however it trains
-        plain.__dict__.update(block.__dict__)
-        plain._modules = {"around": None, **block.branches()}
-        plain.folded, plain.inside, plain.form, plain.reparam_layer = None, None, BranchSum.form, None
+        plain = _plain(block)
         self.program = KernelProgram.of(plain, torch.promote_types(self.dtype, torch.float32))
         self._paths = [name.split(".") for name in self.program.names]
         self._statistics = statistics_code(plain, self.norms) if self.form.name == "sampled" and self.norms else None
 
+    def _read_rows(self, block: BranchSum) -> None:
+        """The branches over a whole batch, as code that spares maps; where there is none they run themselves."""
+        self._rows = None
+        if self.norms and self.form.name in ("branches", "sampled"):
+            self._kinds = _kinds(block)
+            try:
+                self._rows = branches_code(_plain(block), self.norms)
+            # A branch may be of user code, which a trace does not follow.
+            except Exception as error:
+                log.debug("%s runs as it is written: %s", block.reparam_block, error)
+
+    def _whole(self, block: BranchSum, x: Tensor) -> Tensor:
+        """The branches over all of a batch."""
+        norms = [_at(block, path.split(".")) for path in self.norms]
+        if (
+            self._rows is None
+            or type(x) not in (Tensor, nn.Parameter)
+            or x.shape[0] < 2
+            or not all(norm.training for norm in norms)
+            or shared(norms)
+            or torch.jit.is_tracing()
+            or _is_watched(block)
+            or _kinds(block) != self._kinds
+        ):
+            return block.summed(x)
+        return self._rows(block, x)
+
     def __call__(self, block: BranchSum, x: Tensor) -> Tensor:
         if self.form.name == "branches" and not self._frozen(block, x):
-            return block.summed(x)
+            return self._whole(block, x)
         self.made(block)
         measured: dict[str, Tensor] = {}
         if self._statistics is not None:
@@ -155,7 +181,7 @@ class Folded:
                 sample = self._sample(block, x)
                 if sample is None:
                     if not shared(norms):
-                        return block.summed(x)
+                        return self._whole(block, x)
                     sample = x  # other processes may have enough samples, and wait for what is shared
                 found = self._statistics(block, sample)
                 for path, (mean, var) in zip(self.norms, found, strict=True):
@@ -174,8 +200,7 @@ class Folded:
             return False
         if any(_at(block, path.split(".")).training for path in self.norms):
             return False
-        inside = [m for m in block.modules() if m is not block]
-        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside):
+        if _is_watched(block):
             return False
         if "program" not in self.__dict__ and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
             try:
@@ -206,8 +231,10 @@ class Folded:
 
     def made(self, block: BranchSum) -> None:
         """Record the code anew if this comes out of a pickle."""
-        if "program" not in self.__dict__:
+        if "program" not in self.__dict__ and self.form.name != "branches":
             self._record(block)
+        if "_rows" not in self.__dict__:
+            self._read_rows(block)
 
     def follow(self, block: BranchSum) -> None:
         """Go on with a block that was cast."""
@@ -264,6 +291,24 @@ def note_on_samples(model: nn.Module) -> str:
         f"the running statistics of {found[0]}{more} are of samples of batches: "
         "reparam.update_statistics(model, loader) makes them of whole ones"
     )
+
+
+def _plain(block: BranchSum) -> BranchSum:
+    """The sum alone, whatever is around it and however it trains."""
+    plain = BranchSum.__new__(BranchSum)
+    plain.__dict__.update(block.__dict__)
+    plain._modules = {"around": None, **block.branches()}
+    plain.folded, plain.inside, plain.form, plain.reparam_layer = None, None, BranchSum.form, None
+    return plain
+
+
+def _is_watched(block: BranchSum) -> bool:
+    """Whether hooks see what runs inside."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in block.modules() if m is not block)
+
+
+def _kinds(block: BranchSum) -> list[type]:
+    return [type(m) for m in block.modules()]
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -1,9 +1,4 @@
-"""Mean and variance that each batch norm of a block would divide by, on a sample of the batch.
-
-The branches are read once, and run as far as a norm stands. Norms whose input needs the same number of others first are
-measured together, so that :class:`torch.nn.SyncBatchNorm`, which shares what it measures among processes, takes one
-small reduction for all of them: one for ``acb``, two for ``dbb``.
-"""
+"""Mean and variance of what batch norms divide, without that they divide it."""
 
 from __future__ import annotations
 
@@ -11,67 +6,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, fx, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from passes.blocks.kit.layers import BranchSum
-from passes.refusal import Reason, RefusalError
-
-__all__ = ["shared", "statistics_code"]
+__all__ = ["Affine", "Moments", "Padded", "affine", "per_channel", "shared", "statistics"]
 
 Moments = tuple[Tensor, Tensor]
+"""Mean and variance per channel."""
 
+Affine = tuple[Tensor, Tensor]
+"""Factor and shift per channel."""
 
-class _Branches(fx.Tracer):
-    """Reads a block down to the modules that hold no batch norm."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm) or not any(isinstance(child, _BatchNorm) for child in m.modules())
-
-
-def statistics_code(block: BranchSum, norms: tuple[str, ...]) -> Any:
-    """A function of a block and a sample that gives mean and variance for each of its norms, in their order.
-
-    What only the sum needs is left out: the last norm of a branch is measured and not run.
-    """
-    graph = _Branches().trace(block)
-    depth: dict[fx.Node, int] = {}
-    """How many norms stand before each value."""
-    calls: dict[str, fx.Node] = {}
-    for node in graph.nodes:
-        depth[node] = max((depth[each] for each in node.all_input_nodes), default=0)
-        if node.op == "call_module" and str(node.target) in norms:
-            if str(node.target) in calls:
-                raise RefusalError(Reason.BLOCK, f"its norm {node.target} is called twice: it cannot be sampled")
-            calls[str(node.target)], depth[node] = node, depth[node] + 1
-    if missing := [path for path in norms if path not in calls]:
-        raise RefusalError(Reason.BLOCK, f"nothing calls its norm {missing[0]}: it cannot be sampled")
-    output = graph.output_node()
-    for node in sorted(graph.nodes, key=depth.__getitem__):  # a stable sort, so that values stay behind their inputs
-        if node is not output:
-            output.prepend(node)
-    measured: dict[str, fx.Node] = {}
-    for level in sorted({depth[node] for node in calls.values()}):
-        here = {path: node for path, node in calls.items() if depth[node] == level}
-        with graph.inserting_before(min(here.values(), key=list(graph.nodes).index)):
-            held = {path: graph.get_attr(path) for path in here}
-            inputs = tuple(node.args[0] for node in here.values())
-            found = graph.call_function(statistics, (tuple(held.values()), inputs))
-            for i, path in enumerate(here):
-                measured[path] = graph.call_function(_item, (found, i))
-        for path, node in here.items():
-            with graph.inserting_before(node):
-                normed = graph.call_function(normalised, (held[path], node.args[0], measured[path]))
-            node.replace_all_uses_with(normed)
-            graph.erase_node(node)
-    output.args = ([measured[path] for path in norms],)
-    for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
-            graph.erase_node(node)
-    code = graph.python_code("self")
-    names: dict[str, Any] = dict(code.globals)
-    exec(code.src, names)
-    return names["forward"]
+Padded = tuple[Tensor, tuple[int, ...], Affine | None]
+"""``shift + factor * pad(x)`` of a map ``x``, padded with zeros as :func:`torch.nn.functional.pad` takes it."""
 
 
 def shared(norms: Iterable[_BatchNorm]) -> bool:
@@ -80,21 +27,16 @@ def shared(norms: Iterable[_BatchNorm]) -> bool:
     return several and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
 
 
-def _item(found: Any, i: int) -> Any:
-    return found[i]
-
-
-def statistics(norms: tuple[_BatchNorm, ...], xs: tuple[Tensor, ...]) -> list[Moments]:
+def statistics(norms: tuple[_BatchNorm, ...], values: tuple[Padded, ...]) -> list[Moments]:
     """Mean and variance with which each norm divides its ``(N, C, ...)``; the running ones of norms in training move.
 
     In evaluation they are its own. Half precision is measured in float32, as torch does.
     """
     found: list[Any] = [(norm.running_mean, norm.running_var) for norm in norms]
     counts: dict[int, Any] = {}
-    for i, (norm, x) in enumerate(zip(norms, xs, strict=True)):
+    for i, (norm, value) in enumerate(zip(norms, values, strict=True)):
         if norm.training:
-            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            found[i], counts[i] = _moments(x), x.numel() // x.shape[1]
+            found[i], counts[i] = _moments_of(*value)
     wide = [i for i in counts if shared([norms[i]])]
     for group in {id(group): group for group in (norms[i].process_group for i in wide)}.values():
         mine = [i for i in wide if norms[i].process_group is group]
@@ -107,26 +49,65 @@ def statistics(norms: tuple[_BatchNorm, ...], xs: tuple[Tensor, ...]) -> list[Mo
     return found
 
 
-def _moments(x: Tensor) -> Moments:
-    """Mean and variance per channel of ``(N, C, ...)``."""
-    over = [0, *range(2, x.dim())]
-    if x.device.type != "cpu":
-        var, mean = torch.var_mean(x, over, correction=0)
-        return mean, var
-    # On the CPU var_mean goes through the numbers one by one, and takes longer than two passes.
-    mean = x.mean(over, keepdim=True)
-    return mean.flatten(), (x - mean).square().mean(over)
-
-
-def normalised(norm: _BatchNorm, x: Tensor, moments: Moments) -> Tensor:
-    """What a norm gives, with the mean and variance that were measured."""
+def affine(norm: _BatchNorm, moments: Moments, before: Affine | None) -> Affine:
+    """What a norm multiplies with and adds to a map, on which ``before`` was not applied yet."""
     mean, var = moments
     factor: Tensor = torch.rsqrt(var + norm.eps)
     if norm.weight is not None:
         factor = factor * norm.weight
+    if before is not None:
+        mean = mean - before[1]
     shift = -mean * factor if norm.bias is None else norm.bias - mean * factor
-    sizes = (-1, *(1,) * (x.dim() - 2))
-    return torch.addcmul(shift.reshape(sizes), x, factor.reshape(sizes)).to(x.dtype)
+    return factor if before is None else factor * before[0], shift
+
+
+def per_channel(numbers: Tensor, n: int) -> Tensor:
+    """``(C,)`` to go with ``(N, C, ...)`` of ``n`` more dimensions."""
+    return numbers.reshape(-1, *(1,) * n)
+
+
+def _moments_of(x: Tensor, pads: tuple[int, ...], before: Affine | None) -> tuple[Moments, int]:
+    """Mean and variance, and of how many positions: those of the map itself tell them for zeros around it."""
+    channels = x.shape[1]
+    mean, var = _Moments.apply(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+    count = x.shape[0]
+    for i, size in enumerate(reversed(x.shape[2:])):
+        count *= size + (pads[2 * i] + pads[2 * i + 1] if 2 * i < len(pads) else 0)
+    share = x.numel() / (channels * count)
+    if share != 1:
+        mean, var = share * mean, share * (var + (1 - share) * mean.square())
+    if before is not None:
+        factor, shift = before
+        mean, var = shift + factor * mean, factor.square() * var
+    return (mean, var), count
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and variance per channel of ``(N, C, ...)``: two maps less for autograd than their formulas keep."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Moments:  # type: ignore[override]
+        over = [0, *range(2, x.dim())]
+        if x.device.type != "cpu":
+            var, mean = torch.var_mean(x, over, correction=0)
+            return mean, var
+        # On the CPU var_mean goes through the numbers one by one, and takes longer than two passes.
+        mean = x.mean(over, keepdim=True)
+        return mean.flatten(), (x - mean).square_().mean(over)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Moments) -> None:
+        ctx.save_for_backward(*inputs, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, of_mean: Tensor, of_var: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        n = x.numel() // x.shape[1]
+        factor = of_var * (2 / n)
+        shift = of_mean / n - factor * mean
+        return torch.addcmul(per_channel(shift, x.dim() - 2), x, per_channel(factor, x.dim() - 2))
 
 
 def _over_processes(found: list[Any], counts: list[int], group: Any) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -96,17 +96,17 @@ class WindowMean(nn.AvgPool2d):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding)
         else:
-            return self._mean(x)
+            return self.mean(x, _pair(self.padding))
 
-    def _mean(self, x: Tensor) -> Tensor:
+    def mean(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+        """The mean with this padding in place of its own."""
         # Whoever only traces is shown what it is; in other dtypes a depthwise convolution is a loop over the channels.
         fast = isinstance(x, Tensor) and x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN
         if not fast or x.dim() != 4:
-            pooled: Tensor = super().forward(x)
-            return pooled
+            return F.avg_pool2d(x, self.kernel_size, self.stride, padding)
         kernel, channels = _pair(self.kernel_size), x.shape[1]
         weight = x.new_full((channels, 1, *kernel), 1.0 / (kernel[0] * kernel[1]))
-        return F.conv2d(x, weight, None, _pair(self.stride), _pair(self.padding), groups=channels)
+        return F.conv2d(x, weight, None, _pair(self.stride), padding, groups=channels)
 
 
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -274,7 +274,7 @@ class BranchSum(Within):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Out of a pickle, complete before the first forward: inside a trace of a network nothing can be recorded."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.folded is not None and self.form != "branches":
+        if self.folded is not None:
             self.folded.made(self)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BranchSum:
