@@ -305,6 +305,25 @@ def test_a_compiled_strided_stem_leaves_the_process_alive(block: str) -> None:
     assert done.stdout.rstrip() == "held"
 
 
+FRESH = """
+import sys, torch
+assert "torch._dynamo" not in sys.modules
+import reparam
+from torch import nn
+
+model = reparam.expand(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "dbb").train()
+torch.compile(model, backend="eager", fullgraph=True)(torch.randn(2, 8, 9, 9))
+torch.compile(nn.Sequential(nn.Conv2d(8, 8, 3)), backend="eager", fullgraph=True)(torch.randn(2, 8, 9, 9))
+print("held")
+"""
+
+
+def test_a_network_compiles_that_was_expanded_before_the_compiler_was_imported() -> None:
+    """It looks up Python's functions by identity: it must not meet those that stand in their place during a trace."""
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=400, check=False)
+    assert done.stdout.rstrip() == "held", done.stderr[-2000:]
+
+
 SHARED = """
 import sys, torch, reparam
 from torch import nn

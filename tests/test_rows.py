@@ -1,100 +1,249 @@
-"""Linear layers of maps, as core aten writes them: all positions in one dimension, by sizes that stand in the graph."""
+"""Norms inside the rows of a block are taken into the layers behind them: the same function, fewer maps."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from small_networks import ready
+from test_blocks import gap
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import reparam
+from passes.blocks.kit.layers import BranchSum
+from passes.training import rows
 
-N, T, C, K = 3, 5, 6, 8
-
-
-class Tokens(nn.Module):
-    """A linear layer, and what is made of its value."""
-
-    def __init__(
-        self, behind: Callable[[Any, Tensor], Tensor], bias: bool = True, norm: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.linear, self.behind = nn.Linear(C, K, bias=bias), behind
-        self.norm, self.other = norm or nn.BatchNorm1d(K), nn.Linear(K, 4)
-        self.scale = nn.Parameter(torch.linspace(0.5, 2, K))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.behind(self, self.linear(x))
+GEOMETRIES: list[dict[str, Any]] = [
+    {"padding": 1}, {"padding": 1, "stride": 2}, {}, {"padding": 2, "dilation": 2}, {"padding": (2, 0)},
+    {"padding": 1, "groups": 2}, {"padding": 1, "groups": 8}, {"padding": "same"}, {"kernel_size": 4, "padding": 2},
+    {"kernel_size": (3, 2), "padding": "same"},
+    {"padding": 1, "padding_mode": "reflect"},
+]  # fmt: skip
 
 
-def flattened(net: Any, y: Tensor) -> Tensor:
-    return net.norm(y.reshape(-1, K)).reshape(y.shape)
+def built(n: int = 2, bias: bool = False, **options: Any) -> nn.Module:
+    """A convolution and a norm, the norm and all branches of a dbb block with numbers of their own."""
+    torch.manual_seed(0)
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1](8, 8, **{"kernel_size": 3, **options}, bias=bias)
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[n - 1](8)
+    model = reparam.expand(nn.Sequential(conv, norm), "dbb", init="paper", where="all", verify=False).double().train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "a norm behind": (lambda: Tokens(lambda net, y: net.norm(y.transpose(1, 2))), (N, T, C)),
-    "of maps": (lambda: Tokens(lambda net, y: net.norm(y.permute(0, 3, 1, 2)), norm=nn.BatchNorm2d(K)), (N, T, 4, C)),
-    "flattened": (lambda: Tokens(flattened), (N, T, C)),
-    "without bias": (lambda: Tokens(flattened, bias=False), (N, T, C)),
-    "a scale": (lambda: Tokens(lambda net, y: y * net.scale), (N, T, C)),
-    "another layer": (lambda: Tokens(lambda net, y: net.other(y)), (N, T, C)),
-}
+def images(n: int = 2) -> Tensor:
+    return torch.randn(4, 8, *(9, 10, 7)[:n], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("batch", [None, torch.export.Dim("batch")], ids=["fixed", "dynamic"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_rows_of_a_linear_layer_fold_as_the_layer_does(name: str, batch: Any) -> None:
-    build, shape = NETWORKS[name]
-    net, x = ready(build()), torch.randn(shape)
-    core = torch.export.export(net, (x,), dynamic_shapes=batch and ({0: batch},)).run_decompositions()
-    result, report = reparam.collapse_with_report(core)
-    assert len(report.folds) == len(reparam.explain(net, x).folds) == 1
-    assert not report.taken_back
-    kinds = [str(node.target) for node in result.graph.nodes if node.op == "call_function"]
-    assert sum(kind in ("aten.mm.default", "aten.addmm.default") for kind in kinds) == 1
-    assert not any("batch_norm" in kind or "linear" in kind for kind in kinds), "no call of another dialect"
-    assert reparam.explain(result).folds == [], "a second collapse changes nothing"
-    for other in (x, torch.randn(7, *shape[1:])) if batch else (x,):
-        assert torch.allclose(result.module()(other), net(other), atol=1e-5)
-    result.run_decompositions()
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, gradients of input and parameters, and buffers."""
+    x = x.clone().requires_grad_()
+    y: Tensor = model(x)
+    y.pow(3).sum().backward()
+    assert x.grad is not None
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [y.detach(), x.grad, *grads, *model.buffers()]
 
 
-def test_rows_that_another_reads_stay() -> None:
-    """What is laid in one dimension is a value of its own where others read it."""
+def as_written(model: nn.Module) -> nn.Module:
+    """A copy whose branches run as modules: somebody looks at one of them."""
+    copied = copy.deepcopy(model)
+    for block in copied.modules():
+        if isinstance(block, BranchSum):
+            next(iter(block.branches().values())).register_forward_hook(lambda *_: None)
+    return copied
 
-    class Both(nn.Module):
+
+def check(model: nn.Module, x: Tensor) -> None:
+    reference = as_written(model)
+    got, wanted = step(model, x), step(reference, x)
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture
+def applied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a convolution or a mean has taken a norm from, in order."""
+    seen: list[str] = []
+    for name in ("convolved", "averaged"):
+        original: Callable[..., Tensor] = getattr(rows, name)
+
+        def noted(layer: nn.Module, *given: Any, own: Any = original) -> Tensor:
+            seen.append(type(layer).__name__)
+            result: Tensor = own(layer, *given)
+            return result
+
+        monkeypatch.setattr(rows, name, noted)
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("options", GEOMETRIES, ids=str)
+def test_the_same_function_gradients_and_statistics(options: dict[str, Any], applied: list[str]) -> None:
+    model = built(**options)
+    check(model, images())
+    assert "Conv2d" in applied
+    del applied[:]
+    as_written(model)(images())
+    assert not applied
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_other_dimensions(n: int, applied: list[str]) -> None:
+    check(built(n, padding=1), images(n))
+    assert applied
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@pytest.mark.parametrize("form", ["branches", "sampled:fraction=1/2"])
+def test_derivatives_forwards_are_those_backwards(form: str) -> None:
+    model, x = built(padding=1), images()
+    reparam.set_form(model, form)
+    along = torch.randn_like(x)
+    y, forwards = torch.func.jvp(copy.deepcopy(model), (x,), (along,))
+    weights = torch.randn_like(y)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(model(x), x, weights)
+    assert torch.allclose((forwards * weights).sum(), (grad * along).sum(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [4, 40])
+def test_whichever_is_smaller_takes_the_factor(size: int) -> None:
+    """The kernel or the map: the same numbers."""
+    model, x = built(padding=1), torch.randn(2, 8, size, size, dtype=torch.float64)
+    assert (x.numel() < 8 * 8 * 9) == (size == 4)
+    check(model, x)
+
+
+def test_fewer_maps_are_kept_for_the_backward() -> None:
+    x = torch.randn(16, 8, 32, 32, dtype=torch.float64)
+
+    def kept(model: nn.Module) -> int:
+        found: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            if tensor.numel() >= x.numel():
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            y = model(x)
+        assert y.requires_grad
+        return len(found)
+
+    model = built(padding=1)
+    assert kept(model) <= kept(as_written(model)) - 2
+
+
+def pruned(model: Any) -> Any:
+    torch.nn.utils.prune.l1_unstructured(model[0].sequence.square, "weight", 0.5)
+    return model
+
+
+def other_norm(model: Any) -> Any:
+    model[0].sequence.norm = nn.GroupNorm(2, 8).double()
+    return model
+
+
+def in_evaluation(model: Any) -> Any:
+    model[0].sequence.norm.eval()
+    return model
+
+
+def traced(model: Any) -> Any:
+    return torch.jit.trace(model, (images(),), check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("change", [pruned, other_norm, in_evaluation, traced])
+def test_what_is_not_as_it_was_read_runs_as_it_is_written(change: Any, applied: list[str]) -> None:
+    model = built(padding=1)
+    reference = as_written(model)
+    assert gap(change(model)(images()), change(reference)(images())) < 1e-12
+    assert not applied
+
+
+def test_one_image_runs_as_it_is_written(applied: list[str]) -> None:
+    """Of one position torch says what is wrong."""
+    model = built(padding=1)
+    model(images()[:1])
+    assert not applied
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        built(padding=1)(images()[:1, :, :1, :1])
+
+
+def test_copies_and_pickles_run_alike(applied: list[str]) -> None:
+    model = built(padding=1)
+    wanted = copy.deepcopy(model)(images())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        del applied[:]
+        assert gap(other(images()), wanted) == 0
+        assert applied
+
+
+def test_float16_takes_the_factor_in_its_map() -> None:
+    """A factor of 1/5000 on a small kernel is none of float16's normal numbers."""
+    model = built(padding=1).float()
+    with torch.no_grad():
+        model.get_parameter("0.sequence.point.weight").mul_(5e3)
+        model.get_buffer("0.sequence.point.identity").zero_()
+        model.get_parameter("0.sequence.square.weight").mul_(1e-3)
+        for branch in ("square.norm", "point.norm", "average.last_norm"):
+            model.get_parameter(f"0.{branch}.weight").zero_()
+    reference, x = copy.deepcopy(model), images().float()
+    with torch.autocast("cpu", torch.float16):
+        low = model(x)
+    assert gap(low, reference(x)) < 0.03
+
+
+ROWS: dict[str, tuple[int, list[nn.Module]]] = {
+    "padding behind the norm": (1, [nn.Conv2d(8, 8, 3, padding=1)]),
+    "padding of its own behind the norm": (1, [nn.ZeroPad2d(1), nn.Conv2d(8, 8, 3)]),
+    "a norm behind a mean behind a norm, and padding": (
+        1, [nn.AvgPool2d(1), nn.BatchNorm2d(8), nn.ZeroPad2d(1), nn.Conv2d(8, 8, 3)],
+    ),
+    "padding of ones": (1, [nn.ConstantPad2d(1, 1.0), nn.Conv2d(8, 8, 3)]),
+    "padding by reflection": (1, [nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")]),
+    "a mean that pads": (1, [nn.AvgPool2d(3, 1, 1)]),
+    "a mean that does not count what it pads": (1, [nn.AvgPool2d(3, 1, 1, count_include_pad=False)]),
+    "a mean of part of a window": (2, [nn.AvgPool2d(2, 2, ceil_mode=True)]),
+    "a mean with another divisor": (1, [nn.AvgPool2d(1, 1, divisor_override=3)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_norm_is_applied_where_what_reads_it_cannot_take_it(name: str) -> None:
+    stride, layers = ROWS[name]
+    model: Any = built(padding=1, stride=stride)
+    model[0].add_module("more", nn.Sequential(nn.BatchNorm2d(8), *copy.deepcopy(layers)).double())
+    model[0].folded = None
+    reparam.set_form(model, "branches")
+    check(model, images())
+
+
+@pytest.mark.parametrize("layer", ["once", "twice"])
+def test_a_norm_that_others_read_too_is_applied(layer: str, applied: list[str]) -> None:
+    class Row(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight, self.norm = nn.Parameter(torch.randn(C, K)), nn.BatchNorm1d(K)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            rows = torch.mm(x.reshape(-1, C), self.weight)
-            return self.norm(rows.reshape(x.shape[0], -1, K).transpose(1, 2)), rows.relu()
-
-    net, x = ready(Both()), torch.randn(N, T, C)
-    core = torch.export.export(net, (x,)).run_decompositions()
-    result, report = reparam.collapse_with_report(core)
-    assert report.folds == []
-    assert all(torch.equal(a, b) for a, b in zip(result.module()(x), net(x), strict=True))
-
-
-def test_rows_of_another_order_are_no_linear_layer() -> None:
-    """As many rows, but not those of the map: the sizes in front tell."""
-
-    class Crossed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.norm = nn.Parameter(torch.randn(C, K)), nn.BatchNorm1d(K)
+            self.norm, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.norm(torch.mm(x.reshape(-1, C), self.weight).reshape(T, N, K).transpose(1, 2))
+            y = self.norm(x)
+            result: Tensor = self.conv(y) + (y if layer == "twice" else 0)
+            return result
 
-    net, x = ready(Crossed()), torch.randn(N, T, C)
-    core = torch.export.export(net, (x,)).run_decompositions()
-    assert reparam.explain(core).folds == []
-    result, report = reparam.collapse_with_report(core)
-    assert report.folds == []
-    assert torch.equal(result.module()(x), net(x))
+    model = built(padding=1)
+    (block,) = (m for m in model.modules() if isinstance(m, BranchSum))
+    block.add_module("more", Row().double())
+    block.folded = None
+    reparam.set_form(model, "branches")
+    check(model, images())
+    assert applied.count("Conv2d") == (1 if layer == "twice" else 2)

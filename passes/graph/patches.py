@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import importlib
 import math
 import sys
 import threading
@@ -120,6 +121,9 @@ class _Patches:
 
     @classmethod
     def enter(cls) -> None:
+        # It looks up Python's own functions by identity, once: had it met those that stand here, it would never again
+        # know the real ones, and torch.compile would fail in the whole process.
+        importlib.import_module("torch._dynamo")
         cls.users += 1
         if cls.users > 1:
             return

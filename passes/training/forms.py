@@ -163,12 +163,13 @@ class Folded:
             or x.shape[0] < 2
             or not all(norm.training for norm in norms)
             or shared(norms)
-            or torch.jit.is_tracing()
+            or torch._C._get_tracing_state() is not None
             or _is_watched(block)
             or _kinds(block) != self._kinds
         ):
             return block.summed(x)
-        return self._rows(block, x)
+        y: Tensor = self._rows(block, x)
+        return y
 
     def __call__(self, block: BranchSum, x: Tensor) -> Tensor:
         if self.form.name == "branches" and not self._frozen(block, x):

@@ -1,9 +1,9 @@
 """The branches of a block as straight-line code, in which a norm that measures is taken into the layer behind it.
 
-Once its mean and variance are known, a batch norm is a factor and a shift per channel. Where only convolutions and means
-over windows read what it gives, neither is applied to a map: the convolution takes the factor into its kernel and the
-shift into its bias. Zeros that were padded in front of the norm become the convolution's own padding, for there the map
-is the shift alone: ``shift + factor * pad(x)``. So a row of 1x1, padding, norm and kxk keeps one map, not three.
+Once its mean and variance are known, a batch norm is a factor and a shift per channel. Where only convolutions and
+means over windows read what it gives, neither is applied to a map: the convolution takes the factor into its kernel and
+the shift into its bias. Zeros that were padded in front of the norm become the convolution's own padding, for there the
+map is the shift alone: ``shift + factor * pad(x)``. So a row of 1x1, padding, norm and kxk keeps one map, not three.
 
 Norms whose input needs the same number of others first are measured together, so that :class:`torch.nn.SyncBatchNorm`,
 which shares what it measures among processes, takes one small reduction for all of them: one for ``acb``, two for
@@ -13,6 +13,7 @@ which shares what it measures among processes, takes one small reduction for all
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.padding import _ConstantPadNd
-from torch.nn.modules.pooling import _AvgPoolNd
 
 from passes.blocks.kit.layers import BranchSum, WindowMean
 from passes.refusal import Reason, RefusalError
@@ -43,7 +43,7 @@ def statistics_code(block: BranchSum, norms: tuple[str, ...]) -> Code:
     rows = _Rows(block, norms)
     if missing := [path for path in norms if path not in rows.calls]:
         raise RefusalError(Reason.BLOCK, f"nothing calls its norm {missing[0]}: it cannot be sampled")
-    rows.write(norms, applied=False)
+    rows.write(norms, applies=False)
     return rows.code([rows.moments[path] for path in norms])
 
 
@@ -53,14 +53,16 @@ def branches_code(block: BranchSum, norms: tuple[str, ...]) -> Code | None:
     inner = [path for path, call in rows.calls.items() if call.users and all(map(rows.absorbs, call.users))]
     if not inner:
         return None
-    rows.write(inner, applied=True)
+    rows.write(rows.behind(inner), applies=True)
     return rows.code(rows.applied(rows.result))
 
 
 class _Branches(fx.Tracer):
-    """Reads a block down to the modules that hold no batch norm."""
+    """Reads a block down to the modules that hold no batch norm, and rows to their layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) is nn.Sequential:
+            return False
         return isinstance(m, _BatchNorm) or not any(isinstance(child, _BatchNorm) for child in m.modules())
 
 
@@ -90,23 +92,36 @@ class _Rows:
         self.graph = fx.Graph()
         self.values: dict[Any, _Value] = {}
         self.moments: dict[str, fx.Node] = {}
+        self.maps: dict[str, fx.Node] = {}
 
     def absorbs(self, node: fx.Node) -> bool:
         """Whether a layer takes a factor and a shift of what it reads into its own numbers, or past itself."""
         layer: Any = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if type(layer) in _CONVOLVE:
-            return layer.padding_mode == "zeros" and not _any(layer.padding)
+            return not _any(layer.padding)
         if type(layer) in _MEANS:
-            return not layer.ceil_mode and not _any(layer.padding) and getattr(layer, "divisor_override", None) is None
+            return not _any(layer.padding) and getattr(layer, "divisor_override", None) is None
         crops = isinstance(layer, _ConstantPadNd) and all(p <= 0 for p in layer.padding)
         return crops and bool(node.users) and all(map(self.absorbs, node.users))
 
-    def write(self, measured: Iterable[str], *, applied: bool) -> None:
+    def behind(self, measured: Iterable[str]) -> list[str]:
+        """These norms, and those which read what such a norm gives while it is not applied."""
+        found, waiting = set(measured), set[fx.Node]()
+        for node in self.old.nodes:
+            path = str(node.target) if node.op == "call_module" else ""
+            if path in self.calls and waiting.intersection(node.all_input_nodes):
+                found.add(path)
+            passes_on = type(self.modules.get(path)) not in _CONVOLVE and bool(path) and self.absorbs(node)
+            if path in found or (passes_on and waiting.intersection(node.all_input_nodes)):
+                waiting.add(node)
+        return list(found)
+
+    def write(self, measured: Iterable[str], *, applies: bool) -> None:
         """Write all nodes, those norms measured; they in the order of how many others stand before them.
 
-        ``applied``: all other norms are applied to the maps that they measure.
+        ``applies``: all other norms are applied to the maps that they measure.
         """
-        wanted, self.centres = set(measured), applied
+        wanted, self.applies = set(measured), applies
         depth: dict[fx.Node, int] = {}
         for node in self.old.nodes:
             own = node.op == "call_module" and node.target in wanted
@@ -142,25 +157,34 @@ class _Rows:
         held = tuple(self.graph.get_attr(path) for path in calls)
         found = self.graph.call_function(statistics, (held, tuple(map(tuple, values))))
         for i, path in enumerate(calls):
-            self.moments[path] = self.graph.call_function(_item, (found, i))
+            both = self.graph.call_function(_item, (found, i))
+            self.moments[path], self.maps[path] = (self.graph.call_function(_item, (both, at)) for at in (0, 1))
 
     def _normed(self, node: fx.Node) -> _Value:
         value, path = self.values[node.args[0]], str(node.target)
         pair = self.graph.call_function(affine, (self.graph.get_attr(path), self.moments[path], value.affine))
-        return value._replace(affine=pair)
+        return value._replace(x=self.maps[path], affine=pair)
+
+    def _padded(self, value: _Value, more: tuple[int, ...]) -> _Value:
+        """Padded or cropped: what is cut off from the map itself is gone before a norm measures it."""
+        pads = tuple(a + b for a, b in zip_longest(value.pads, more, fillvalue=0))
+        cut = tuple(min(p, 0) for p in pads)
+        x = self.graph.call_function(F.pad, (value.x, cut)) if any(cut) else value.x
+        return value._replace(x=x, pads=tuple(max(p, 0) for p in pads))
 
     def _written(self, node: fx.Node) -> _Value:
         value = self.values.get(node.args[0]) if len(node.args) == 1 and not node.kwargs else None
         layer: Any = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        if value is not None and isinstance(layer, _ConstantPadNd) and layer.value == 0:
-            # A shift stands on what was padded before it, and not on what is padded behind it.
-            if value.affine is None or all(p <= 0 for p in layer.padding):
-                return value._replace(pads=_added(value.pads, tuple(layer.padding)))
+        pads = isinstance(layer, _ConstantPadNd) and layer.value == 0
+        # A shift stands on what was padded before it, and not on what is padded behind it.
+        if value is not None and pads and (value.affine is None or all(p <= 0 for p in layer.padding)):
+            return self._padded(value, tuple(layer.padding))
         if value is not None and (value.pads or value.affine is not None) and self.absorbs(node):
             held = self.graph.get_attr(str(node.target))
             if type(layer) in _MEANS:
                 return _Value(self.graph.call_function(averaged, (held, value.x, value.pads)), (), value.affine)
-            centred = self.centres and all(user.op == "call_module" and user.target in self.norms for user in node.users)
+            normed = (user.op == "call_module" and user.target in self.norms for user in node.users)
+            centred = self.applies and all(normed)
             return _Value(self.graph.call_function(convolved, (held, *value, centred)))
         return _Value(self.graph.node_copy(node, self.applied))
 
@@ -194,7 +218,7 @@ def convolved(conv: Any, x: Tensor, pads: tuple[int, ...], pair: Affine | None, 
             scaled = grouped * factor.reshape(conv.groups, 1, -1, *(1,) * (weight.dim() - 2))
             weight = scaled.flatten(0, 1).to(weight.dtype)
     lead, trail = pads[::2], pads[1::2]
-    if lead != trail or any(p < 0 for p in lead):
+    if lead != trail:
         x, lead = F.pad(x, pads), ()
     padding = lead[::-1] or 0
     y: Tensor = _CONVOLVE[type(conv)](x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
@@ -204,7 +228,8 @@ def convolved(conv: Any, x: Tensor, pads: tuple[int, ...], pair: Affine | None, 
 def averaged(pool: Any, x: Tensor, pads: tuple[int, ...]) -> Tensor:
     """The mean over windows of ``pad(x)``, of which the padding counts."""
     lead, trail = pads[::2], pads[1::2]
-    if pads and isinstance(pool, WindowMean) and lead == trail and all(p >= 0 for p in lead):
+    # Pooling pads at most half a window.
+    if pads and isinstance(pool, WindowMean) and lead == trail and pool.pads(lead[::-1]):
         return pool.mean(x, lead[::-1])
     y: Tensor = pool(F.pad(x, pads) if pads else x)
     return y
@@ -216,8 +241,3 @@ def _item(found: Any, i: int) -> Any:
 
 def _any(padding: Any) -> bool:
     return any(padding) if isinstance(padding, tuple) else bool(padding)
-
-
-def _added(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    size = max(len(a), len(b))
-    return tuple(x + y for x, y in zip(a + (0,) * (size - len(a)), b + (0,) * (size - len(b)), strict=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["Affine", "Moments", "Padded", "affine", "per_channel", "shared", "statistics"]
@@ -27,16 +28,18 @@ def shared(norms: Iterable[_BatchNorm]) -> bool:
     return several and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
 
 
-def statistics(norms: tuple[_BatchNorm, ...], values: tuple[Padded, ...]) -> list[Moments]:
+def statistics(norms: tuple[_BatchNorm, ...], values: tuple[Padded, ...]) -> list[tuple[Moments, Tensor]]:
     """Mean and variance with which each norm divides its ``(N, C, ...)``; the running ones of norms in training move.
 
-    In evaluation they are its own. Half precision is measured in float32, as torch does.
+    In evaluation they are its own. Half precision is measured in float32, as torch does. Beside them stands each
+    value's map, for whoever reads it behind the norm: autograd then has one gradient for both.
     """
     found: list[Any] = [(norm.running_mean, norm.running_var) for norm in norms]
+    maps = [value[0] for value in values]
     counts: dict[int, Any] = {}
     for i, (norm, value) in enumerate(zip(norms, values, strict=True)):
         if norm.training:
-            found[i], counts[i] = _moments_of(*value)
+            maps[i], found[i], counts[i] = _measured(*value)
     wide = [i for i in counts if shared([norms[i]])]
     for group in {id(group): group for group in (norms[i].process_group for i in wide)}.values():
         mine = [i for i in wide if norms[i].process_group is group]
@@ -46,7 +49,7 @@ def statistics(norms: tuple[_BatchNorm, ...], values: tuple[Padded, ...]) -> lis
     for i, count in counts.items():
         mean, var = found[i]
         _move(norms[i], mean.detach(), var.detach(), count)
-    return found
+    return list(zip(found, maps, strict=True))
 
 
 def affine(norm: _BatchNorm, moments: Moments, before: Affine | None) -> Affine:
@@ -66,10 +69,11 @@ def per_channel(numbers: Tensor, n: int) -> Tensor:
     return numbers.reshape(-1, *(1,) * n)
 
 
-def _moments_of(x: Tensor, pads: tuple[int, ...], before: Affine | None) -> tuple[Moments, int]:
-    """Mean and variance, and of how many positions: those of the map itself tell them for zeros around it."""
+def _measured(x: Tensor, pads: tuple[int, ...], before: Affine | None) -> tuple[Tensor, Moments, int]:
+    """A map, mean and variance, and of how many positions: those of the map itself tell them for zeros around it."""
     channels = x.shape[1]
-    mean, var = _Moments.apply(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+    # Derivatives forwards are those of its formulas; one that is written here could not be compiled.
+    x, mean, var = _Moments.apply(x) if forward_ad._current_level < 0 else _Moments.forward(x)
     count = x.shape[0]
     for i, size in enumerate(reversed(x.shape[2:])):
         count *= size + (pads[2 * i] + pads[2 * i + 1] if 2 * i < len(pads) else 0)
@@ -79,35 +83,41 @@ def _moments_of(x: Tensor, pads: tuple[int, ...], before: Affine | None) -> tupl
     if before is not None:
         factor, shift = before
         mean, var = shift + factor * mean, factor.square() * var
-    return (mean, var), count
+    return x, (mean, var), count
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and variance per channel of ``(N, C, ...)``: two maps less for autograd than their formulas keep."""
+    """A map ``(N, C, ...)``, its mean and variance per channel: autograd keeps fewer maps than for formulas."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Moments:  # type: ignore[override]
-        over = [0, *range(2, x.dim())]
+    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        over, wide = [0, *range(2, x.dim())], _wide(x)
         if x.device.type != "cpu":
-            var, mean = torch.var_mean(x, over, correction=0)
-            return mean, var
+            var, mean = torch.var_mean(wide, over, correction=0)
+            return x.view_as(x), mean, var
         # On the CPU var_mean goes through the numbers one by one, and takes longer than two passes.
-        mean = x.mean(over, keepdim=True)
-        return mean.flatten(), (x - mean).square_().mean(over)
+        mean = wide.mean(over, keepdim=True)
+        off = wide - mean
+        return x.view_as(x), mean.flatten(), off.mul_(off).mean(over)  # vmap has no square_
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Moments) -> None:
-        ctx.save_for_backward(*inputs, output[0])
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output[:2])
 
     @staticmethod
-    def backward(ctx: Any, of_mean: Tensor, of_var: Tensor) -> Tensor:
+    def backward(ctx: Any, of_x: Tensor, of_mean: Tensor, of_var: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         n = x.numel() // x.shape[1]
         factor = of_var * (2 / n)
         shift = of_mean / n - factor * mean
-        return torch.addcmul(per_channel(shift, x.dim() - 2), x, per_channel(factor, x.dim() - 2))
+        own = torch.addcmul(per_channel(shift, x.dim() - 2), _wide(x), per_channel(factor, x.dim() - 2))
+        return own.add_(of_x).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _over_processes(found: list[Any], counts: list[int], group: Any) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -98,6 +98,10 @@ class WindowMean(nn.AvgPool2d):
         else:
             return self.mean(x, _pair(self.padding))
 
+    def pads(self, padding: tuple[int, ...]) -> bool:
+        """Whether it can pad so much by itself."""
+        return all(2 * p <= k for p, k in zip(padding, _pair(self.kernel_size), strict=False))
+
     def mean(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
         """The mean with this padding in place of its own."""
         # Whoever only traces is shown what it is; in other dtypes a depthwise convolution is a loop over the channels.
