@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_blocks import gap
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 import reparam
@@ -107,8 +108,9 @@ def test_derivatives_forwards_are_those_backwards(form: str) -> None:
     model, x = built(padding=1), images()
     reparam.set_form(model, form)
     along = torch.randn_like(x)
-    y, forwards = torch.func.jvp(copy.deepcopy(model), (x,), (along,))
-    weights = torch.randn_like(y)
+    with forward_ad.dual_level():
+        forwards = forward_ad.unpack_dual(copy.deepcopy(model)(forward_ad.make_dual(x, along))).tangent
+    weights = torch.randn_like(forwards)
     x.requires_grad_()
     (grad,) = torch.autograd.grad(model(x), x, weights)
     assert torch.allclose((forwards * weights).sum(), (grad * along).sum(), rtol=1e-9)
