@@ -61,7 +61,7 @@ def affine(norm: _BatchNorm, moments: Moments, before: Affine | None) -> Affine:
     if before is not None:
         mean = mean - before[1]
     shift = -mean * factor if norm.bias is None else norm.bias - mean * factor
-    return factor if before is None else factor * before[0], shift
+    return (factor if before is None else factor * before[0]), shift
 
 
 def per_channel(numbers: Tensor, n: int) -> Tensor:
@@ -99,8 +99,8 @@ class _Moments(torch.autograd.Function):
             return x.view_as(x), mean, var
         # On the CPU var_mean goes through the numbers one by one, and takes longer than two passes.
         mean = wide.mean(over, keepdim=True)
-        off = wide - mean
-        return x.view_as(x), mean.flatten(), off.mul_(off).mean(over)  # vmap has no square_
+        squares = torch.linalg.vector_norm(wide - mean, dim=over).square()
+        return x.view_as(x), mean.flatten(), squares / (x.numel() // x.shape[1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
