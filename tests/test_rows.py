@@ -163,6 +163,30 @@ def traced(model: Any) -> Any:
     return torch.jit.trace(model, (images(),), check_trace=False)
 
 
+@pytest.mark.parametrize("form", ["online", "frozen"])
+def test_a_fold_keeps_two_kernels_for_the_backward(form: str) -> None:
+    """The one that the convolution has, and the product of a 1x1 and a kernel; a mean's is not kept."""
+    model: Any = reparam.expand(
+        nn.Sequential(nn.Conv2d(32, 32, 3, bias=False), nn.BatchNorm2d(32)), "dbb", form=form, verify=False
+    ).train()
+    if form == "frozen":
+        for module in model[0].modules():
+            module.eval()
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known and storage.nbytes() == 32 * 32 * 9 * 4:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        y = model(torch.randn(2, 32, 5, 5))
+    assert y.requires_grad
+    assert len(found) == 2
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("change", [pruned, other_norm, in_evaluation, traced])
 def test_what_is_not_as_it_was_read_runs_as_it_is_written(change: Any, applied: list[str]) -> None:

@@ -183,6 +183,7 @@ class KernelProgram:
         _follow_the_device(recorded)
         for node in recorded.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default):
             _as_product(node)
+        _scale_small_numbers(recorded.graph)
         _have_own_gradients(recorded.graph)
         recorded.graph.eliminate_dead_code()
         recorded.recompile()
@@ -235,6 +236,39 @@ def _as_product(node: fx.Node) -> None:
         product = node.graph.call_function(times_pointwise, (b, a))
     node.replace_all_uses_with(product)
     node.graph.erase_node(node)
+
+
+def _scale_small_numbers(graph: fx.Graph) -> None:
+    """Let a factor per output channel multiply the smaller part of an outer product, not the whole kernel.
+
+    A mean over windows behind a 1x1 is such a product: of as many numbers per channel as there are taps, and of as many
+    as there are channels.
+    """
+    for node in graph.find_nodes(op="call_function", target=_aten.mul.Tensor):
+        product, factor = node.args
+        shapes: list[Any] = []
+        while _calls(product, _aten.reshape.default) and len(product.users) == 1:
+            product, shape = product.args
+            shapes.append(shape)
+        if not _calls(product, _aten.mul.Tensor) or len(product.users) > 1 or not isinstance(factor, fx.Node):
+            continue
+        a, b, numbers, kernel = (each.meta["val"].shape for each in (*product.args, factor, node))
+        outer = len(a) == len(b) == 3 and a[0] == b[0] == kernel[0] and 1 in (a[1] * b[2], a[2] * b[1])
+        if not outer or numbers != (kernel[0], *(1,) * (len(kernel) - 1)):
+            continue
+        small, large = sorted(product.args, key=lambda each: each.meta["val"].numel())
+        with graph.inserting_before(node):
+            per_row = graph.call_function(_aten.reshape.default, (factor, [-1, 1, 1]))
+            scaled = graph.call_function(_aten.mul.Tensor, (small, per_row))
+            result = graph.call_function(_aten.mul.Tensor, (scaled, large))
+            for shape in reversed(shapes):
+                result = graph.call_function(_aten.reshape.default, (result, shape))
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+
+
+def _calls(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is target
 
 
 def _have_own_gradients(graph: fx.Graph) -> None:
