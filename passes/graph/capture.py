@@ -79,6 +79,8 @@ class Unit:
     """Modules that such functions are given, and may call."""
     others: tuple[Unit, ...] = ()
     """The unit as it is for sizes that answer a question the other way."""
+    memos: frozenset[fx.Node] = frozenset()
+    """Values that the model has kept from a call before: what it keeps may be of other weights than it has now."""
     leaves: Mapping[int, Refusal] = field(default_factory=dict)
     """ids of modules that were to be one call each."""
     replay: Callable[[list[dict[fx.Node, Any]], fx.Node], list[tuple[Any, float]]] | None = None
@@ -223,6 +225,21 @@ def _trace_unit(
     given: dict[str, Any] | None = None,
     known: Iterable[Any] = (),
 ) -> Unit:
+    """One unit, as the first call of a new network would find it."""
+    with snapshot.forgetting(root):
+        return _traced(path, root, snapshot, inputs, numbers, leaves, given, known)
+
+
+def _traced(
+    path: str,
+    root: nn.Module,
+    snapshot: Snapshot,
+    inputs: tuple[Any, ...] | None,
+    numbers: bool,
+    leaves: Mapping[int, Refusal],
+    given: dict[str, Any] | None,
+    known: Iterable[Any],
+) -> Unit:
     leaves, known = dict(leaves), set(known)
     careful = False
     while True:
@@ -238,7 +255,9 @@ def _trace_unit(
             forks=given is not None or (not path and _is_small(root)),
             known=known,
         )
-        graph = tracer.trace()
+        graph = _of_first_call(tracer, snapshot)
+        if graph is None:
+            continue
         drawn = not torch.equal(before[0], torch.get_rng_state()) or states() != before[1]
         if drawn and not careful:  # who draws is found by looking after each call
             careful = True
@@ -259,10 +278,26 @@ def _trace_unit(
         # A container with weights that is called twice is compiled once, as a unit of its own.
         leaves |= found
         snapshot.restore()
-    return _unit(path, tracer, graph, others)
+    return _unit(path, tracer, graph, snapshot, others)
 
 
-def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] = ()) -> Unit:
+def _of_first_call(tracer: Tracer, snapshot: Snapshot) -> fx.Graph | None:
+    """The graph; None where something was emptied that the code does not fill again, and which it finds filled now."""
+    error = None
+    try:
+        graph = tracer.trace()
+    # Any exception at all may come out of user code that runs on proxies, and finds something empty.
+    except Exception as caught:
+        error = caught
+    if others := [memo for memo in snapshot.forgotten if not memo.is_filled(tracer.written)]:
+        snapshot.remember(others)
+        return None
+    if error is not None:
+        raise error
+    return graph
+
+
+def _unit(path: str, tracer: Tracer, graph: fx.Graph, snapshot: Snapshot, others: tuple[Unit, ...] = ()) -> Unit:
     root = tracer.root
     if any(isinstance(node.target, torch._ops.OpOverload) for node in graph.nodes):
         retarget(graph)
@@ -276,6 +311,7 @@ def _unit(path: str, tracer: Tracer, graph: fx.Graph, others: tuple[Unit, ...] =
         path, root, graph, tracer.calls, constants, tracer.opaque, stateful, tracer.read_names,
         tracer.fixed, frozenset(tracer.asked), frozenset(tracer.looked), frozenset(tracer.functions),
         {at: why for at, why in tracer.handed.items() if at not in tracer.opaque}, others,
+        frozenset(tracer.left if snapshot.forgotten else ()),
     )  # fmt: skip
 
 
@@ -342,7 +378,7 @@ def _forks(
             return {id(asked.call.module): told}, (), None
         todo += _other_ways(other)
         if first_difference(graph, flipped) is not None:
-            others.append(_unit(path, other, flipped))
+            others.append(_unit(path, other, flipped, snapshot))
             for call in first.calls:
                 if call.path == asked.call.path:
                     first.fixed.setdefault(

@@ -26,12 +26,13 @@ def find_constants(
 
     ``held`` is what ``get_attr`` nodes read, ``written`` are values that the forward changes itself.
 
-    Random numbers are not, and what code does that nobody knows may be anything.
+    What the model has kept from an earlier call is not, since it may be of other weights. Random numbers are not, and
+    what code does that nobody knows may be anything.
     """
     constant: set[fx.Node] = set()
     for node in unit.graph.nodes:
         operation = operations.get(node)
-        if node in written or node.op in ("placeholder", "output") or may_draw(node, operation):
+        if node in written or node in unit.memos or node.op in ("placeholder", "output") or may_draw(node, operation):
             continue
         if node.op == "get_attr":
             if isinstance(held[node], Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from passes.graph.contents import CONTAINERS, copied, refill, same_items
 from passes.graph.generators import kept_generators
+from passes.graph.memos import Memo, filled_memos
 from passes.graph.outside import Outside
 
 __all__ = ["Snapshot", "no_mark"]
@@ -26,6 +27,7 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         modules = [*model.modules()]
         self.outside = Outside(modules)
+        self.forgotten: list[Memo] = []
         self.saved: list[tuple[nn.Module, dict[str, Any], list[tuple[str, Any, Any]]]] = []
         for module in modules:
             attributes = dict(module.__dict__)
@@ -40,6 +42,28 @@ class Snapshot:
                 if (container or content) and not same_items(container, content or ()):
                     yield module, name
 
+    @contextmanager
+    def forgetting(self, root: nn.Module) -> Iterator[None]:
+        """Inside, :meth:`restore` gives what a network has before its first call: memos are empty."""
+        self.forgotten = filled_memos(root, self.outside.containers)
+        try:
+            self._forget()
+            yield
+        finally:
+            self.forgotten = []
+            self.restore()
+
+    def remember(self, memos: Container[Memo]) -> None:
+        """Leave these filled."""
+        self.forgotten = [memo for memo in self.forgotten if memo not in memos]
+        self.restore()
+
+    def _forget(self) -> None:
+        for memo in self.forgotten:
+            memo.empty()
+        if self.forgotten:
+            self.outside.note()
+
     def restore(self) -> None:
         """Give every module its attributes and contents back."""
         for module, attributes, containers in self.saved:
@@ -52,6 +76,7 @@ class Snapshot:
                 if container or content:
                     refill(container, content or ())
         self.outside.restore()
+        self._forget()
 
 
 @contextmanager

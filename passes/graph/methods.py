@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from passes.graph.structures import structure
 
-__all__ = ["MethodCall", "methods_of", "noting_methods"]
+__all__ = ["MethodCall", "handed_on", "methods_of", "noting_methods"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class MethodCall:
 def noting_methods(module: nn.Module, calls: list[MethodCall], graph: Callable[[], fx.Graph]) -> Iterator[None]:
     """Note in ``calls`` the methods that the module's forward hands its work on to; the innermost come first."""
     own, kind = vars(module), cast(Any, type(module))
-    names = [name for name in _handed_on(kind) if name not in own]
+    names = [name for name in handed_on(kind) if name not in own]
     for name in names:
         own[name] = _noted(name, getattr(module, name), calls, graph)
     try:
@@ -59,7 +59,7 @@ def methods_of(kind: type[nn.Module]) -> dict[str, FunctionType]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _handed_on(kind: Any) -> tuple[str, ...]:
+def handed_on(kind: Any) -> tuple[str, ...]:
     """Methods that the forward mentions, and those that they mention."""
     methods = methods_of(kind)
     found: list[str] = []

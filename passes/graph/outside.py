@@ -48,7 +48,7 @@ class Outside:
         self._dicts = [c for c in self._plain if type(c) is dict]
         plain = set(map(id, self._plain))
         self._special = [i for i, (c, _, _) in enumerate(self._containers) if id(c) not in plain]
-        self._note()
+        self.note()
         sizes = (len(c) if isinstance(c, CONTAINERS) else 1 for c in walk.containers.values())
         self._iterates = bool(walk.iterators)
         self.small = sum(sizes) + len(self._slots) <= SMALL
@@ -58,7 +58,13 @@ class Outside:
         """Those whose forward can reach an iterator, which nobody can put back once it has gone on."""
         return [module for module in modules if _draws(module)] if self._iterates else []
 
-    def _note(self) -> None:
+    @property
+    def containers(self) -> list[Any]:
+        """Lists, dictionaries and such, without tables of data."""
+        return [*self._plain]
+
+    def note(self) -> None:
+        """What :meth:`changed` asks about is what there is from now on."""
         self._now = [copied(c) for c, _, _ in self._containers], [get() for get, _, _ in self._slots]
         self._in_a_row = [*map(len, self._plain)], [*self._row()]
 
@@ -85,7 +91,7 @@ class Outside:
         else:
             if all(get() is before for (get, _, _), before in zip(self._slots, values, strict=True)):
                 return False
-        self._note()
+        self.note()
         return True
 
     def restore(self) -> None:
@@ -96,7 +102,7 @@ class Outside:
         for get, put, value in self._slots:
             if get() is not value:
                 put(value)
-        self._note()
+        self.note()
 
 
 def _draws(module: nn.Module) -> bool:

@@ -99,6 +99,10 @@ class Tracer(Questions):
         self.handed: dict[str, Refusal] = {}
         self.looked: set[str] = set()
         """Plain attributes of layers that functions which are one call ask for."""
+        self.written: set[tuple[int, str]] = set()
+        """ids of modules and attributes that forwards set, or would."""
+        self.left: list[fx.Node] = []
+        """What somebody still holds when the forward is over, constants as well."""
         self._writes: list[tuple[nn.Module, str, Any]] = []
         self._alive: list[weakref.ref[Value]] = []
         self._constant_names: dict[int, str] = {}
@@ -130,6 +134,7 @@ class Tracer(Questions):
                     del error
         del out, args, kwargs
         escaped = self._escaped()
+        self.left = [n for n in (*self.kept, *self._alive_nodes()) if n.op not in ("placeholder", "get_attr")]
         end = self.graph.output(output if not escaped else (output, tuple(escaped)))
         end.meta["call"] = self.calls[0]
         self._forget_questions()
@@ -452,6 +457,7 @@ class Tracer(Questions):
 
     def write(self, module: nn.Module, name: str, value: Any) -> None:
         """A forward sets an attribute of a module."""
+        self.written.add((id(module), name))
         tables = (module.__dict__.get("_parameters", {}), module.__dict__.get("_buffers", {}))
         if any(name in table for table in tables):
             self.stop(Reason.STATE, f"its forward sets {self.paths.get(id(module), '')}.{name}".replace(" .", " "))
@@ -500,8 +506,11 @@ class Tracer(Questions):
 
     def _held(self) -> list[fx.Node]:
         """Nodes of values that somebody still holds."""
+        return [node for node in self._alive_nodes() if _is_computed(node)]
+
+    def _alive_nodes(self) -> list[fx.Node]:
         alive = [value.node for ref in self._alive if (value := ref()) is not None]
-        return [node for node in alive if not node._erased and _is_computed(node)]
+        return [node for node in alive if not node._erased]
 
     def _forget_questions(self) -> None:
         """Drop nodes that nothing reads but questions that have been answered, and weights that were only looked at."""
