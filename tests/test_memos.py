@@ -268,6 +268,33 @@ def test_a_called_network_expands_as_a_new_one(kind: type[Memo], called: bool) -
     assert torch.allclose(expanded(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memo, self.conv, self.norm = OfTheClass(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.memo(self.norm(self.conv(x) * 2.0))
+
+
+def test_what_was_emptied_is_no_effect_of_the_code_that_runs_first() -> None:
+    model, x = lively(Around()), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model(x)
+    plain, report = reparam.collapse_with_report(model)
+    assert report.after.norms == 1  # that of the memo
+    assert torch.allclose(plain(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_why_a_root_with_a_memo_is_not_read() -> None:
+    model = lively(Buffer())
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model(x)
+    plain, report = reparam.collapse_with_report(model)
+    (refusal,) = report.untraced
+    assert refusal.message.startswith("its forward sets value")
+    assert torch.allclose(plain(x), model(x), rtol=1e-9, atol=1e-9)
+
+
 class Scale(nn.Module):
     """Keeps what the module around it computes with."""
 
@@ -304,8 +331,8 @@ def test_a_memo_of_other_weights_is_not_folded(kind: type[Scale]) -> None:
         plain, report = reparam.collapse_with_report(model)
         assert (report.after.norms, report.taken_back) == (norms, [])
         assert torch.allclose(plain(x), model(x), rtol=1e-9, atol=1e-9)
-        for each in (plain, model):
-            each[0].scale.value = None  # type: ignore[index, union-attr]
+        for each in filter(lambda m: isinstance(m, kind), (*plain.modules(), *model.modules())):
+            each.value = None
         assert torch.allclose(plain(x), model(x), rtol=1e-9, atol=1e-9)
 
 

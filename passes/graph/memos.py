@@ -43,11 +43,10 @@ class Memo:
 def filled_memos(root: nn.Module, outside: Collection[Any]) -> list[Memo]:
     """What may be a memo, and holds something now.
 
-    Lists and dictionaries, of the modules or from ``outside``, with tensors that are no module's; of a module whose
+    Lists and dictionaries, of the modules or from ``outside``, with tensors that are no parameters; of a module whose
     forward can set an attribute that holds such a tensor, or a buffer, all attributes that it can set: one may be the
     key of another.
     """
-    state = {id(t) for t in [*root.parameters(), *root.buffers()]}
     containers = {id(value): value for value in outside if _is_container(value)}
     attributes: list[Memo] = []
     for module in root.modules():
@@ -57,10 +56,10 @@ def filled_memos(root: nn.Module, outside: Collection[Any]) -> list[Memo]:
         names, absent = _set_by(kind)
         single = {name for name in names & own.keys() if not _is_container(own[name])}
         buffers = {name for name in names if module._buffers.get(name) is not None}
-        if buffers or any(_holds_tensor(own[name], state) for name in single):
+        if buffers or any(_holds_tensor(own[name]) for name in single):
             attributes += [_entry(module, vars(module), name, name in absent) for name in single]
             attributes += [_entry(module, module._buffers, name, False) for name in buffers]
-    return [*(_container(value) for value in containers.values() if _holds_tensor(value, state)), *attributes]
+    return [*(_container(value) for value in containers.values() if _holds_tensor(value)), *attributes]
 
 
 def _container(value: Any) -> Memo:
@@ -81,13 +80,13 @@ def _is_container(value: Any) -> bool:
     return isinstance(value, (dict, list)) and 0 < len(value) <= LARGE
 
 
-def _holds_tensor(value: Any, state: Set[int], depth: int = _DEPTH) -> bool:
-    """Whether there is a tensor in it that is no parameter, and none of ``state``."""
+def _holds_tensor(value: Any, depth: int = _DEPTH) -> bool:
+    """Whether there is a tensor in it that is no parameter."""
     if isinstance(value, Tensor):
-        return id(value) not in state and not isinstance(value, nn.Parameter)
+        return not isinstance(value, nn.Parameter)
     if not depth or not isinstance(value, (dict, list, tuple)) or len(value) > LARGE:
         return False
-    return any(_holds_tensor(v, state, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
+    return any(_holds_tensor(v, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
 
 
 @functools.lru_cache(maxsize=4096)

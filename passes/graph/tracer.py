@@ -134,7 +134,7 @@ class Tracer(Questions):
                     del error
         del out, args, kwargs
         escaped = self._escaped()
-        self.left = [n for n in (*self.kept, *self._alive_nodes()) if n.op not in ("placeholder", "get_attr")]
+        self.left = [n for n in self._alive_nodes() if n.op not in ("placeholder", "get_attr")]
         end = self.graph.output(output if not escaped else (output, tuple(escaped)))
         end.meta["call"] = self.calls[0]
         self._forget_questions()
