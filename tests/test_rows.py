@@ -187,7 +187,7 @@ def test_a_fold_keeps_two_kernels_for_the_backward(form: str) -> None:
     assert len(found) == 2
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")  # of torch's own norm
 @pytest.mark.parametrize("change", [pruned, other_norm, in_evaluation, traced])
 def test_what_is_not_as_it_was_read_runs_as_it_is_written(change: Any, applied: list[str]) -> None:
     model = built(padding=1)

@@ -160,10 +160,10 @@ class Folded:
         if (
             self._rows is None
             or type(x) not in (Tensor, nn.Parameter)
+            or torch._C._get_tracing_state() is not None
             or x.shape[0] < 2
             or not all(norm.training for norm in norms)
             or shared(norms)
-            or torch._C._get_tracing_state() is not None
             or _is_watched(block)
             or _kinds(block) != self._kinds
         ):
@@ -230,12 +230,16 @@ class Folded:
             weight, bias = self.program([_wide(value) for value in values])
             return weight.to(values[0].dtype), None if bias is None else bias.to(values[0].dtype)
 
+    def loaded(self, block: BranchSum) -> None:
+        """Complete what comes out of a pickle."""
+        if self.form.name != "branches":
+            self.made(block)
+        self._read_rows(block)
+
     def made(self, block: BranchSum) -> None:
-        """Record the code anew if this comes out of a pickle."""
-        if "program" not in self.__dict__ and self.form.name != "branches":
+        """Record the code if it is not there yet."""
+        if "program" not in self.__dict__:
             self._record(block)
-        if "_rows" not in self.__dict__:
-            self._read_rows(block)
 
     def follow(self, block: BranchSum) -> None:
         """Go on with a block that was cast."""

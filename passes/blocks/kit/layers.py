@@ -279,7 +279,7 @@ class BranchSum(Within):
         """Out of a pickle, complete before the first forward: inside a trace of a network nothing can be recorded."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.folded is not None:
-            self.folded.made(self)
+            self.folded.loaded(self)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BranchSum:
         """Move or cast; recorded code computes in one dtype."""
