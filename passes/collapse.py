@@ -23,12 +23,13 @@ from passes.compiler import compile_model, timed
 from passes.edits.apply import Undo
 from passes.edits.carried import other_network, remember
 from passes.fold.rules import DEFAULT, Rules
-from passes.graph.capture import join
+from passes.graph.capture import join, no_collection
 from passes.graph.copies import deep_copy, independent, shadow
 from passes.graph.inputs import Example
 from passes.graph.leaf import SCRIPT
 from passes.graph.modes import evaluate, has_own_modes
 from passes.graph.shards import check_whole
+from passes.graph.walk import named_of
 from passes.proof.check import Checked, explained
 from passes.proof.compare import Verdict
 from passes.proof.hold import Before, Exact, Ledger, check_against, place_of
@@ -54,9 +55,8 @@ def collapse_model(
 ) -> tuple[nn.Module, Explanation]:
     """Fold every region of ``model`` that is one convolution; see :func:`reparam.collapse`.
 
-    ``exact``, if given, is filled with the numbers before rounding.
+    The model has been looked at (:func:`check_model`). ``exact``, if given, is filled with the numbers before rounding.
     """
-    check_model(model, numbers=bool(verify))
     clock: dict[str, float] = {}
     before = None
     with timed(clock, "check"):
@@ -101,6 +101,7 @@ class _Attempt:
             raise
 
 
+@no_collection()
 def _attempt(model: nn.Module, example: Example | None, ledger: Ledger, *, inplace: bool) -> _Attempt:
     explanation = Explanation(before=Counts.of(model), seconds=dict.fromkeys(("trace", "plan", "fold", "proof"), 0.0))
     if model.training:
@@ -177,9 +178,8 @@ def explain_model(model: nn.Module, example: Example | None = None, rules: Rules
     """Do what :func:`collapse_model` does, numbers included and without proof, on a copy; the model is not changed.
 
     On the meta device there are no numbers: what only they can tell (a module that has to be probed, a weight that
-    overflows) is left alone.
+    overflows) is left alone. The model has been looked at (:func:`check_model`).
     """
-    check_model(model, numbers=False)
     try:
         edited = _to_edit(model)
     except ReparamError:  # what cannot be copied is edited itself, and restored
@@ -205,8 +205,10 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
     if next(model.parameters(), None) is None:
         script = f": {SCRIPT}" if isinstance(model, torch.jit.ScriptModule) else ""  # a frozen one
         raise ReparamError(f"{type(model).__name__} has no parameters{script}")
-    for name, module in model.named_modules():
-        if _is_quantised(module):
+    modules = named_of(model)
+    quantised = {kind for kind in {type(module) for _, module in modules} if _is_quantised(kind)}
+    for name, module in modules:
+        if type(module) in quantised:
             raise ReparamError(f"{name} is quantised: rewrite the model first, quantise the result")
     check_whole(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -226,15 +228,15 @@ def check_model(model: Any, *, numbers: bool = True) -> None:
             raise ReparamError(f"{name} holds {kind}: the model is broken before any fold; restore an older checkpoint")
 
 
-def _is_quantised(module: nn.Module) -> bool:
+def _is_quantised(kind: type[nn.Module]) -> bool:
     """A layer of torch's quantised ones; ``FloatFunctional`` adds floats, and only is made ready to be one of them."""
-    home = type(module).__module__.split(".")
-    floats = any(base.__name__ in ("FloatFunctional", "FXFloatFunctional") for base in type(module).__mro__)
+    home = kind.__module__.split(".")
+    floats = any(base.__name__ in ("FloatFunctional", "FXFloatFunctional") for base in kind.__mro__)
     return home[0] == "torch" and "quantized" in home and not floats
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    for path, module in model.named_modules():
+    for path, module in named_of(model):
         buffers = module.named_buffers(recurse=False) if isinstance(module, _NormBase) else ()
         for name, tensor in [*module.named_parameters(recurse=False), *buffers]:
             yield join(path, name), tensor, module

@@ -6,11 +6,10 @@ Nothing of the caller's model changes until every fold of a unit is computed and
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +26,7 @@ from passes.fold.layout import Layout
 from passes.fold.placement import Placement, place
 from passes.fold.reasons import worth_saying
 from passes.fold.selection import Guard, select
+from passes.fold.whole import Whole
 from passes.graph.capture import Unit, in_one_context, join, no_collection, trace_units
 from passes.graph.dataflow import Flow
 from passes.graph.inputs import Example, observed_ranks
@@ -74,9 +74,10 @@ def compile_model(
         explanation.refusals.clear()
         units = _traced(model, explanation, example)
         ranks = _ranks(model, units, example)
+        whole, tried = Whole(model), dict[Any, bool]()
         for unit in units:
             root = next(unit.root.children()) if isinstance(unit.root, Alone) else unit.root
-            if all(root is not m for m in model.modules()):
+            if id(root) not in whole.modules:
                 continue  # inside a module that was probed and folded
             # A container that is called twice may be one layer by now, and its surroundings can be read through it; so
             # may a layer whose block stands in the middle of its forward.
@@ -85,12 +86,12 @@ def compile_model(
             again |= any(isinstance(m, Within) and m.inside is not None and not m.inside.takes_norm for m in inner)
             folds, refusals = len(explanation.folds), len(explanation.refusals)
             for run in runs_of(unit):
-                _compile_unit(model, run, [], explanation, undos, ledger)
+                _compile_unit(whole, run, [], explanation, undos, ledger, tried)
             # What was decided for all calls of these layers is not told again of each call.
             told = {layer for fold in explanation.folds[folds:] for layer in fold.layers}
             told |= {refusal.layer for refusal in explanation.refusals[refusals:]}
             refusals = len(explanation.refusals)
-            _compile_unit(model, unit, ranks.get(unit, []), explanation, undos, ledger)
+            _compile_unit(whole, unit, ranks.get(unit, []), explanation, undos, ledger, tried)
             explanation.refusals[refusals:] = [r for r in explanation.refusals[refusals:] if r.layer not in told]
         if not again or len(explanation.folds) == before:
             folded = {layer for fold in explanation.folds for layer in fold.layers}
@@ -113,17 +114,18 @@ def _settled_norms(model: nn.Module) -> list[Edit]:
 
 
 def _compile_unit(
-    model: nn.Module,
+    whole: Whole,
     unit: Unit,
     ranks: list[int | None],
     explanation: Explanation,
     undos: list[Undo],
     ledger: Ledger,
+    tried: dict[Any, bool],
 ) -> None:
-    """Select, fold and edit one unit."""
+    """Select, fold and edit one unit; ``tried`` goes on from unit to unit (:func:`passes.proof.settling.settled`)."""
     with clock(explanation, "plan"):
-        flow = Flow(unit, _owners(model), ranks)
-        layout = Layout(flow, model)
+        flow = Flow(unit, whole.owners, ranks)
+        layout = Layout(flow, whole)
         guard = _guard(flow, layout)
     folds, edited = decide(flow, guard, lambda folds: _edited(layout, folds), explanation, ledger)
     aliases = {fold.candidate.spread: fold for fold in folds if fold.layer is None}
@@ -141,12 +143,14 @@ def _compile_unit(
         ledger.touched[key] = where, *(join(unit.path, path) for path in edits)
         ledger.layers[key] = ", ".join(layers_of(flow, fold.candidate))
     with clock(explanation, "proof"):
-        edited.edits.extend(settled(unit, edited.edits, model))
+        edited.edits.extend(settled(unit, edited.edits, whole, tried))
     explanation.edits += edited.edits
     explanation.notes += edited.notes
     for key, owners in edited.apart.items():
         explanation.apart.setdefault(key, []).extend(owners)
-    undos.append(apply(model, edited.edits, edited.layers))
+    if edited.edits:
+        undos.append(apply(whole.model, edited.edits, edited.layers, held=whole.holders))
+        whole.edited()
     if ledger.made is not None:
         ledger.made.append((flow, folds))
 
@@ -193,15 +197,6 @@ def decide(
         if attempt >= ROUNDS:
             staying.update(node for candidate in failed for node in candidate.together[2])
     raise AssertionError  # from some round on each leaves fewer nodes to choose from
-
-
-def _owners(model: nn.Module) -> Counter[int]:
-    """How many places of the model register each tensor."""
-    owners: Counter[int] = Counter()
-    for module in model.modules():
-        tensors = [*module._parameters.values(), *module._buffers.values()]
-        owners.update(id(t) for t in tensors if t is not None)
-    return owners
 
 
 def _guard(flow: Flow, layout: Layout) -> Guard:

@@ -16,6 +16,7 @@ from passes.blocks.kit.kernel_conv import KernelConv
 from passes.edits.edit import Edit
 from passes.fold.candidates import Candidate, layers_of
 from passes.graph.dataflow import Flow
+from passes.graph.walk import modules_of
 from passes.graph.within import arounds
 from passes.portable import Rewritten
 from passes.proof.check import Checked
@@ -36,7 +37,7 @@ class Counts:
 
     @staticmethod
     def of(model: nn.Module) -> Counts:
-        modules = list(model.modules())
+        modules = modules_of(model)
         return Counts(
             sum(isinstance(m, (_ConvNd, KernelConv)) for m in modules) - len(arounds(modules)),
             sum(_is_norm(m) for m in modules),

@@ -33,6 +33,7 @@ from passes.fold.aliasing import Memory
 from passes.fold.candidates import Candidate
 from passes.fold.placement import Layout, Placement, place
 from passes.fold.selection import Selection, select
+from passes.fold.whole import Whole
 from passes.graph.capture import trace_units
 from passes.graph.dataflow import Flow
 from passes.laws.regions import Contraction
@@ -59,7 +60,7 @@ def close(got: Tensor, wanted: Tensor) -> bool:
 
 def flow_of(model: nn.Module) -> tuple[Flow, Layout]:
     flow = Flow(trace_units(model)[0][0], {})
-    return flow, Layout(flow, model)
+    return flow, Layout(flow, Whole(model))
 
 
 # ------------------------------------------------------------------ a pure function

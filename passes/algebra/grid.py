@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from passes.algebra.changed import replace
 from passes.algebra.kernels import spread
 from passes.refusal import Reason, RefusalError
 

@@ -6,6 +6,7 @@ padding stands in front as a module of its own. The cast to the shipped dtype ha
 
 from __future__ import annotations
 
+import cmath
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def all_finite(tensor: Tensor) -> bool:
     A finite sum says so at once; one that overflows is looked into.
     """
     flat = tensor.detach()
-    return flat.is_meta or bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(flat).all())
+    return flat.is_meta or cmath.isfinite(flat.sum().item()) or bool(torch.isfinite(flat).all())
 
 
 def _cast(tensor: Tensor | None, target: Target, what: str) -> Tensor | None:

@@ -17,6 +17,7 @@ from passes.edits.holders import Holder, holders, substituted
 from passes.edits.layer import GEOMETRY
 from passes.edits.rewritten import rewrite, settle
 from passes.graph.attributes import carry_attributes
+from passes.graph.walk import modules_of
 from passes.graph.weights import makes_weight
 from passes.portable import Remainder
 
@@ -58,7 +59,7 @@ class Undo:
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
-        tables = [(t, copy.copy(t)) for t in vars(module).values() if isinstance(t, (dict, set))]
+        tables = [(t, copy.copy(t) if t else ()) for t in vars(module).values() if isinstance(t, (dict, set))]
         self._saved.append((module, type(module), dict(vars(module)), tables))
 
     def __call__(self) -> None:
@@ -78,6 +79,7 @@ def apply(
     edits: Iterable[Edit],
     layers: Mapping[str, nn.Module] | None = None,
     *,
+    held: dict[int, list[Holder]] | None = None,
     build_block: Callable[[nn.Module, Block], nn.Module] | None = None,
 ) -> Undo:
     """Carry out ``edits``, in order. If one fails, those before it are taken back.
@@ -86,6 +88,7 @@ def apply(
         model: edited in place.
         edits: in the order in which they were made.
         layers: new layers with their numbers by path; the others are made on the meta device, in eval mode.
+        held: what holds each module beside its parent, if that is known already; what it says is true until then.
         build_block: makes the block of a :class:`Block` that is not among the layers.
 
     Raises :class:`EditError` for a path that is not there or a layer that does not fit.
@@ -93,7 +96,7 @@ def apply(
     edits = list(edits)
     if not edits:  # most units have none, and to find what holds each module is to look at all of them
         return Undo()
-    editor = _Editor(model, layers or {}, build_block)
+    editor = _Editor(model, layers or {}, holders(model) if held is None else held, build_block)
     try:
         for edit in edits:
             editor.apply(edit)
@@ -109,16 +112,15 @@ class _Editor:
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
+        held: dict[int, list[Holder]],
         build_block: Callable[[nn.Module, Block], nn.Module] | None,
     ) -> None:
         self.model, self.layers, self.build_block = model, layers, build_block
         self.undo = Undo()
-        self.holders: dict[int, list[Holder]] = holders(model)
+        self.holders = held
         self.places: dict[int, list[tuple[nn.Module, str]]] | None = None
 
     def apply(self, edit: Edit) -> None:
-        if not isinstance(edit, (Replace, Block, Remove)):
-            self.places = None
         match edit:
             case Replace() | Block():  # one layer, wherever it is registered
                 old = self._module(edit.path)
@@ -131,14 +133,17 @@ class _Editor:
                 if hasattr(owner, name):
                     raise EditError(f"{edit}: the name is taken")
                 self.undo.touch(owner)
-                owner._modules[name] = self._layer(edit)
+                layer = owner._modules[name] = self._layer(edit)
+                self._note(layer, [(owner, name)])
             case Fill():
                 self._fill(edit)
             case Delete():
                 owner, name = self._owner(edit.path)
-                self._module(edit.path)
+                child = self._module(edit.path)
                 self.undo.touch(owner)
                 del owner._modules[name]
+                if self.places is not None:
+                    self.places[id(child)] = [at for at in self.places[id(child)] if at != (owner, name)]
             case Clear():
                 self._clear(edit)
             case Rewrite():
@@ -172,8 +177,7 @@ class _Editor:
             owner._modules[name] = new
         if self.places is not None:
             self.places[id(old)] = [place for place in self.places[id(old)] if place not in places]
-            self.places.setdefault(id(new), []).extend(places)
-            _note_places(new, self.places)
+        self._note(new, places)
         self.undo.touch(old)
         _inherit(old, new)
         for holder in self.holders.get(id(old), ()):
@@ -188,6 +192,12 @@ class _Editor:
             self.places = {}
             _note_places(self.model, self.places)
         return self.places[id(module)]
+
+    def _note(self, new: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
+        """Enter a module that has come to these places."""
+        if self.places is not None:
+            self.places.setdefault(id(new), []).extend(places)
+            _note_places(new, self.places)
 
     def _fill(self, edit: Fill) -> None:
         module, layer = self._module(edit.path), self._layer(edit)
@@ -221,7 +231,7 @@ class _Editor:
 
 def _note_places(module: nn.Module, places: dict[int, list[tuple[nn.Module, str]]]) -> None:
     """Enter where all that is in a module is registered."""
-    for owner in module.modules():
+    for owner in modules_of(module):
         for name, child in owner._modules.items():
             if child is not None:
                 places.setdefault(id(child), []).append((owner, name))

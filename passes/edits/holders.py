@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from passes.graph.copies import shadow
+from passes.graph.walk import named_of
 from passes.refusal import ReparamError
 
 __all__ = ["Holder", "apart", "holders", "substituted"]
@@ -44,11 +45,12 @@ class Holder:
 def holders(model: nn.Module) -> dict[int, list[Holder]]:
     """For the id of each module: the attributes that hold it beside its parent's table of children."""
     found: dict[int, list[Holder]] = {}
-    for path, owner in model.named_modules():
-        for name, value in vars(owner).items():
-            if type(value) in _PLAIN or name in _OF_TORCH or name.endswith("_hooks") or not _may_hold(value):
-                continue
+    for path, owner in named_of(model):
+        own = [(n, v) for n, v in vars(owner).items() if type(v) not in _PLAIN and n not in _OF_TORCH]
+        for name, value in own:
             if type(value) is tuple and _PLAIN.issuperset(map(type, value)):  # a stride, a padding
+                continue
+            if name.endswith("_hooks") or not _may_hold(value):
                 continue
             held: dict[int, bool] = {}
             for module, changeable in _modules_in(value, _DEPTH):

@@ -39,11 +39,11 @@ def numbers_of(
         constants: the weight expressions that only they read.
     """
     graph, flow = interpreter.graph, interpreter.flow
-    gone = graph.gone.union(dying, constants)
+    here = {*dying, *constants}
     layers = [n for n in dying if n not in graph.regions]
     held = {id(t): t for n in [*layers, *constants] for t in flow.tensors.get(n, ())}
     # What another node or another place of the model uses stays.
-    own = {key: t for key, t in held.items() if flow.holders[key] <= gone and flow.owners.get(key, 1) == 1}
+    own = {key: t for key, t in held.items() if _only(graph, here, key) and flow.owners.get(key, 1) == 1}
     more = 0
     for node, signal in signals.items():  # layers whose weight is behind a parametrization
         tensors = flow.tensors.get(node, ()) if node not in graph.regions and node in flow.operations else ()
@@ -60,11 +60,16 @@ def numbers_of(
     return _total(own.values()) + sum(region.form.numbers for region in regions if not region.is_alias), more
 
 
+def _only(graph: Contraction, here: Collection[fx.Node], key: int) -> bool:
+    """Whether what is gone or goes here is all that holds a tensor."""
+    return all(node in here or node in graph.gone for node in graph.flow.holders[key])
+
+
 def staying_numbers(graph: Contraction, dying: Collection[fx.Node], constants: Collection[fx.Node]) -> int:
     """Numbers of layers that would vanish, but are held by others as well."""
-    flow, gone = graph.flow, graph.gone.union(dying, constants)
+    flow, here = graph.flow, {*dying, *constants}
     held = {id(t): t for n in [*dying, *constants] if n not in graph.regions for t in flow.tensors.get(n, ())}
-    return _total(t for key, t in held.items() if not flow.holders[key] <= gone or flow.owners.get(key, 1) > 1)
+    return _total(t for key, t in held.items() if not _only(graph, here, key) or flow.owners.get(key, 1) > 1)
 
 
 def _beneath(graph: Contraction, node: fx.Node) -> dict[int, Tensor]:

@@ -27,6 +27,7 @@ from passes.fold.methods import classes_of, deployed_as, folded_from_outside, ne
 from passes.fold.placement import Rewrite as Change
 from passes.graph.capture import Call, call_of, join
 from passes.graph.methods import MethodCall
+from passes.graph.walk import named_of
 from passes.portable import plain_class
 from passes.refusal import RefusalError
 
@@ -66,7 +67,7 @@ class _Writer:
         self.folds = folds
         self.layers = {fold.candidate: fold.layer for fold in folds if fold.layer is not None}
         self.done = Edited()
-        self.paths = dict(self.unit.root.named_modules())
+        self.paths = dict(named_of(self.unit.root))
         self.described = {id(m._modules): join(self.unit.path, path) for path, m in self.paths.items()}
         self.classes = classes_of(self.paths.values())
         self.gone: set[str] = set()

@@ -10,10 +10,12 @@ from itertools import chain, islice
 from torch import fx, nn
 
 from passes.algebra.conv_form import Form
-from passes.edits.holders import Holder, holders
+from passes.edits.holders import Holder
 from passes.fold.methods import asked_of_others
+from passes.fold.whole import Whole
 from passes.graph.capture import Call, call_of
 from passes.graph.dataflow import Flow
+from passes.graph.walk import modules_of
 
 __all__ = ["Layout"]
 
@@ -21,12 +23,11 @@ __all__ = ["Layout"]
 class Layout:
     """Facts about one unit's modules that surgery needs: how often each is called, and where it is registered."""
 
-    def __init__(self, flow: Flow, model: nn.Module) -> None:
+    def __init__(self, flow: Flow, whole: Whole) -> None:
         self.flow = flow
-        self.registered = Counter(id(child) for m in model.modules() for child in m._modules.values())
-        self._model = model
+        self.whole = whole
         self._asked: set[str] | None = None
-        self._inside = {id(m) for m in flow.unit.root.modules()}
+        self._inside = {id(m) for m in modules_of(flow.unit.root)}
         unit = flow.unit
         self.leaf_calls = Counter(str(n.target) for n in flow.modules)
         self.calls = Counter(id(call.module) for call in unit.calls)
@@ -46,11 +47,6 @@ class Layout:
                 self._enter(call, entered)
         for call in chain(*silent.values()):  # a question came before it, which is no operation
             self._enter(call, entered)
-
-    @cached_property
-    def holders(self) -> dict[int, list[Holder]]:
-        """What holds each module beside its parent; most units have nothing to fold, and do not ask."""
-        return holders(self._model)
 
     def _enter(self, item: fx.Node | Call, entered: set[Call]) -> None:
         """Note a node, or a call without any, in the call around it, and that in the next, if they are new."""
@@ -77,12 +73,14 @@ class Layout:
         """Whether putting another module into this slot changes this one call and nothing else."""
         once = self.leaf_calls[path] <= 1 and self.calls[id(module)] <= 1
         around = all(self.calls[id(c.module)] == 1 for c in (parent.chain() if parent is not None else ()))
-        pinned = id(module) in self.flow.unit.pinned or any(not h.changeable for h in self.holders.get(id(module), ()))
-        return once and around and not pinned and self.registered[id(module)] == 1 and path != ""
+        held = any(not holder.changeable for holder in self.whole.holders.get(id(module), ()))
+        pinned = held or id(module) in self.flow.unit.pinned
+        return once and around and not pinned and self.whole.registered[id(module)] == 1 and path != ""
 
     def rewritable(self, call: Call) -> bool:
         """Whether this module's forward may be replaced."""
-        once = self.registered[id(call.module)] <= 1 or call.parent is None  # a unit is the same one wherever it stands
+        # A unit is the same one wherever it stands.
+        once = self.whole.registered[id(call.module)] <= 1 or call.parent is None
         return once and all(self.calls[id(c.module)] == 1 for c in call.chain())
 
     def out_of_reach(self, module: nn.Module) -> Holder | None:
@@ -91,7 +89,7 @@ class Layout:
         What a forward replaced on an instance closes over was read with it; such a forward can be rewritten.
         """
         unit = self.flow.unit
-        for holder in self.holders.get(id(module), ()):
+        for holder in self.whole.holders.get(id(module), ()):
             owner = id(holder.owner)
             if owner == id(module) or (self.calls[owner] and (holder.changeable or holder.name == "forward")):
                 continue
@@ -143,7 +141,7 @@ class Layout:
         }  # fmt: skip
         differs = {name for name, value in told.items() if getattr(module, name, value) != value}
         if differs and self._asked is None:
-            self._asked = asked_of_others(self._model) | self.flow.unit.looked
+            self._asked = asked_of_others(self.whole.model) | self.flow.unit.looked
         return bool(differs and self._asked and differs & self._asked)
 
     def reads_numbers(self, path: str) -> bool:

@@ -35,6 +35,7 @@ from passes.graph.marks import Snapshot, no_mark
 from passes.graph.patches import patched
 from passes.graph.questions import Asked
 from passes.graph.tracer import Tracer
+from passes.graph.walk import modules_of
 from passes.graph.within import Alone, Within, arounds
 from passes.refusal import UNREAD, Reason, Refusal
 
@@ -93,10 +94,13 @@ class Unit:
         """What a ``get_attr`` node reads."""
         if target in self.constants:
             return self.constants[target]
-        value: Any = self.root
-        for name in target.split("."):
-            value = getattr(value, name)
-        return value
+        path, _, name = target.rpartition(".")
+        owner = _at(self.root, path) if path else self.root
+        if name not in vars(owner) and not hasattr(type(owner), name):
+            for table in (owner._parameters, owner._buffers, owner._modules):
+                if table.get(name) is not None:  # as the module itself looks for it, at a fraction of the time
+                    return table[name]
+        return getattr(owner, name)
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a ``call_module`` node calls."""
@@ -163,13 +167,13 @@ def trace_units(
     """
     named = {id(leaf): Refusal(Reason.UNTRACEABLE, "") for leaf in leaves}
     # Around a block a layer's forward runs without its weight: it says nothing by itself.
-    whole = named | {layer: Refusal(Reason.UNTRACEABLE, "") for layer in arounds(model.modules())}
+    whole = named | {layer: Refusal(Reason.UNTRACEABLE, "") for layer in arounds(modules_of(model))}
     units: list[Unit] = []
     untraced: list[Refusal] = []
     seen: set[int] = set()
     queue: list[tuple[str, nn.Module]] = [("", model)]
-    with patched(), no_mark(model) as snapshot:
-        drawing = snapshot.outside.drawing(model.modules())
+    with no_mark(model) as snapshot, patched():
+        drawing = snapshot.outside.drawing(modules_of(model))
         whole |= {id(m): Refusal(Reason.STATE, "its forward goes on with an iterator") for m in drawing}
         while queue:
             path, module = queue.pop(0)

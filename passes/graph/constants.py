@@ -51,6 +51,7 @@ class Constants:
         self.flow = flow
         self.dtype = dtype
         self._values: dict[fx.Node, Any] = {}
+        self._shapes: dict[torch.Size, Tensor] = {}
 
     def value(self, node: fx.Node) -> Any:
         """Value of a constant node."""
@@ -61,11 +62,19 @@ class Constants:
     def read(self, module: nn.Module, name: str) -> Tensor | None:
         """A layer's weight; one that is computed on each access is computed in float64, or differentiably."""
         plain = module._parameters.get(name, module._buffers.get(name))
+        if plain is not None and self.dtype is None and plain.is_floating_point():
+            return self._of_shape(plain.shape)
         if plain is not None or name in module._parameters or name in module._buffers:
             return None if plain is None else self._cast(plain)
         exact = module if torch.is_grad_enabled() else deep_copy(module).double()
         value = computed_weight(exact, name)
         return None if value is None else self._cast(value)
+
+    def _of_shape(self, shape: torch.Size) -> Tensor:
+        """What stands for a layer's weight in planning, where laws only look at it: one for all of the same shape."""
+        if shape not in self._shapes:
+            self._shapes[shape] = torch.empty(shape, dtype=torch.float64, device="meta")
+        return self._shapes[shape]
 
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "get_attr":

@@ -10,12 +10,13 @@ import contextlib
 import contextvars
 import copy
 import functools
+import itertools
 import operator
 import random
 import sys
 import types
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "CONTAINERS", "FOREIGN", "LARGE", "copied", "has_data", "inside", "is_changeable", "refill", "same_items",
+    "CONTAINERS", "FOREIGN", "LARGE", "Row", "copied", "has_data", "inside", "is_changeable", "refill", "same_items",
     "sameness",
 ]  # fmt: skip
 
@@ -65,6 +66,37 @@ def sameness(value: Any) -> Callable[[Any, Any], bool]:
 def refill(value: Any, content: Any) -> None:
     """Give something the content back that was noted."""
     _kind(value).refill(value, content)
+
+
+class Row:
+    """All that plain containers hold, one after the other, to see at a glance that none of it is another thing now."""
+
+    KINDS = frozenset({*CONTAINERS, OrderedDict})
+
+    def __init__(self, containers: Iterable[Any]) -> None:
+        self._all = [*containers]
+        self.note()
+
+    @staticmethod
+    def takes(value: Any) -> bool:
+        """Whether to go through a thing shows all that it holds."""
+        return type(value) in Row.KINDS and len(value) <= LARGE
+
+    def note(self) -> None:
+        """Compare with what is there now from here on."""
+        self._empty = [each for each in self._all if not each]  # most are: tables of hooks
+        self._filled = [each for each in self._all if each]
+        self._dicts = [each for each in self._filled if isinstance(each, dict)]
+        self._lengths, self._held = [*map(len, self._filled)], [*self._row()]
+
+    def _row(self) -> Iterator[Any]:
+        held = (itertools.chain.from_iterable(each) for each in (self._filled, map(dict.values, self._dicts)))
+        return itertools.chain.from_iterable(held)
+
+    def same(self) -> bool:
+        """Whether everything is as noted."""
+        lengths = not any(self._empty) and all(map(operator.eq, map(len, self._filled), self._lengths))
+        return lengths and all(map(operator.is_, self._row(), self._held))
 
 
 def inside(value: Any) -> Iterator[Any]:

@@ -33,6 +33,8 @@ class Flow:
         self.owners = owners
         self.nodes: list[fx.Node] = list(unit.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.sources: dict[fx.Node, list[fx.Node]] = {node: node.all_input_nodes for node in self.nodes}
+        self.questions = {node for node in self.nodes if is_shape_query(node.op, node.target, node.args)}
         self.modules = {n: unit.module(n) for n in self.nodes if n.op == "call_module"}
         self.held = {n: unit.attribute(str(n.target)) for n in self.nodes if n.op == "get_attr"}
         self.operations: dict[fx.Node, Operation] = {
@@ -63,11 +65,11 @@ class Flow:
 
     def shape_only(self, user: fx.Node) -> bool:
         """Whether ``user`` asks only for its input's shape."""
-        return is_shape_query(user.op, user.target, user.args)
+        return user in self.questions
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """Nodes that ``node`` depends on, for their data or their shape; constants left out."""
-        return [n for n in node.all_input_nodes if n not in self.constant]
+        return [n for n in self.sources[node] if n not in self.constant]
 
     def _has_law(self, node: fx.Node) -> bool:
         operation = self.operations.get(node)  # graphs of aten calls are not read yet

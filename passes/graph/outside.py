@@ -10,8 +10,6 @@ import builtins
 import dis
 import functools
 import inspect
-import itertools
-import operator
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.graph.contents import CONTAINERS, FOREIGN, LARGE, copied, has_data, inside, is_changeable, refill, sameness
+from passes.graph.contents import (
+    CONTAINERS,
+    FOREIGN,
+    LARGE,
+    Row,
+    copied,
+    has_data,
+    inside,
+    is_changeable,
+    refill,
+    sameness,
+)
+from passes.graph.walk import modules_of
 
 __all__ = ["Outside", "kept_outside", "kept_statistics", "speaks_of_weights"]
 
@@ -45,10 +55,11 @@ class Outside:
         self._containers = [(c, copied(c), sameness(c)) for c in walk.containers.values()]
         self._slots = [(get, put, get()) for get, put in walk.slots.values()]
         self._plain = [c for c in walk.containers.values() if type(c) in CONTAINERS and len(c) <= LARGE]
-        self._dicts = [c for c in self._plain if type(c) is dict]
-        plain = set(map(id, self._plain))
-        self._special = [i for i, (c, _, _) in enumerate(self._containers) if id(c) not in plain]
+        self._row = Row(c for c in walk.containers.values() if Row.takes(c))
+        self._special = [i for i, (c, _, _) in enumerate(self._containers) if not Row.takes(c)]
         self.note()
+        self._is_first = True
+        """Whether what was noted last is what there was at first."""
         sizes = (len(c) if isinstance(c, CONTAINERS) else 1 for c in walk.containers.values())
         self._iterates = bool(walk.iterators)
         self.small = sum(sizes) + len(self._slots) <= SMALL
@@ -66,17 +77,14 @@ class Outside:
     def note(self) -> None:
         """What :meth:`changed` asks about is what there is from now on."""
         self._now = [copied(c) for c, _, _ in self._containers], [get() for get, _, _ in self._slots]
-        self._in_a_row = [*map(len, self._plain)], [*self._row()]
-
-    def _row(self) -> Iterator[Any]:
-        """All that plain containers hold, and what names stand for, one after the other."""
-        held = [itertools.chain.from_iterable(each) for each in (self._plain, map(dict.values, self._dicts))]
-        return itertools.chain(*held, (get() for get, _, _ in self._slots))
+        self._row.note()
+        self._is_first = False
 
     def _as_noted(self) -> bool:
         """Whether nothing has changed for sure, seen at a glance: this is asked at every step of a trace."""
-        before, noted = self._in_a_row
-        if not all(map(operator.eq, map(len, self._plain), before)) or not all(map(operator.is_, self._row(), noted)):
+        if not self._row.same() or any(
+            get() is not before for (get, _, _), before in zip(self._slots, self._now[1], strict=True)
+        ):
             return False
         return all(self._containers[i][2](self._containers[i][0], self._now[0][i]) for i in self._special)
 
@@ -96,6 +104,8 @@ class Outside:
 
     def restore(self) -> None:
         """Give everything the content that it had."""
+        if self._is_first and self._as_noted():
+            return
         for container, content, same in self._containers:
             if not same(container, content):
                 refill(container, content)
@@ -103,6 +113,7 @@ class Outside:
             if get() is not value:
                 put(value)
         self.note()
+        self._is_first = True
 
 
 def _draws(module: nn.Module) -> bool:
@@ -117,7 +128,7 @@ def _draws(module: nn.Module) -> bool:
 @contextmanager
 def kept_outside(model: nn.Module) -> Iterator[None]:
     """Restore what the model's forwards can reach outside of it."""
-    outside = Outside([*model.modules()])
+    outside = Outside(modules_of(model))
     try:
         yield
     finally:
@@ -128,7 +139,9 @@ def kept_outside(model: nn.Module) -> Iterator[None]:
 def kept_statistics(model: nn.Module) -> Iterator[None]:
     """Restore the buffers of a model in training that a function holds: a copy of the model has the same function."""
     held = [
-        m for m in model.modules() if getattr(m, "training", False) and any(b is not None for b in m._buffers.values())
+        m
+        for m in modules_of(model)
+        if getattr(m, "training", False) and any(b is not None for b in m._buffers.values())
     ]
     walk = _Walk()
     for module in model.modules() if held else ():
@@ -210,11 +223,11 @@ class _Walk:
 
     def attributes(self, module: nn.Module) -> None:
         """What a module holds and can change; its own containers are looked at as attributes are."""
-        for name, value in vars(module).items():
+        for value in [v for name, v in vars(module).items() if type(v) not in _NUMBERS and name not in _OF_TORCH]:
             if isinstance(value, type) and not _is_foreign(value) and not issubclass(value, (nn.Module, Tensor)):
                 for spoken in tuple(self.names):
                     self.method(value, spoken)
-            if type(value) in _PLAIN or name in _OF_TORCH:
+            if type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value))):
                 continue
             for item in inside(value) if isinstance(value, CONTAINERS) else (value,):
                 self.held(item)
@@ -282,6 +295,8 @@ _EMPTY = object()
 _OF_TORCH = frozenset(vars(nn.Module()))
 """Attributes that torch gives every module: its tables, which are looked at as such."""
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), nn.Parameter, torch.Size, torch.dtype, type})
+
+_NUMBERS = _PLAIN - {type}
 
 
 def _content(cell: Any) -> Any:

@@ -19,6 +19,7 @@ from passes.graph.nodes import surely_tensor
 from passes.graph.opset import is_torch, operation_of
 from passes.graph.patches import active
 from passes.graph.proxies import Held, Value, is_value
+from passes.graph.walk import named_of
 from passes.refusal import Reason, Refusal
 
 __all__ = ["Asked", "Questions"]
@@ -64,7 +65,7 @@ class Questions(TracerBase):
         self.current = Call("", root, None, context=context())
         self.fixed: dict[Call, Refusal] = {}
         self.asked: set[int] = set()
-        self._modules = dict(root.named_modules())
+        self._modules = dict(named_of(root))
         self._asked: set[fx.Node] = set()
         self._pending: Exception | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from passes.graph.walk import named_of
 from passes.refusal import ReparamError
 
 __all__ = ["check_whole"]
@@ -14,8 +15,11 @@ def check_whole(model: nn.Module) -> None:
 
     After a forward FSDP2 may hold whole weights for a while: then its modules say so.
     """
-    tensors = (name for name, t in (*model.named_parameters(), *model.named_buffers()) if _is_shard(t))
-    modules = (name or type(model).__name__ for name, m in model.named_modules() if _shards(m))
+    held, inside = [*model.named_parameters(), *model.named_buffers()], named_of(model)
+    kinds = {kind for kind in {type(t) for _, t in held} if _is_kind_of_shard(kind)}
+    sharding = {kind for kind in {type(m) for _, m in inside} if _shards(kind)}
+    tensors = (name for name, t in held if type(t) in kinds or getattr(t, "_is_flat_param", False))
+    modules = (name or type(model).__name__ for name, m in inside if type(m) in sharding)
     name = next((each for found in (tensors, modules) for each in found), None)
     if name is not None:
         raise ReparamError(
@@ -25,13 +29,13 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def _is_shard(tensor: Tensor) -> bool:
+def _is_kind_of_shard(kind: type[Tensor]) -> bool:
     """A tensor of FSDP2 or tensor parallelism, or the flat parameter of the first FSDP."""
-    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(tensor).__mro__}
-    return getattr(tensor, "_is_flat_param", False) or any(
+    names = {f"{base.__module__}.{base.__name__}" for base in kind.__mro__}
+    return any(
         name.startswith("torch.distributed.") and name.endswith((".DTensor", ".FlatParameter")) for name in names
     )
 
 
-def _shards(module: nn.Module) -> bool:
-    return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(module).__mro__)
+def _shards(kind: type[nn.Module]) -> bool:
+    return any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__)

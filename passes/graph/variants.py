@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import CodeType
@@ -54,8 +55,9 @@ def own_calls(unit: Unit) -> list[Call]:
 def variants(unit: Unit) -> list[Variant]:
     """Every optional argument of the unit's forward with another value: one at a time, then all at once."""
     found = [Variant("another size", other) for other in unit.others]
-    with patched():  # for all of these traces at once
-        for call in own_calls(unit):
+    calls = [call for call in own_calls(unit) if _optional(call.module)]
+    with patched() if calls else nullcontext():  # for all of these traces at once
+        for call in calls:
             inner = replace(unit, path=join(unit.path, call.path), root=call.module) if call.path else unit
             found += [replace(variant, at=call.path) for variant in _variants(inner)]
     return found

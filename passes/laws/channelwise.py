@@ -61,7 +61,9 @@ def batch_norm(
     else:
         scale = torch.rsqrt(var + eps) if weight is None else constant(weight, value) * torch.rsqrt(var + eps)
         shift = -mean * scale if bias is None else constant(bias, value) - mean * scale
-    shape = (-1, *(1,) * _dims_after_one(value))
+    if not value.is_moved and scale.dim() == shift.dim() == 1:  # one number per channel, on the channels' axis
+        return value.with_form(value.form.affine(scale, shift))
+    shape = (-1, *(1,) * ((value.ids.dim() if value.is_moved else 2 + value.view.n) - 2))
     return _affine(value, scale.reshape(shape), shift.reshape(shape))
 
 
@@ -154,10 +156,3 @@ def _sum(x: Signal, y: Signal) -> Signal:
 def _affine(value: Signal, scale: Tensor | None, shift: Tensor | None) -> Signal:
     a, c = per_channel(value, scale, shift)
     return value.with_form(value.form.affine(a, c))
-
-
-def _dims_after_one(value: Signal) -> int:
-    """How many dimensions stand behind the channels, so that a vector broadcasts along them."""
-    if value.is_moved:
-        return value.ids.dim() - 2
-    return 0 if value.view.last else value.view.n

@@ -253,13 +253,15 @@ class Interpreter:
     def value(self, node: fx.Node) -> Any:
         """A signal, a size, a constant or a tuple of them; or the refusal that says why not."""
         if node not in self._values:
-            before = self._before(node)
-            last = {source: reader for reader in before for source in self.graph.sources(reader)}
+            before, last = self._before(node), dict[fx.Node, fx.Node]()
+            if self.dtype is not None:
+                last = {source: reader for reader in before for source in self.graph.sources(reader)}
             for reached in before:
                 try:
                     self._values[reached] = self._evaluate(reached)
                 except RefusalError as error:
-                    self._values[reached] = error.refusal.at(self.flow.unit.name(reached))
+                    told = error.refusal
+                    self._values[reached] = told if told.layer else told.at(self.flow.unit.name(reached))
                 if self.dtype is None:
                     continue
                 for read in self.graph.sources(reached):
@@ -279,7 +281,7 @@ class Interpreter:
                 if source not in found and source not in self._values:
                     found.add(source)
                     todo.append(source)
-        return sorted(found, key=lambda n: self.flow.order[n])
+        return sorted(found, key=self.flow.order.__getitem__)
 
     def _is_outside(self, node: fx.Node) -> bool:
         return self.flow.order[node] <= self.flow.order[self.entry] or node.op in ("placeholder", "output")

@@ -117,6 +117,7 @@ class Contraction:
         self.flow = flow
         self.regions = {region.result: region for region in regions}
         self.gone = gone
+        self._readers: dict[fx.Node, list[fx.Node]] = {}
         self._behind: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for region in self.regions.values():
             self._behind[region.entry].append(region.result)
@@ -128,11 +129,15 @@ class Contraction:
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """What a node reads, constants too."""
         region = self.regions.get(node)
-        return node.all_input_nodes if region is None else [region.entry]
+        return self.flow.sources[node] if region is None else [region.entry]
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that read ``node``."""
-        return [user for user in node.users if user not in self.gone] + self._behind.get(node, [])
+        found = self._readers.get(node)
+        if found is None:
+            found = [user for user in node.users if user not in self.gone] + self._behind.get(node, [])
+            self._readers[node] = found
+        return found
 
     def rank(self, node: fx.Node) -> int | None:
         """Number of dimensions of a node's value, where it is known."""

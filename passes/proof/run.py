@@ -30,6 +30,7 @@ from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators, states
 from passes.graph.inputs import Example, copied, tensors_in
 from passes.graph.outside import kept_outside
+from passes.graph.walk import modules_of
 from passes.graph.weights import makes_weight
 from passes.proof.state import Marks, changes
 
@@ -94,8 +95,14 @@ def runner_of(
         training: the mode; a model that is in evaluation already keeps each module's own. None: as it is.
         exact: float64 numbers to use instead of a tensor of ``model``, by its id.
     """
-    runner, own = deep_copy(model), _libraries(model)
-    for module in runner.modules():
+    return _ready(deep_copy(model), model, double, training, exact)
+
+
+def _ready(
+    runner: nn.Module, model: nn.Module, double: bool, training: bool | None, exact: Mapping[int, Tensor] | None = None
+) -> nn.Module:
+    own = _libraries(model)
+    for module in modules_of(runner):
         for table, hooks in _hooks(module, own):
             for key in hooks:
                 del table[key]
@@ -137,7 +144,7 @@ def _hooks(module: nn.Module, own: frozenset[str]) -> Iterator[tuple[Any, list[i
 
 def _libraries(model: nn.Module) -> frozenset[str]:
     """The installed packages that define the network's classes, torch aside."""
-    return frozenset(filter(_is_installed, {_package(type(module)) for module in model.modules()}))
+    return frozenset(filter(_is_installed, {_package(type(module)) for module in modules_of(model)}))
 
 
 def _package(thing: Any) -> str:
@@ -190,14 +197,27 @@ def run(runner: nn.Module, example: Example, *, double: bool = True, within: Any
     return Run(value, left, had, generators[0], ran, seen.counts, mode.cast, given)
 
 
-def outputs(model: nn.Module, example: Example, dtype: torch.dtype | None = torch.float64) -> Any:
-    """What ``model`` returns, run on a copy in eval mode and in ``dtype`` (None: as it is)."""
+def outputs(
+    model: nn.Module, example: Example, dtype: torch.dtype | None = torch.float64, *, spent: bool = False
+) -> Any:
+    """What ``model`` returns, run on a copy in eval mode and in ``dtype`` (None: as it is).
+
+    With ``spent`` nobody needs the model any more: in float64 it is run itself.
+    """
     if dtype == torch.float64:
-        return run(runner_of(model), example).value
+        return _returned(_ready(model, model, True, False) if spent else runner_of(model), example, double=True)
     runner = runner_of(model, double=False)
     if dtype is not None:
         runner, example = runner.to(dtype), in_dtype(example, dtype)
-    return run(runner, example, double=False).value
+    return _returned(runner, example, double=False)
+
+
+@torch.no_grad()
+def _returned(runner: nn.Module, example: Example, *, double: bool) -> Any:
+    """What :func:`run` sees returned, for who asks for nothing else."""
+    args, kwargs = copied((example.args, dict(example.kwargs)), _double if double else None)
+    with surroundings(runner, digest=False), kept_outside(runner), Double() if double else nullcontext():
+        return runner(*args, **kwargs)
 
 
 def in_dtype(example: Example, dtype: torch.dtype) -> Example:
@@ -228,10 +248,11 @@ def default_device(ambient: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def surroundings(model: nn.Module) -> Iterator[list[str]]:
+def surroundings(model: nn.Module, *, digest: bool = True) -> Iterator[list[str]]:
     """The same surroundings for every run, whatever the caller has set; its generators are restored.
 
     Yields a list that holds, afterwards, one digest of where the generators ended: empty if that is where they began.
+    Without ``digest`` it stays empty.
     """
     devices = {p.device for p in [*model.parameters(), *model.buffers()]} or {torch.device("cpu")}
     kinds = {d.type for d in devices if d.type in ("cpu", "cuda", "xpu")} | {"cpu"}
@@ -246,12 +267,12 @@ def surroundings(model: nn.Module) -> Iterator[list[str]]:
             stack.enter_context(min(devices, key=str) if ambient.type == "meta" else ambient)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # the user's own code warns when the user runs it
-        stack.enter_context(_generators(devices, ends))
+        stack.enter_context(_generators(devices, ends if digest else None))
         yield ends
 
 
 @contextmanager
-def _generators(devices: set[torch.device], ends: list[str]) -> Iterator[None]:
+def _generators(devices: set[torch.device], ends: list[str] | None) -> Iterator[None]:
     """Seed all generators that a forward may draw from: torch's, Python's and NumPy's; restore them after."""
     numpy: Any = sys.modules.get("numpy")
     cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
@@ -262,12 +283,13 @@ def _generators(devices: set[torch.device], ends: list[str]) -> Iterator[None]:
             numpy.random.seed(0)
         for i in cuda:
             torch.cuda.default_generators[i].manual_seed(0)
-        start = _digest(cuda)
+        start = "" if ends is None else _digest(cuda)
         try:
             yield
         finally:
-            end = _digest(cuda)
-            ends.append("" if end == start else end)
+            if ends is not None:
+                end = _digest(cuda)
+                ends.append("" if end == start else end)
 
 
 def _digest(cuda: list[int]) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.edits.carried import made_by
 from passes.edits.edit import Block, Edit, Settle
 from passes.edits.layer import GEOMETRY
 from passes.fold.methods import folding_again, making_again
+from passes.fold.whole import Whole
 from passes.graph.capture import Unit, join
 from passes.graph.copies import deep_copy
 from passes.graph.generators import kept_generators
@@ -34,8 +34,11 @@ CORNER = 9
 """Pixels along each side of a map on which a method is tried first: modules are tried by the dozen."""
 
 
-def settled(unit: Unit, edits: Iterable[Edit], model: nn.Module) -> list[Edit]:
-    """What settles the methods around the places of ``edits``, which are about to be made to a unit of ``model``."""
+def settled(unit: Unit, edits: Iterable[Edit], whole: Whole, tried: dict[Any, bool]) -> list[Edit]:
+    """What settles the methods around the places of ``edits``, which are about to be made to a unit of a model.
+
+    ``tried`` is what came of the methods of modules that were met before, and is filled.
+    """
     inside = len(unit.path) + 1 if unit.path else 0
     folded: dict[str, set[str]] = {}
     for edit in edits:
@@ -44,15 +47,13 @@ def settled(unit: Unit, edits: Iterable[Edit], model: nn.Module) -> list[Edit]:
             folded.setdefault(".".join(names[:i]), set()).add(name)
     found: list[Edit] = []
     known: set[str] = set()
-    tried: dict[Any, bool] = {}
-    blocks = [(at, each) for at, m in model.named_modules() for each in made_by(m) or () if isinstance(each, Block)]
     for owner in sorted(folded, key=lambda path: -path.count(".") - bool(path)):  # the innermost first
         module = unit.root.get_submodule(owner)
         kind = plain_class(module)
         methods = folding_again(kind, folded[owner])
         others = {name: own for name, own in making_again(kind, folded[owner], known).items() if name not in methods}
         if others:
-            before = _without_blocks(module, join(unit.path, owner), blocks)
+            before = _without_blocks(module, join(unit.path, owner), whole.blocks)
             alike = _kind(before)
             for name, own in others.items():
                 if (alike, name, own) not in tried:
@@ -134,7 +135,7 @@ def _folds(module: nn.Module, method: str, own: bool) -> bool:
         except Exception:
             continue
         try:
-            found = compared(outputs(made.eval(), example), wanted, types=False)
+            found = compared(outputs(made.eval(), example, spent=True), wanted, types=False)
         except Exception:
             return False
         return bool(found.numbers) and found.max_rel <= ROUNDING
