@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
@@ -67,15 +68,52 @@ def making_again(kind: type[nn.Module], folded: set[str], inside: set[str]) -> d
     """Methods that may fold (``fuse``), which only running them tells, each with whether it names what is ``folded``.
 
     The forward does not use them, they take no arguments at all, and they or what they call read running statistics, or
-    call a method of another module that is one of these (``inside``).
+    call a method of another module that is one of these (``inside``). They may return a module; one that names what is
+    folded may also change the module itself, and return nothing or that.
     """
     methods, found = _all_methods(kind), {}
     for name in sorted(methods.keys() - _reached(methods) - {"forward"}):
         used = used_by(methods[name])
-        alone = len(inspect.signature(inspect.unwrap(methods[name])).parameters) == 1
-        if alone and (used.others & inside or _reads_statistics(kind, methods, name)):
-            found[name] = bool((used.own | _stored(methods[name])) & folded)
+        if _returned(methods[name]) == {_DATA} or len(inspect.signature(inspect.unwrap(methods[name])).parameters) != 1:
+            continue
+        own = bool((used.own | _stored(methods[name])) & folded)
+        if (own or _OTHER in _returned(methods[name])) and (
+            used.others & inside or _reads_statistics(kind, methods, name)
+        ):
+            found[name] = own
     return found
+
+
+_DATA, _NOTHING, _OTHER = "data", "nothing", "other"
+
+
+@functools.lru_cache(maxsize=4096)
+def _returned(function: FunctionType) -> frozenset[str]:
+    """What a method may return: data (a tuple, a number), nothing or its own object, anything else."""
+    code = inspect.unwrap(function).__code__
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "NOP", "EXTENDED_ARG")]
+    me = code.co_varnames[:1]
+    wrapped = hasattr(function, "__wrapped__") and not str(function.__globals__.get("__name__")).startswith("torch.")
+    if wrapped or any(s.opname.startswith("STORE_FAST") and me and me[0] in str(s.argval) for s in steps):
+        return frozenset({_OTHER})
+    if code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
+        return frozenset({_OTHER})
+    found = {_DATA if s.argval is not None else _NOTHING for s in steps if s.opname == "RETURN_CONST"}
+    for before, step in itertools.pairwise(steps):
+        if step.opname != "RETURN_VALUE":
+            continue
+        if step.is_jump_target:
+            found.add(_OTHER)
+        elif before.opname == "LOAD_CONST":
+            found.add(_DATA if before.argval is not None else _NOTHING)
+        elif before.opname.startswith("LOAD_FAST") and (before.argval,) == me:
+            found.add(_NOTHING)
+        else:
+            found.add(_DATA if before.opname in _BUILDING else _OTHER)
+    return frozenset(found)
+
+
+_BUILDING = frozenset({"BUILD_TUPLE", "BUILD_LIST", "BUILD_MAP", "BUILD_SET", "BUILD_STRING"})
 
 
 def deployed_as(kind: type[nn.Module], folded: set[str]) -> str:
