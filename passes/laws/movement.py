@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from passes.algebra.changed import replace
+from passes.algebra.conv_form import Ints
 from passes.laws.arguments import plain, signal
 from passes.laws.channelwise import add, mul
-from passes.laws.values import Signal, average, channel_axis_is, crop, merge, move, pick, settle
+from passes.laws.values import Signal, average, channel_axis_is, crop, merge, move, pick, settle, spread_of
 from passes.refusal import Reason, RefusalError
 
 __all__ = [
@@ -83,18 +85,41 @@ def moved(operation: Law) -> Law:
 
 def averaged(operation: Law) -> Law:
     """The law of what gives weighted means of one channel each: pooling, upsampling, a mean over space."""
-    return _by_example(operation, average)
+
+    def law(x: Any, *args: Any, **kwargs: Any) -> Any:
+        given = plain(args), tuple(sorted(plain(kwargs).items()))
+        known = all(isinstance(value, _OPTIONS) for value in tree_leaves(given))
+        spread = functools.partial(_spread, operation, *_frozen(given)) if known else None
+        return average(signal(x), _run(operation, args, kwargs), spread)
+
+    return law
+
+
+_OPTIONS = (bool, int, float, str, type(None))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (tuple, list)) else value
+
+
+@functools.lru_cache(maxsize=256)  # a network of poolings asks the same of each, for each norm behind them
+def _spread(operation: Law, args: Any, kwargs: Any, shape: Ints) -> Ints | None:
+    return spread_of(_run(operation, args, dict(kwargs)), shape)
+
+
+def _run(operation: Law, args: Any, kwargs: Any) -> Callable[[Tensor], Any]:
+    def run(numbers: Tensor) -> Any:
+        try:
+            return operation(numbers, *plain(args), **plain(kwargs))
+        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+            raise RefusalError(Reason.LAYOUT, f"{Reason.LAYOUT.value} ({error})".splitlines()[0]) from error
+
+    return run
 
 
 def _by_example(operation: Law, follow: Callable[[Signal, Callable[[Tensor], Any]], Any]) -> Law:
     def law(x: Any, *args: Any, **kwargs: Any) -> Any:
-        def run(numbers: Tensor) -> Any:
-            try:
-                return operation(numbers, *plain(args), **plain(kwargs))
-            except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
-                raise RefusalError(Reason.LAYOUT, f"{Reason.LAYOUT.value} ({error})".splitlines()[0]) from error
-
-        return follow(signal(x), run)
+        return follow(signal(x), _run(operation, args, kwargs))
 
     return law
 

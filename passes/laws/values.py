@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from passes.algebra.changed import replace
 from passes.algebra.conv_form import ConvForm, Form, Ints
 from passes.algebra.sparse_form import SparseForm
 from passes.refusal import Reason, RefusalError
@@ -35,6 +36,7 @@ __all__ = [
     "per_channel",
     "pick",
     "settle",
+    "spread_of",
 ]
 
 _SIZES = (13, 11, 7)
@@ -183,14 +185,26 @@ def move(signal: Signal, operation: Callable[[Tensor], Any]) -> Any:
     return _moved(signal, moved)
 
 
-def average(signal: Signal, operation: Callable[[Tensor], Any]) -> Signal:
+def average(
+    signal: Signal, operation: Callable[[Tensor], Any], spread: Callable[[Ints], Ints | None] | None = None
+) -> Signal:
     """Apply an operation of which each element is a weighted mean of elements of one channel.
 
     A map of each channel may as well act before it: the weights add up to 1. Which channel an element belongs to, the
-    operation says itself, of a tensor that holds the number of its channel everywhere.
+    operation says itself, of a tensor that holds the number of its channel everywhere. Where ``spread`` is given, it
+    says at once what shape comes of a value with its channels along dimension 1, if they lie so afterwards.
     """
 
     def late() -> Tensor:
+        if (
+            spread is not None
+            and not _is_recorded()
+            and not signal.view.last
+            and (not signal.is_moved or _is_in_place(signal))
+        ):
+            shape = spread(tuple(signal.ids.shape) if signal.is_moved else _example_shape(signal))
+            if shape is not None:
+                return _in_place(shape, _positions(signal))
         number = _channel_of(signal, _ids(signal)).double() + 1
         averaged, squares = operation(number), operation(number**2)
         channel = averaged.round()
@@ -201,6 +215,34 @@ def average(signal: Signal, operation: Callable[[Tensor], Any]) -> Signal:
         return numbers
 
     return replace(signal, elements=Late(late), mixed=True, work=0, conv=False, bias=0, untouched=False)
+
+
+def spread_of(operation: Callable[[Tensor], Any], shape: Ints) -> Ints | None:
+    """The shape that an average gives of a value with its channels along dimension 1, None if they lie otherwise."""
+    number = torch.arange(1, shape[1] + 1, device="cpu", dtype=torch.float64).reshape(-1, *(1,) * (len(shape) - 2))
+    averaged, squares = operation(number.expand(shape)), operation((number**2).expand(shape))
+    found = tuple(averaged.shape)
+    if len(found) < 2 or found[1] != shape[1]:
+        return None
+    wanted = number.reshape(-1, *(1,) * (len(found) - 2))
+    same = bool(torch.maximum((averaged - wanted).abs(), (squares / wanted**2 - 1).abs()).lt(1e-6).all())
+    return found if same else None
+
+
+@lru_cache(maxsize=256)
+def _in_place(shape: Ints, positions: int) -> Tensor:
+    """Elements of an average that lie along dimension 1 as the channels do; the same tensor whoever asks."""
+    channels = torch.arange(shape[1], device="cpu") * positions
+    return channels.reshape(-1, *(1,) * (len(shape) - 2)).expand(shape)
+
+
+def _is_in_place(signal: Signal) -> bool:
+    """Whether the channels of an average are known to lie along dimension 1."""
+    if not signal.mixed or signal.view.last or _is_recorded():
+        return False
+    shape = tuple(signal.ids.shape)
+    fits = len(shape) == signal.view.n + 2 and shape[1] == signal.form.out_channels
+    return fits and signal.ids is _in_place(shape, _positions(signal))
 
 
 def pick(signal: Signal, operation: Callable[[Tensor], Any]) -> Any:
@@ -271,7 +313,7 @@ def per_channel(signal: Signal, *values: Tensor | None) -> list[Tensor | None]:
 def _per_channel(signal: Signal, value: Tensor, numbered: Callable[[torch.Size], Tensor]) -> Tensor:
     if value.numel() == 1:
         return value.reshape(1).expand(signal.form.out_channels)
-    if signal.is_moved:
+    if signal.is_moved and not _is_in_place(signal):
         return value.reshape(-1)[numbered(value.shape).to(value.device)]
     rank = signal.view.rank if signal.view.last else signal.view.n + 2
     at = -1 if signal.view.last else -1 - signal.view.n
@@ -310,11 +352,15 @@ def alike(x: Signal, y: Signal) -> bool:
     """Whether the channels of two values stand in the same places, whichever positions they hold of them."""
     if x.view != y.view or x.form.out_channels != y.form.out_channels or x.view.last:
         return False
+    if x.is_moved and y.is_moved and x.ids is y.ids and _positions(x) == _positions(y):
+        return True
     if x.is_moved and y.is_moved and x.ids.shape == y.ids.shape:
         return torch.equal(_channel_of(x, x.ids), _channel_of(y, y.ids))
     order = torch.arange(x.form.out_channels, device="cpu")
 
     def lies_so(value: Signal) -> bool:
+        if _is_in_place(value):
+            return True
         ids = value.ids
         in_place = ids.dim() == value.view.n + 2 and _channel_axis(value) == 1
         return in_place and torch.equal(_channel_of(value, _line(ids, 1)), order)
@@ -417,11 +463,16 @@ def _canonical_ids(signal: Signal) -> Tensor:
 def _numbered(shape: Ints) -> Tensor:
     """A tensor that holds the number of each of its elements; many are asked for, and all are views of one."""
     size = math.prod(shape)
-    if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:  # who records takes tensors of its own
+    if _is_recorded():
         return torch.arange(size, device="cpu").reshape(shape)
     if len(_NUMBERS[0]) < size:
         _NUMBERS[0] = torch.arange(size, device="cpu")
     return _NUMBERS[0][:size].view(shape)
+
+
+def _is_recorded() -> bool:
+    """Whether somebody records what is computed, who takes tensors of its own."""
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is not None
 
 
 _NUMBERS = [torch.arange(0, device="cpu")]
