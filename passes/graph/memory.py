@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,21 +56,53 @@ class Memory:
         """The nodes that may change ``value``, in order."""
         places = self._places[value]
         if places not in self._changes:
-            self._changes[places] = [node for node, into in self._writes if into & places]
+            self._changes[places] = self._in(places, self._writers)
         return self._changes[places]
-
-    @functools.cached_property
-    def _writes(self) -> list[tuple[fx.Node, int]]:
-        """Who writes, and all places that it may write into; asked when everything is entered."""
-        masks = {node: [self._places[other] for other in into] for node, into in self.written.items()}
-        return [(node, functools.reduce(operator.or_, places, 0)) for node, places in masks.items()]
 
     def sharing(self, value: fx.Node) -> list[fx.Node]:
         """The values that may share memory with ``value``, itself included, in order."""
         places = self._places[value]
         if places not in self._sharing:
-            self._sharing[places] = [node for node, other in self._places.items() if other & places]
+            self._sharing[places] = self._in(places, self._values)
         return self._sharing[places]
+
+    # What lies in each place, found when everything is entered: most values are alone in theirs.
+
+    @functools.cached_property
+    def _values(self) -> dict[int, list[fx.Node]]:
+        return _by_place(self._places)
+
+    @functools.cached_property
+    def _writers(self) -> dict[int, list[fx.Node]]:
+        masks = {node: [self._places[other] for other in into] for node, into in self.written.items()}
+        return _by_place({node: functools.reduce(operator.or_, places, 0) for node, places in masks.items()})
+
+    @functools.cached_property
+    def _order(self) -> dict[fx.Node, int]:
+        return {node: i for i, node in enumerate(self._places)}
+
+    def _in(self, places: int, nodes: dict[int, list[fx.Node]]) -> list[fx.Node]:
+        """The nodes of several places, each once, in order."""
+        found = [nodes[place] for place in _bits(places) if place in nodes]
+        if len(found) <= 1:
+            return found[0] if found else []
+        return sorted({node for some in found for node in some}, key=self._order.__getitem__)
+
+
+def _bits(places: int) -> Iterator[int]:
+    """The numbers of the bits that are set."""
+    while places:
+        lowest = places & -places
+        yield lowest.bit_length() - 1
+        places ^= lowest
+
+
+def _by_place(masks: Mapping[fx.Node, int]) -> dict[int, list[fx.Node]]:
+    found: dict[int, list[fx.Node]] = {}
+    for node, places in masks.items():
+        for place in _bits(places):
+            found.setdefault(place, []).append(node)
+    return found
 
 
 def memory_of(
