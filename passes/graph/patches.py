@@ -14,6 +14,7 @@ import importlib
 import math
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -128,6 +129,9 @@ class _Patches:
         if cls.users > 1:
             return
         cls.made = []
+        # Torch imports this at its first need, such as an operation on meta tensors, and it keeps for good the builtins
+        # that it then finds.
+        importlib.import_module("torch._dynamo")
         try:
             cls.install()
         # A patch that could not be made must not leave the others behind.
@@ -239,7 +243,8 @@ def _asked(value: Any) -> Interceptor | None:
 
 
 _PLAIN = frozenset(
-    {bool, int, float, str, tuple, list, dict, slice, type(None), type, fx.Node, torch.Tensor, nn.Parameter}
+    {bool, int, float, str, tuple, list, dict, set, OrderedDict, slice, type(None), type}
+    | {fx.Node, torch.Tensor, nn.Parameter}
 )
 """Classes of what is asked for most, by torch.fx itself: nobody else answers for these."""
 
