@@ -7,7 +7,6 @@ cache what it computed. Such tensors carry a graph, and ``copy.deepcopy`` refuse
 from __future__ import annotations
 
 import copy
-import copyreg
 from collections import OrderedDict
 from typing import Any, TypeVar
 
@@ -15,7 +14,6 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from passes.graph.walk import modules_of
 from passes.refusal import ReparamError
 
 __all__ = ["deep_copy", "independent", "shadow"]
@@ -36,9 +34,7 @@ def shadow(module: Module) -> Module:
 def _copied(module: Module, memo: dict[int, Any]) -> Module:
     held = _held(module)
     try:
-        memo = {**memo, **_computed(held), **_described(held), **_empty(module)}
-        _enter_plain(module, memo)
-        return copy.deepcopy(module, memo)
+        return copy.deepcopy(module, {**memo, **_computed(held), **_described(held), **_empty(module)})
     # deepcopy runs user code, which may fail in any way.
     except Exception as error:
         name = type(module).__name__
@@ -47,53 +43,11 @@ def _copied(module: Module, memo: dict[int, Any]) -> Module:
         ) from error
 
 
-def _enter_plain(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Enter copies of all modules that are copied attribute by attribute, as deepcopy does, which takes long over each.
-
-    Most attributes are numbers, and tables whose entries are known by then.
-    """
-    inside = modules_of(module)
-    kinds = {kind for kind in set(map(type, inside)) if _is_plain(kind)}
-    plain = [m for m in inside if type(m) in kinds and id(m) not in memo and "__deepcopy__" not in vars(m)]
-    memo.update((id(each), object.__new__(type(each))) for each in plain)
-    for each in reversed(plain):  # the inner ones first: their parents may look into them
-        given: Any = each.__getstate__() if hasattr(each, "__getstate__") else vars(each)
-        state = {name: _value(value, memo) for name, value in given.items()}
-        made: Any = memo[id(each)]
-        made.__setstate__(state)
-
-
-def _value(value: Any, memo: dict[int, Any]) -> Any:
-    kind = type(value)
-    if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
-        return value
-    if id(value) in memo:
-        return memo[id(value)]
-    if kind is dict and all(type(name) is str for name in value):
-        made: dict[str, Any] = {}
-        memo[id(value)] = made
-        made.update((name, _value(held, memo)) for name, held in value.items())
-        return made
-    return copy.deepcopy(value, memo)
-
-
-def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether deepcopy makes an object of this class without its constructor and gives it copies of its attributes."""
-    own = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
-    usual = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _USUAL)
-    usual = usual and kind not in copyreg.dispatch_table and not any(hasattr(kind, name) for name in own)
-    return usual and not any(vars(base).get("__slots__") for base in kind.__mro__)
-
-
-_USUAL = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__")
-_ATOMS = frozenset({bool, int, float, str, type(None)})
-
-
 def independent(edited: Module, source: nn.Module) -> Module:
     """Make a shadow share nothing with ``source``: tensors that are its own stay, the others are copied."""
     theirs = _tensors(source)
     memo: dict[int, Any] = {}  # a tensor registered twice is copied once
-    for module in modules_of(edited):
+    for module in edited.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in list(table.items()):
                 if id(tensor) in theirs:
@@ -117,7 +71,7 @@ def _held(module: nn.Module) -> list[Any]:
     tables = ("_parameters", "_buffers", "_modules")
     values = [
         value
-        for m in modules_of(module)
+        for m in module.modules()
         for name, value in m.__dict__.items()
         if name not in tables and (isinstance(value, Tensor) or (isinstance(value, (dict, list, tuple)) and value))
     ]
@@ -139,7 +93,7 @@ def _described(held: list[Any]) -> dict[int, Any]:
 
 def _empty(module: nn.Module) -> dict[int, Any]:
     """New ones of the tables of hooks, a dozen per module, most of them empty; deepcopy takes long over each."""
-    return {id(v): type(v)() for m in modules_of(module) for v in vars(m).values() if type(v) in _TABLES and not v}
+    return {id(v): type(v)() for m in module.modules() for v in vars(m).values() if type(v) in _TABLES and not v}
 
 
 _TABLES = frozenset({dict, OrderedDict})

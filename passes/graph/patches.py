@@ -129,9 +129,6 @@ class _Patches:
         if cls.users > 1:
             return
         cls.made = []
-        # Torch imports this at its first need, such as an operation on meta tensors, and it keeps for good the builtins
-        # that it then finds.
-        importlib.import_module("torch._dynamo")
         try:
             cls.install()
         # A patch that could not be made must not leave the others behind.
