@@ -159,6 +159,12 @@ def in_evaluation(model: Any) -> Any:
     return model
 
 
+def other_forward(model: Any) -> Any:
+    norm = model[0].sequence.norm
+    norm.forward = lambda x: 2 * type(norm).forward(norm, x)
+    return model
+
+
 def traced(model: Any) -> Any:
     return torch.jit.trace(model, (images(),), check_trace=False)
 
@@ -188,11 +194,22 @@ def test_a_fold_keeps_two_kernels_for_the_backward(form: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")  # of torch's own norm
-@pytest.mark.parametrize("change", [pruned, other_norm, in_evaluation, traced])
+@pytest.mark.parametrize("change", [pruned, other_norm, in_evaluation, other_forward, traced])
 def test_what_is_not_as_it_was_read_runs_as_it_is_written(change: Any, applied: list[str]) -> None:
     model = built(padding=1)
     reference = as_written(model)
     assert gap(change(model)(images()), change(reference)(images())) < 1e-12
+    assert not applied
+
+
+def test_hooks_of_all_modules_see_what_runs_inside(applied: list[str]) -> None:
+    model, seen = built(padding=1), list[nn.Module]()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        model(images())
+    finally:
+        handle.remove()
+    assert model.get_submodule("0.sequence.norm") in seen
     assert not applied
 
 

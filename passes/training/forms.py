@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from passes.blocks.kit.layers import BranchSum, ChannelScale
 from passes.blocks.kit.registry import Block
@@ -308,8 +309,12 @@ def _plain(block: BranchSum) -> BranchSum:
 
 
 def _is_watched(block: BranchSum) -> bool:
-    """Whether hooks see what runs inside."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in block.modules() if m is not block)
+    """Whether somebody sees what runs inside, or has put something else there."""
+    inside = [m for m in block.modules() if m is not block]
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in inside):
+        return True
+    # The compiler follows no hooks of all modules anyway.
+    return not torch.compiler.is_compiling() and (_has_any_global_hook() or any("forward" in vars(m) for m in inside))
 
 
 def _kinds(block: BranchSum) -> list[type]:
