@@ -140,6 +140,14 @@ def test_a_summary_names_the_largest_error_and_each_failure(tmp_path: Path) -> N
     assert "| failed | 1 | collapse: it broke | vgg11 |" in text
 
 
+def test_a_summary_says_how_long_each_stage_took(tmp_path: Path) -> None:
+    seconds = [{"build": 1.0, "collapse": 100.0, "all": 101.0}, {"collapse": 80.0, "roundtrip": 300.0, "all": 380.0}]
+    write_run(
+        tmp_path, [converted(name, seconds=took) for name, took in zip(("resnet18", "vgg11"), seconds, strict=True)]
+    )
+    assert "The models' times add up to 8 minutes (collapse 3 minutes, roundtrip 5 minutes)." in summary([tmp_path])
+
+
 def test_a_summary_says_what_large_networks_took(tmp_path: Path) -> None:
     mib = 1 << 20
     sizes = {name: Size(1, size * mib, 1, 1, 0) for name, size in (("resnet18", 100), ("resnet34", 200), ("vgg11", 1))}

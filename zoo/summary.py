@@ -71,8 +71,11 @@ def _origin(content: Content, outcomes: Sequence[Outcome]) -> str:
     first = content.runs[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     jobs = first["limits"].get("jobs", 1)
-    seconds = sum(o.seconds.get("all", 0.0) for o in outcomes)
-    took = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{seconds / 60:.0f} minutes"
+    names = dict.fromkeys(name for o in outcomes for name in o.seconds)
+    stages = {name: sum(o.seconds.get(name, 0.0) for o in outcomes) for name in names}
+    took = _long(stages.pop("all", 0.0))
+    each = ", ".join(f"{name} {_long(seconds)}" for name, seconds in stages.items() if seconds >= 30)
+    took += f" ({each})" if each else ""
     parts = "" if len(content.runs) == 1 else f", in {len(content.runs)} parts"
     counts = Counter(o.kind for o in outcomes)
     ends = ", ".join(f"{counts[kind]} {kind_words(kind)}" for kind in KINDS if counts[kind] or not KINDS[kind].ok)
@@ -80,6 +83,10 @@ def _origin(content: Content, outcomes: Sequence[Outcome]) -> str:
         f"Written by the tool from the run's journal. Started {first['started'][:10]}: {versions}; {first['machine']}, "
         f"{jobs} at a time{parts}. The models' times add up to {took}.\n\n{len(outcomes)} architectures: {ends}.\n"
     )
+
+
+def _long(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{seconds / 60:.0f} minutes"
 
 
 # ------------------------------------------------------------------------------------------------- totals
