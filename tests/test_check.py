@@ -289,8 +289,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Any, list[Edit]], N
     """Let the compiler damage the model that it has edited."""
     apply = passes.compiler.apply
 
-    def damaged(model: nn.Module, edits: list[Edit], layers: Any) -> Any:
-        undo = apply(model, edits, layers)
+    def damaged(model: nn.Module, edits: list[Edit], layers: Any, **held: Any) -> Any:
+        undo = apply(model, edits, layers, **held)
         before = {id(m): dict(m._modules) for m in model.modules()}
         modules = list(model.modules())
         if edits:
