@@ -105,7 +105,7 @@ def test_other_dimensions(n: int, applied: list[str]) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @pytest.mark.parametrize("form", ["branches", "sampled:fraction=1/2"])
 def test_derivatives_forwards_are_those_backwards(form: str) -> None:
-    model, x = built(padding=1), images()
+    model, x = built(padding=1), torch.randn(8, 8, 16, 16, dtype=torch.float64)
     reparam.set_form(model, form)
     along = torch.randn_like(x)
     with forward_ad.dual_level():
@@ -114,6 +114,17 @@ def test_derivatives_forwards_are_those_backwards(form: str) -> None:
     x.requires_grad_()
     (grad,) = torch.autograd.grad(model(x), x, weights)
     assert torch.allclose((forwards * weights).sum(), (grad * along).sum(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("rows", ["first", "strided"])
+def test_a_sample_has_the_gradient_of_a_slice(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built(padding=1)
+    reparam.set_form(model, f"sampled:fraction=1/4,rows={rows}")
+    reference, x = copy.deepcopy(model), torch.randn(9, 8, 16, 16, dtype=torch.float64)
+    got = step(model, x)
+    monkeypatch.setattr("passes.training.forms.with_rows", lambda x, each, rows: (x, x[::each][:rows]))
+    for a, b in zip(got, step(reference, x), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("size", [4, 40])

@@ -31,7 +31,7 @@ from passes.graph.weights import weight_maker
 from passes.refusal import RefusalError, ReparamError
 from passes.training.equivalent import KernelProgram
 from passes.training.rows import branches_code, statistics_code
-from passes.training.statistics import shared
+from passes.training.statistics import shared, with_rows
 
 __all__ = ["FORMS", "Folded", "Form", "note_on_samples", "scales_for_norms", "train_as"]
 
@@ -180,11 +180,11 @@ class Folded:
         if self._statistics is not None:
             norms = [_at(block, path.split(".")) for path in self.norms]
             if any(norm.training for norm in norms):
-                sample = self._sample(block, x)
-                if sample is None:
-                    if not shared(norms):
-                        return self._whole(block, x)
-                    sample = x  # other processes may have enough samples, and wait for what is shared
+                rows = self._rows_of_sample(block, x)
+                if rows is None and not shared(norms):
+                    return self._whole(block, x)
+                # Without enough of them: other processes may have enough, and wait for what is shared.
+                x, sample = (x, x) if rows is None else with_rows(x, *rows)
                 found = self._statistics(block, sample)
                 for path, (mean, var) in zip(self.norms, found, strict=True):
                     measured[f"{path}.running_mean"], measured[f"{path}.running_var"] = mean, var
@@ -259,11 +259,11 @@ class Folded:
         counters = [_at(block, [*path.split("."), "num_batches_tracked"]) for path in self.norms]
         return [-1 if counter is None or counter.is_meta else int(counter) for counter in counters]
 
-    def _sample(self, block: BranchSum, x: Tensor) -> Tensor | None:
-        """The rows of a batch that the statistics are of; None if it is too small for a sample."""
+    def _rows_of_sample(self, block: BranchSum, x: Tensor) -> tuple[int, int] | None:
+        """Every how many-th row of a batch the statistics are of, and of how many; None if it has too few."""
         batch, stride = x.shape[0], block.geometry.stride
         if self.form.fraction == 1:
-            return x
+            return 1, batch
         positions = 1
         for size, s in zip(x.shape[2:], stride, strict=True):  # torch.compile follows no generator here
             positions *= -(-size // s)
@@ -275,7 +275,7 @@ class Folded:
                 self._said = True
                 log.info("sampled: %d samples of %d positions are few: the whole batch is normalised", batch, positions)
             return None
-        return x[:rows] if self.form.rows == "first" else x[:: batch // rows][:rows]
+        return 1 if self.form.rows == "first" else batch // rows, rows
 
     def __deepcopy__(self, memo: Any) -> Folded:
         copied = Folded.__new__(Folded)

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Affine", "Moments", "Padded", "affine", "per_channel", "shared", "statistics"]
+__all__ = ["Affine", "Moments", "Padded", "affine", "per_channel", "shared", "statistics", "with_rows"]
 
 Moments = tuple[Tensor, Tensor]
 """Mean and variance per channel."""
@@ -114,6 +114,33 @@ class _Moments(torch.autograd.Function):
         shift = of_mean / n - factor * mean
         own = torch.addcmul(per_channel(shift, x.dim() - 2), _wide(x), per_channel(factor, x.dim() - 2))
         return own.add_(of_x).to(x.dtype)
+
+
+def with_rows(x: Tensor, step: int, rows: int) -> tuple[Tensor, Tensor]:
+    """A batch ``(N, ...)`` to be read by one operation that makes a gradient of its own, and some rows of it."""
+    if rows == x.shape[0] or forward_ad._current_level >= 0:
+        return x, x[::step][:rows]
+    whole, some = _WithRows.apply(x, step, rows)
+    return whole, some
+
+
+class _WithRows(torch.autograd.Function):
+    """A batch and rows of it: their gradient goes into that of the batch, where a slice would make a map of zeros."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, step: int, rows: int) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), x[::step][:rows]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: tuple[Tensor, Tensor]) -> None:
+        _, ctx.step, ctx.rows = inputs
+
+    @staticmethod
+    def backward(ctx: Any, of_whole: Tensor, of_rows: Tensor) -> tuple[Tensor, None, None]:
+        of_whole[:: ctx.step][: ctx.rows].add_(of_rows)
+        return of_whole, None, None
 
 
 def _wide(x: Tensor) -> Tensor:
