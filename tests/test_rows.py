@@ -127,6 +127,16 @@ def test_a_sample_has_the_gradient_of_a_slice(rows: str, monkeypatch: pytest.Mon
         assert torch.allclose(a.double(), b.double(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("told", [{"track_running_stats": False}, {"momentum": None, "num_batches_tracked": None}])
+def test_running_statistics_stay_where_torch_leaves_them(told: dict[str, Any]) -> None:
+    """Set on norms that are there already, as virtual adversarial training does."""
+    model = built(padding=1)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        for name, value in told.items():
+            setattr(norm, name, value)
+    check(model, images())
+
+
 @pytest.mark.parametrize("size", [4, 40])
 def test_whichever_is_smaller_takes_the_factor(size: int) -> None:
     """The kernel or the map: the same numbers."""

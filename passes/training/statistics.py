@@ -180,7 +180,7 @@ class _Sum(torch.autograd.Function):
 
 def _move(norm: _BatchNorm, mean: Tensor, var: Tensor, count: Any) -> None:
     """Move a norm's running statistics as its own forward does."""
-    if norm.running_mean is None or norm.running_var is None:
+    if norm.running_mean is None or norm.running_var is None or not norm.track_running_stats:
         return
     with torch.no_grad():
         counter = norm.num_batches_tracked
@@ -188,7 +188,7 @@ def _move(norm: _BatchNorm, mean: Tensor, var: Tensor, count: Any) -> None:
             counter.add_(1)
         momentum: Any = norm.momentum
         if momentum is None:
-            momentum = 1.0 if counter is None else (1.0 / counter).to(mean.dtype)
+            momentum = 0.0 if counter is None else (1.0 / counter).to(mean.dtype)
         unbiased = var * (count / (count - 1 if isinstance(count, Tensor) else max(count - 1, 1)))
         for running, now in ((norm.running_mean, mean), (norm.running_var, unbiased)):
             running.mul_(1 - momentum).add_((momentum * now).to(running.dtype))
