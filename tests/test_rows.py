@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -292,6 +293,53 @@ def test_a_norm_is_applied_where_what_reads_it_cannot_take_it(name: str) -> None
     check(model, images())
 
 
+def with_row(row: nn.Module) -> Any:
+    """A block with a branch of a user's own."""
+    model = built(padding=1)
+    (block,) = (m for m in model.modules() if isinstance(m, BranchSum))
+    block.add_module("more", row.double())
+    block.folded = None
+    return reparam.set_form(model, "branches")
+
+
+def test_own_code_computes_with_its_parameters(applied: list[str]) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+            self.gate = nn.Parameter(torch.randn(8))
+            self.register_buffer("offset", torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(self.norm(x)) * self.gate.sigmoid().reshape(-1, 1, 1) + self.offset.reshape(8, 1, 1)
+            return y
+
+    model = with_row(Gated())
+    check(model, images())
+    assert applied.count("Conv2d") == 2
+
+
+def test_while_a_block_is_read_other_threads_run_theirs() -> None:
+    """What torch.fx.Tracer replaces it replaces for all of them."""
+    other, ran = nn.Sequential(nn.Conv2d(8, 8, 1)), list[Any]()
+
+    class Served(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=lambda: ran.append(type(other(torch.ones(1, 8, 2, 2)))))
+            thread.start()
+            thread.join()
+            y: Tensor = self.conv(self.norm(x))
+            return y
+
+    with_row(Served().double())
+    assert ran
+    assert set(ran) == {Tensor}
+
+
 @pytest.mark.parametrize("layer", ["once", "twice"])
 def test_a_norm_that_others_read_too_is_applied(layer: str, applied: list[str]) -> None:
     class Row(nn.Module):
@@ -304,10 +352,6 @@ def test_a_norm_that_others_read_too_is_applied(layer: str, applied: list[str]) 
             result: Tensor = self.conv(y) + (y if layer == "twice" else 0)
             return result
 
-    model = built(padding=1)
-    (block,) = (m for m in model.modules() if isinstance(m, BranchSum))
-    block.add_module("more", Row().double())
-    block.folded = None
-    reparam.set_form(model, "branches")
+    model = with_row(Row())
     check(model, images())
     assert applied.count("Conv2d") == (1 if layer == "twice" else 2)

@@ -13,6 +13,7 @@ which shares what it measures among processes, takes one small reduction for all
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.padding import _ConstantPadNd
 
 from passes.blocks.kit.layers import BranchSum, WindowMean
+from passes.graph.patches import suspended
 from passes.refusal import Reason, RefusalError
 from passes.training.statistics import Affine, affine, per_channel, statistics
 
@@ -58,12 +60,48 @@ def branches_code(block: BranchSum, norms: tuple[str, ...]) -> Code | None:
 
 
 class _Branches(fx.Tracer):
-    """Reads a block down to the modules that hold no batch norm, and rows to their layers."""
+    """Reads a block down to the modules that hold no batch norm, and rows to their layers.
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if type(m) is nn.Sequential:
-            return False
-        return isinstance(m, _BatchNorm) or not any(isinstance(child, _BatchNorm) for child in m.modules())
+    Nothing of Python's is replaced for it, as :class:`torch.fx.Tracer` would for all threads: it runs a copy of the
+    block, without its weights, whose layers write themselves down.
+    """
+
+    def trace(self, block: nn.Module) -> fx.Graph:  # type: ignore[override]
+        self.root, self.graph, self.tensor_attrs = block, fx.Graph(), {}
+        self.copies: dict[nn.Module, nn.Module] = {}
+        with suspended():
+            y = self._copy(block, "")(self.create_proxy("placeholder", "x", (), {}))
+            self.create_node("output", "output", (self.create_arg(y),), {})
+        return self.graph
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            raise TypeError("a tensor that is no parameter and no buffer")
+        return super().create_arg(a)
+
+    def _copy(self, module: nn.Module, path: str) -> nn.Module:
+        if module in self.copies:
+            return self.copies[module]
+        copied = self.copies[module] = object.__new__(type(module))
+        copied.__dict__.update(module.__dict__)
+        whole = isinstance(module, _BatchNorm) or not any(isinstance(child, _BatchNorm) for child in module.modules())
+        if whole and type(module) is not nn.Sequential:
+            called: Any = partial(self._called, path)
+        else:
+            called = partial(type(module).forward, copied)
+            for table in ("_parameters", "_buffers", "_modules"):
+                copied.__dict__[table] = {
+                    name: None if held is None else self._held(held, f"{path}.{name}".lstrip("."))
+                    for name, held in module.__dict__[table].items()
+                }
+        copied.__dict__["_compiled_call_impl"] = called  # what runs in place of forward and hooks
+        return copied
+
+    def _held(self, held: Any, path: str) -> Any:
+        return self._copy(held, path) if isinstance(held, nn.Module) else self.create_proxy("get_attr", path, (), {})
+
+    def _called(self, path: str, *args: Any, **kwargs: Any) -> fx.Proxy:
+        return self.create_proxy("call_module", path, args, kwargs)
 
 
 class _Value(NamedTuple):
