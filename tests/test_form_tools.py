@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,7 +27,11 @@ each_block = pytest.mark.parametrize("block", ["acb", "dbb", "repvgg"])
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).pow(3).mean()  # type: ignore[no-any-return]
+    return loss_of_call(model(x))
+
+
+def loss_of_call(y: Tensor) -> Tensor:
+    return y.pow(3).mean()
 
 
 def grads(model: nn.Module) -> list[Tensor]:
@@ -181,6 +186,38 @@ def test_ensembles_by_vmap(block: str, form: str, training: bool) -> None:
         assert gap(together[i], member(images())) < 1e-9
         for name, buffer in member.named_buffers():
             assert torch.allclose(buffers[name][i], buffer), name
+
+
+@each_form
+@each_block
+def test_members_that_differ_in_one_parameter_only(block: str, form: str) -> None:
+    """All else is not batched, statistics among it: what is changed in place would have to be."""
+    model = torch.func.replace_all_batch_norm_modules_(built(block, form))
+    assert isinstance(model, nn.Module)
+    held, x = dict(model.named_parameters()), images()
+
+    def run(name: str, value: Tensor) -> Tensor:
+        return loss_of_call(torch.func.functional_call(model, {**held, name: value}, (x,)))
+
+    for name, p in held.items():
+        stacked = torch.stack([p.detach() + 0.1 * i for i in range(3)])
+        for function in (functools.partial(run, name), torch.func.grad(functools.partial(run, name))):
+            together = torch.vmap(function)(stacked)
+            assert torch.allclose(together, torch.stack([function(each) for each in stacked]), 1e-9, 1e-12), name
+
+
+@each_block
+@pytest.mark.parametrize("training", ["all", "blocks", "none"])
+@pytest.mark.parametrize("form", ["branches", "sampled:fraction=1", "frozen"])
+def test_norms_that_keep_no_statistics_any_more_measure_their_batch(block: str, form: str, training: str) -> None:
+    model: Any = torch.func.replace_all_batch_norm_modules_(built(block, form))
+    for each in model.modules():
+        each.training = training == "all" or (training == "blocks" and not isinstance(each, _BatchNorm))
+    reference = copy.deepcopy(model)
+    for each in reference.modules():
+        if isinstance(each, BranchSum):
+            each.folded = None
+    assert gap(model(images()), reference(images())) < 1e-12
 
 
 @each_form

@@ -31,7 +31,7 @@ from passes.graph.weights import weight_maker
 from passes.refusal import RefusalError, ReparamError
 from passes.training.equivalent import KernelProgram
 from passes.training.rows import branches_code, statistics_code
-from passes.training.statistics import shared, with_rows
+from passes.training.statistics import measures, shared, with_rows
 
 __all__ = ["FORMS", "Folded", "Form", "note_on_samples", "scales_for_norms", "train_as"]
 
@@ -163,7 +163,7 @@ class Folded:
             or type(x) not in (Tensor, nn.Parameter)
             or torch._C._get_tracing_state() is not None
             or x.shape[0] < 2
-            or not all(norm.training for norm in norms)
+            or not all(map(measures, norms))
             or shared(norms)
             or _is_watched(block)
             or _kinds(block) != self._kinds
@@ -175,19 +175,21 @@ class Folded:
     def __call__(self, block: BranchSum, x: Tensor) -> Tensor:
         if self.form.name == "branches" and not self._frozen(block, x):
             return self._whole(block, x)
+        norms = [_at(block, path.split(".")) for path in self.norms]
+        sampling = self.form.name == "sampled" and block.training
+        if not sampling and any(norm.running_mean is None for norm in norms):  # there is nothing to fold with
+            return self._whole(block, x)
         self.made(block)
         measured: dict[str, Tensor] = {}
-        if self._statistics is not None:
-            norms = [_at(block, path.split(".")) for path in self.norms]
-            if any(norm.training for norm in norms):
-                rows = self._rows_of_sample(block, x)
-                if rows is None and not shared(norms):
-                    return self._whole(block, x)
-                # Without enough of them: other processes may have enough, and wait for what is shared.
-                x, sample = (x, x) if rows is None else with_rows(x, *rows)
-                found = self._statistics(block, sample)
-                for path, (mean, var) in zip(self.norms, found, strict=True):
-                    measured[f"{path}.running_mean"], measured[f"{path}.running_var"] = mean, var
+        if self._statistics is not None and any(map(measures, norms)):
+            rows = self._rows_of_sample(block, x)
+            if rows is None and not shared(norms):
+                return self._whole(block, x)
+            # Without enough of them: other processes may have enough, and wait for what is shared.
+            x, sample = (x, x) if rows is None else with_rows(x, *rows)
+            found = self._statistics(block, sample)
+            for path, (mean, var) in zip(self.norms, found, strict=True):
+                measured[f"{path}.running_mean"], measured[f"{path}.running_var"] = mean, var
         y: Tensor = block.geometry.convolve(x, *self._kernel(block, measured))
         return y
 
@@ -200,7 +202,7 @@ class Folded:
             return False
         if not block.training and any(p.requires_grad for p in block.parameters()):
             return False
-        if any(_at(block, path.split(".")).training for path in self.norms):
+        if any(measures(_at(block, path.split("."))) for path in self.norms):
             return False
         if _is_watched(block):
             return False

@@ -233,7 +233,7 @@ def whole(x: Tensor, pads: tuple[int, ...], pair: Affine | None) -> Tensor:
     if pair is None:
         return padded
     factor, shift = (per_channel(each, x.dim() - 2) for each in pair)
-    return (padded * factor).add_(shift).to(x.dtype)  # the gradient of addcmul multiplies twice as often
+    return (padded * factor + shift).to(x.dtype)  # the gradient of addcmul multiplies twice as often
 
 
 def convolved(conv: Any, x: Tensor, pads: tuple[int, ...], pair: Affine | None, centred: bool) -> Tensor:

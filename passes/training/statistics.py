@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Affine", "Moments", "Padded", "affine", "per_channel", "shared", "statistics", "with_rows"]
+__all__ = ["Affine", "Moments", "Padded", "affine", "measures", "per_channel", "shared", "statistics", "with_rows"]
 
 Moments = tuple[Tensor, Tensor]
 """Mean and variance per channel."""
@@ -20,6 +20,11 @@ Affine = tuple[Tensor, Tensor]
 
 Padded = tuple[Tensor, tuple[int, ...], Affine | None]
 """``shift + factor * pad(x)`` of a map ``x``, padded with zeros as :func:`torch.nn.functional.pad` takes it."""
+
+
+def measures(norm: _BatchNorm) -> bool:
+    """Whether a norm divides by what it finds in its batch: in evaluation mode too if it keeps nothing else."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 def shared(norms: Iterable[_BatchNorm]) -> bool:
@@ -38,7 +43,7 @@ def statistics(norms: tuple[_BatchNorm, ...], values: tuple[Padded, ...]) -> lis
     maps = [value[0] for value in values]
     counts: dict[int, Any] = {}
     for i, (norm, value) in enumerate(zip(norms, values, strict=True)):
-        if norm.training:
+        if measures(norm):
             maps[i], found[i], counts[i] = _measured(*value)
     wide = [i for i in counts if shared([norms[i]])]
     for group in {id(group): group for group in (norms[i].process_group for i in wide)}.values():

@@ -230,11 +230,8 @@ class BranchSum(Within):
         """What every branch gives, added up."""
         main, *others = self.branches().values()
         y: Tensor = main(input)
-        for i, branch in enumerate(others):
-            if i == 0:
-                y = y + branch(input)
-            else:  # the sum is a tensor of its own by now, which nothing else reads: no need for another
-                y += branch(input)
+        for branch in others:
+            y = y + branch(input)  # not in place: under vmap the first ones may be the same for all, and this one not
         return y
 
     def numbers(self) -> tuple[Tensor, Tensor | None]:
