@@ -90,7 +90,7 @@ class IdentityPoint(nn.Module):
 
 
 class DBB(nn.Module):
-    def __init__(self, inp: int, out: int, k: int, stride: int = 1, groups: int = 1) -> None:
+    def __init__(self, inp: int, out: int, k: int, stride: int = 1, groups: int = 1, inner: int | None = None) -> None:
         super().__init__()
         p, dense = k // 2, groups < out
         self.dbb_origin = conv_bn(inp, out, k, stride, groups)
@@ -103,10 +103,11 @@ class DBB(nn.Module):
         else:
             self.dbb_avg.add_module("avg", nn.AvgPool2d(k, stride, p))
         self.dbb_avg.add_module("avgbn", nn.BatchNorm2d(out))
-        inner = inp if dense else 2 * inp
-        point = IdentityPoint(inp, groups) if dense else nn.Conv2d(inp, inner, 1, groups=groups, bias=False)
+        inner = inner or (inp if dense else 2 * inp)
+        same = inner == inp
+        point = IdentityPoint(inp, groups) if same else nn.Conv2d(inp, inner, 1, groups=groups, bias=False)
         self.dbb_1x1_kxk = nn.Sequential()
-        self.dbb_1x1_kxk.add_module("idconv1" if dense else "conv1", point)
+        self.dbb_1x1_kxk.add_module("idconv1" if same else "conv1", point)
         self.dbb_1x1_kxk.add_module("bn1", BNAndPad(p, inner))
         self.dbb_1x1_kxk.add_module("conv2", nn.Conv2d(inner, out, k, stride, groups=groups, bias=False))
         self.dbb_1x1_kxk.add_module("bn2", nn.BatchNorm2d(out))

@@ -91,6 +91,12 @@ CASES = {
     "dbb, groups and depthwise": Case(
         lambda: (DBB(4, 8, 3, 2, 2), DBB(8, 8, 3, 1, 8)), ((4, 8, 3, 2, 2), (8, 8, 3, 1, 8))
     ),
+    "dbb, other inner widths": Case(
+        lambda: (DBB(4, 8, 3, 2, inner=12), DBB(8, 8, 3, inner=3)), ((4, 8, 3, 2, 1), (8, 8, 3, 1, 1))
+    ),
+    "dbb, other inner widths of groups": Case(
+        lambda: (DBB(4, 8, 3, 2, 2, inner=6), DBB(8, 8, 3, 1, 8, inner=8)), ((4, 8, 3, 2, 2), (8, 8, 3, 1, 8))
+    ),
     "doconv": Case(
         lambda: (DOConv(4, 8, 3, 2, 1), DOConv(8, 8, 3, 1, 1, 8, diag="d_diag")),
         ((4, 8, 3, 2, 1), (8, 8, 3, 1, 8)),

@@ -67,7 +67,12 @@ def _dbb_options(t: Tensors) -> dict[str, Any]:
         "average": "dbb_avg" in words,
         "sequence": "dbb_1x1_kxk" in words,
     }
-    return {option: False for option, there in has.items() if not there}
+    options: dict[str, Any] = {option: False for option, there in has.items() if not there}
+    if (second := t.get("dbb_1x1_kxk.conv2.weight")) is not None:
+        inputs = t["dbb_origin.conv.weight"].shape[1] * _dbb_groups(t)
+        width = second.shape[1] * _dbb_groups(t) / inputs
+        options |= {"width": width} if width != (2 if depthwise else 1) else {}
+    return options
 
 
 DBB = Grammar(
