@@ -175,14 +175,15 @@ class DOConv(nn.Module):
     """DO-Conv in PyTorch: with groups its D belongs to other channels than those that the kernel reads."""
 
     def __init__(
-        self, inp: int, out: int, k: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = False,
-        diag: str = "D_diag",
+        self, inp: int, out: int, k: int | tuple[int, int], stride: int = 1, padding: Any = 0, groups: int = 1,
+        bias: bool = False, diag: str = "D_diag",
     ) -> None:  # fmt: skip
         super().__init__()
         self.geometry = (stride, padding, 1, groups)
-        self.shape, taps = (out, inp // groups, k, k), k * k
+        size = k if isinstance(k, tuple) else (k, k)
+        self.shape, taps = (out, inp // groups, *size), math.prod(size)
         self.W = nn.Parameter(torch.randn(out, inp // groups, taps) / math.sqrt(inp * taps))
-        if k > 1:
+        if taps > 1:
             self.D = nn.Parameter(torch.randn(inp, taps, taps) / taps)
             self.diag = diag
             eye = torch.eye(taps).repeat(inp, 1, 1)

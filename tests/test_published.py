@@ -131,6 +131,21 @@ def difference(model: nn.Module, official: nn.Module, channels: int = 4, size: i
     return float((got - want).abs().max() / want.abs().max())
 
 
+@pytest.mark.parametrize("size", [(1, 3), (5, 1), (1, 9), (2, 2), (3, 5)])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_network_says_what_kernels_are_not_square(size: tuple[int, int], renamed: bool, tmp_path: Path) -> None:
+    """DO-Conv's tensors tell their number of taps: the layer of the same name says more, or the only one it fits."""
+    sizes = (size, (2, 3) if renamed else size[::-1])
+    pads = [tuple(k // 2 for k in each) for each in sizes]
+    authors = (DOConv(8, 8, each, 1, pad) for each, pad in zip(sizes, pads, strict=True))
+    convs = (nn.Conv2d(8, 8, each, 1, pad, bias=False) for each, pad in zip(sizes, pads, strict=True))
+    official, stock = lively(Two(*authors, norms=True)), Two(*convs, norms=True)
+    state = {f"net.{k}" if renamed else k: v for k, v in official.state_dict().items()}
+    imported = reparam.import_checkpoint(save(tmp_path / "x.pth", state), like=stock)
+    assert imported.model is not None
+    assert difference(imported.model, official, channels=8) < EXACT
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("collapse", [False, True])
 def test_into_a_network(name: str, collapse: bool, tmp_path: Path) -> None:

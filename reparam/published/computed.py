@@ -39,7 +39,10 @@ def _taps(taps: int) -> tuple[int, ...]:
     """A square kernel of so many taps; of others the file does not say which: :class:`FileError`."""
     side = round(taps**0.5)
     if side * side != taps:
-        raise FileError(f"its D is of {taps} taps, which is no square kernel, and the file does not say of what shape")
+        raise FileError(
+            f"its D is of {taps} taps, which is no square kernel, and the file does not say of what shape: a network "
+            "does (--like), if its layer there has as many"
+        )
     return side, side
 
 
@@ -61,6 +64,7 @@ DOCONV = Grammar(
     becomes=lambda t: "doconv" if "D" in t and _doconv_loads(t) else "",
     constants={"[dD]_diag": lambda t, match: formulas.doconv_identity(t["D"])},
     shape=lambda t: (*t["W"].shape[:2], *(_taps(t["D"].shape[1]) if "D" in t else (1, 1))),
+    taps=lambda t: (t["W"].shape[0], t["W"].shape[1], t["D"].shape[1] if "D" in t else 1),
     fits=lambda t: "W" not in t or (t["W"].dim() == 3 and ("D" in t or t["W"].shape[2] == 1)),
 )
 
@@ -84,6 +88,7 @@ DOCONV_TENSORFLOW = Grammar(
     options=lambda t: _depth(*t["D"].shape[:2]),
     convert=_doconv_rows,
     shape=lambda t: (t["kernel"].shape[2], t["kernel"].shape[1], *_taps(t["D"].shape[0])),
+    taps=lambda t: (t["kernel"].shape[2], t["kernel"].shape[1], t["D"].shape[0]),
     fits=lambda t: "kernel" in t and t["kernel"].dim() == 3,
 )
 DOCONV_GLUON = Grammar(

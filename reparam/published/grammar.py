@@ -77,6 +77,7 @@ class Grammar:
         constants: what frozen tensors have to be, by a pattern for their parts.
         identity: the norm that is the identity branch, where a block has one.
         shape: of the kernel, ``(out, in / groups, *size)``; by default the main part's.
+        taps: ``(out, in / groups, taps)`` of a kernel whose size the tensors do not say.
         unsaid: an option of our block that changes what it computes and that no tensor shows.
         fits: whether tensors of these names are this block's, or may be where its main part is missing.
     """
@@ -96,6 +97,7 @@ class Grammar:
     constants: Mapping[str, Callable[[Tensors, re.Match[str]], Tensor]] = field(default_factory=dict)
     identity: str = ""
     shape: Callable[[Tensors], tuple[int, ...]] | None = None
+    taps: Callable[[Tensors], tuple[int, int, int]] | None = None
     fits: Callable[[Tensors], bool] = _any
     unsaid: str = ""
 

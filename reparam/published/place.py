@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,11 +137,11 @@ def _shape(module: Mapping[str, Tensor]) -> tuple[int, ...]:
 def _places(
     units: list[Unit], rest: dict[str, dict[str, Tensor]], stock: nn.Module, *, explain: bool = False
 ) -> tuple[_Placed, str]:
-    shapes = {unit.path: _kernel_shape(unit) for unit in units} | {path: _shape(m) for path, m in rest.items()}
+    theirs = {path: _shape(module) for path, module in _modules(stock.state_dict()).items()}
+    shapes = {unit.path: _kernel_shape(unit, theirs) for unit in units} | {path: _shape(m) for path, m in rest.items()}
     brings = {unit.path: "" for unit in units if unit.deployed or any("running_mean" in part for part in unit.tensors)}
     brings |= {path: "" for path, module in rest.items() if "bn.running_mean" in module or _bare(module, units)}
     convs = {found.path: found for found in find_convs(stock)}
-    theirs = {path: _shape(module) for path, module in _modules(stock.state_dict()).items()}
     native: dict[str, str] = {}
     if any(unit.grammar.block in _TIMM for unit in units):
         native = {match["block"]: path for path in theirs if (match := _NATIVE.fullmatch(path))}
@@ -161,10 +162,16 @@ def _bare(module: Mapping[str, Tensor], units: list[Unit]) -> bool:
     return units[0].deployed and {"weight", "bias"} == module.keys() and module["weight"].dim() > 2
 
 
-def _kernel_shape(unit: Unit) -> tuple[int, ...]:
-    name = f"{unit.grammar.deployed}.weight"
+def _kernel_shape(unit: Unit, theirs: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """``(out, in / groups, *size)`` of a block's kernel; of the network's where the file does not say its size."""
+    name, grammar = f"{unit.grammar.deployed}.weight", unit.grammar
     if unit.deployed:
         return tuple(unit.tensors[name].shape)
+    if grammar.taps is not None and grammar.main in unit.tensors:
+        out, inputs, taps = grammar.taps(unit.tensors)
+        fits = {p: s for p, s in theirs.items() if s[:2] == (out, inputs) and math.prod(s[2:]) == taps}
+        if unit.path in fits or len(set(fits.values())) == 1:
+            return fits.get(unit.path, next(iter(fits.values())))
     g = geometry_of(unit)
     return g.out_channels, g.in_channels // g.groups, *g.kernel
 
