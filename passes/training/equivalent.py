@@ -211,7 +211,8 @@ class KernelProgram:
 def _follow_the_device(recorded: fx.GraphModule) -> None:
     """Let recorded code make its tensors where its weights are, wherever those were when it was recorded.
 
-    Constants are written as numbers, so that the code has no tensors of its own.
+    Constants are written as numbers, so that the code has no tensors of its own. One that is the same number throughout
+    is made on a GPU itself, which nobody waits for.
     """
     graph = recorded.graph
     inputs = graph.find_nodes(op="placeholder")
@@ -222,8 +223,11 @@ def _follow_the_device(recorded: fx.GraphModule) -> None:
             node.kwargs = {**node.kwargs, "device": device}
         elif node.op == "get_attr":
             held = getattr(recorded, node.target)
+            same = held.numel() > 0 and bool((held == held.flatten()[0]).all())
+            maker: Any = torch.full if same else torch.tensor
+            given = (tuple(held.shape), held.flatten()[0].item()) if same else (held.tolist(),)
             with graph.inserting_after(device):
-                made = graph.call_function(torch.tensor, (held.tolist(),), {"dtype": held.dtype, "device": device})
+                made = graph.call_function(maker, given, {"dtype": held.dtype, "device": device})
             node.replace_all_uses_with(made)
             graph.erase_node(node)
 
