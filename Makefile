@@ -1,7 +1,8 @@
 # make demo   set up .venv, expand, train and collapse real networks; prints where the report is
 # make test   set up .venv and run linters, type checks, import contracts and tests
 # make slow   run the tests that make test leaves out, since they take more than a few seconds each
-# make gpu    run the tests that need a CUDA device, and write what training costs on it to docs/gpu.md
+# make gpu    run the tests that need a CUDA device, and write what training costs on it to docs/gpu.md;
+#             BLOCKS=acb,dbb for some blocks
 # make clean  remove .venv and everything built
 #
 # PYTHON=python3.12 make demo   uses another interpreter (3.10 or newer)
@@ -28,7 +29,7 @@ slow: $(VENV)/test.installed
 
 gpu: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/reparam bench step --device cuda --network torchvision:resnet50 --batch 128 --size 224 --bf16 --compiled --out docs/gpu.md
+	$(BIN)/reparam bench step --device cuda --network torchvision:resnet50 --batch 128 --size 224 --bf16 --compiled --blocks '$(BLOCKS)' --out docs/gpu.md
 
 # The stamp is newer than pyproject.toml when that extra is installed as declared: a second run installs nothing.
 # pip is asked for rather than python: an interrupted or failed venv leaves a python without pip.

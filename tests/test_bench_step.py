@@ -12,6 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from reparam.cli import app
+from zoo import bench_step
 from zoo.bench_step import Setting, Trainee
 
 ROOT = Path(__file__).parents[1]
@@ -27,17 +28,33 @@ def test_the_line_of_make_gpu_measures_small_networks_on_the_cpu(tmp_path: Path)
     """The very options of the Makefile, with a device and sizes that a test can have."""
     line = re.search(r"^\t\S+/reparam bench step (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert line is not None
-    options = shlex.split(line[1])
+    options = shlex.split(line[1].replace("$(BLOCKS)", "doconv,repvgg"))
     assert (options[options.index("--device") + 1], options[-1]) == ("cuda", "docs/gpu.md")
     small = {"--device": "cpu", "--network": "zoo:cifar_quick", "--batch": "4", "--size": "32", "--out": tmp_path / "a"}
     for option, value in small.items():
         options[options.index(option) + 1] = str(value)
-    run(*[option for option in options if option != "--compiled"], "--blocks", "doconv,repvgg", "--stem", "--rounds", 2)
+    run(*[option for option in options if option != "--compiled"], "--stem", "--rounds", 2)
     text = (tmp_path / "a").read_text()
     assert "bf16 autocast, channels_last, one CPU thread" in text
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("| doconv")]
     assert [row[2] for row in rows] == ["branches", "online", "sampled", "frozen"]
     assert all(float(row[3]) > 0.3 and float(row[6]) > 0.3 for row in rows)
+
+
+def test_what_was_measured_is_there_if_the_rest_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench_step._eager
+
+    def cut(plain: Trainee, own: int, found: dict[str, nn.Module]) -> dict[str, list[str]]:
+        if (tmp_path / "a").exists():
+            raise KeyboardInterrupt
+        return right(plain, own, found)
+
+    monkeypatch.setattr(bench_step, "_eager", cut)
+    small = ("--network", "zoo:cifar_quick", "--batch", 4, "--size", 32, "--stem", "--rounds", 1, "--forms", "branches")
+    run(*small, "--blocks", "repvgg,doconv", "--out", tmp_path / "a", status=130)
+    text = (tmp_path / "a").read_text()
+    assert "| repvgg |" in text
+    assert "| doconv |" not in text
 
 
 def test_a_device_that_is_not_there_is_said() -> None:

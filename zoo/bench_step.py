@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,25 +154,30 @@ def step(
     setting = Setting(network, batch, size, device, bf16, rounds, compiled)
     where: Where = ALL if stem else {"kernel": 3}
     terminal, facts = console(), provenance()
+    tables: list[Table] = []
     with terminal.status("measuring"):
-        tables = _measured(setting, names, kinds, where)
-    text = f"# What a training step costs\n\n{facts}\n"
+        for tables in _measured(setting, names, kinds, where):
+            if out is not None:  # hours may lie between two blocks
+                write_text(out, _page(facts, tables))
     for title, headings, rows, note in tables:
         terminal.print(rich_table(title, headings, rows))
         terminal.print(note, soft_wrap=True)
-        text += f"\n## {title}\n\n{markdown_table(headings, rows)}\n{note}\n"
     terminal.print(facts, soft_wrap=True)
     if out is not None:
-        write_text(out, text)
         terminal.print(f"wrote {out}", soft_wrap=True)
+
+
+def _page(facts: str, tables: Sequence[Table]) -> str:
+    parts = [f"\n## {title}\n\n{markdown_table(headings, rows)}\n{note}\n" for title, headings, rows, note in tables]
+    return f"# What a training step costs\n\n{facts}\n{''.join(parts)}"
 
 
 def _split(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _measured(setting: Setting, names: Sequence[str], forms: Sequence[str], where: Where) -> list[Table]:
-    """A table of plain steps and, where asked for, one of compiled steps.
+def _measured(setting: Setting, names: Sequence[str], forms: Sequence[str], where: Where) -> Iterator[list[Table]]:
+    """A table of plain steps and, where asked for, one of compiled steps: those of all blocks so far, after each.
 
     The forms of one block and the plain network take turns; all blocks at once might not fit.
     """
@@ -192,10 +197,21 @@ def _measured(setting: Setting, names: Sequence[str], forms: Sequence[str], wher
             eager += [[name, str(layers), form, *cells] for form, cells in _eager(plain, own, found).items()]
             if under is not None:
                 fast += [[name, form, *_under_compiler(under, model)] for form, model in found.items()]
+            yield _tables(plain, own, where, left, eager, under, fast)
+    if left and eager:
+        yield _tables(plain, own, where, left, eager, under, fast)
     if not eager:
         raise typer.BadParameter(
             f"no layer of {setting.network} gets one of these blocks: only those of 3x3 do without --stem"
         )
+
+
+def _tables(
+    plain: Trainee, own: int, where: Where, left: list[str], eager: list[list[str]], under: Trainee | None,
+    fast: list[list[str]],
+) -> list[Table]:  # fmt: skip
+    """What was measured, with what is said of it."""
+    setting = plain.setting
     note = (
         f"Step: time of forward, backward and SGD with momentum, relative to the plain network's {_middle(plain)} in "
         f"the same round: medians and quartiles of {setting.rounds} interleaved runs. Memory: peak of a step, weights "
