@@ -25,6 +25,7 @@ from passes.edits.carried import other_network, remember
 from passes.fold.rules import DEFAULT, Rules
 from passes.graph.capture import join, no_collection
 from passes.graph.copies import deep_copy, independent, shadow
+from passes.graph.errors import said_in
 from passes.graph.inputs import Example
 from passes.graph.leaf import SCRIPT
 from passes.graph.modes import evaluate, has_own_modes
@@ -171,7 +172,7 @@ def _run_once(model: nn.Module, example: Example) -> None:
         raise
     # The model is user code: whatever it raises means that it does not take these inputs.
     except Exception as error:
-        raise ReparamError(f"the model rejects example_inputs: {error}") from error
+        raise ReparamError(f"the model rejects example_inputs: {said_in(error)}") from error
 
 
 def explain_model(model: nn.Module, example: Example | None = None, rules: Rules = DEFAULT) -> Explanation:

@@ -16,6 +16,7 @@ from passes.collapse import check_model, collapse_model, explain_model
 from passes.expand import ALONE
 from passes.exported import Program, collapse_program, example_of, explain_program, is_program, module_of
 from passes.fold.rules import DEFAULT, rules_of
+from passes.graph.errors import said_in
 from passes.graph.generators import alone
 from passes.graph.inputs import Example, as_example, likely
 from passes.graph.outside import kept_outside, kept_statistics
@@ -209,7 +210,9 @@ def verify(
         raise
     # Both models are user code: whatever they raise means that they do not take these inputs.
     except Exception as error:
-        raise ReparamError(f"a network rejects example_inputs: {error}{without_hooks_of(first, second)}") from error
+        given = "example_inputs" if example_inputs is not None else "the inputs made up for the first one"
+        hooks = without_hooks_of(first, second)
+        raise ReparamError(f"a network rejects {given}: {said_in(error)}{hooks}") from error
 
 
 def check_model_shape(candidate: Any) -> None:

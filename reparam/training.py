@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.optim.swa_utils import update_bn
 
 from passes.algebra.conv_form import ConvForm
 from passes.blocks.kit.layers import BranchSum, ChannelScale, is_block
@@ -24,6 +24,7 @@ from passes.training.budget import Limits
 from passes.training.equivalent import Reading
 from passes.training.filters import Blocks, Forms, Where, is_auto
 from passes.training.forms import Folded, Form
+from passes.training.whole_batches import measure_again
 from reparam.api import undisturbed
 
 __all__ = ["equivalent_conv", "expand", "param_groups", "plan", "set_form", "update_statistics"]
@@ -182,7 +183,7 @@ def set_form(model: nn.Module, form: str | Form) -> nn.Module:
             is to become so; a block whose branches cannot be read. Nothing is changed then.
     """
     wanted = Form.of(form)
-    blocks = {path: module for path, module in model.named_modules() if is_block(module)}
+    blocks = {path: module for path, module in _network(model).named_modules() if is_block(module)}
     if not blocks:
         raise ReparamError("there is no block in this network: reparam.expand puts them in")
     made = {}
@@ -206,28 +207,23 @@ def set_form(model: nn.Module, form: str | Form) -> nn.Module:
 def update_statistics(model: nn.Module, loader: Iterable[Any], device: torch.device | int | None = None) -> nn.Module:
     """Running statistics of whole batches, for networks that trained as ``sampled``; in place, before collapse.
 
-    Every batch norm's statistics are reset and become the mean over all batches, by
-    :func:`torch.optim.swa_utils.update_bn`, with all branches running over whole batches. Nothing else changes.
+    Every batch norm's statistics become the mean over all batches, with all branches running over whole batches, as by
+    :func:`torch.optim.swa_utils.update_bn`. A norm that no batch reaches keeps its own. Nothing else changes.
 
     Args:
-        model: the network; it keeps its mode.
-        loader: batches as the network takes them, or tuples and lists that begin with them.
+        model: the network; every module keeps its mode.
+        loader: batches as the network takes them, mappings of keywords among them, or tuples and lists that begin with
+            one.
         device: where batches are moved to; default: left where they are.
 
     Returns:
         ``model``.
+
+    Raises:
+        ReparamError: no norm keeps running statistics, there is no batch, one is none for this network, or statistics
+            come out as NaN or infinity. All are as they were then, and so they are after an interrupt.
     """
-    folded = [(module, module.folded) for module in model.modules() if isinstance(module, BranchSum)]
-    for module, _ in folded:
-        if module.form != "online":
-            module.folded = None
-    try:
-        update_bn(loader, model, device)
-    finally:
-        for module, held in folded:
-            module.folded = held
-            if held is not None:
-                held.note_statistics(module)
+    measure_again(_network(model), loader, device)
     return model
 
 
@@ -249,7 +245,7 @@ def equivalent_conv(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
     Source: Ding et al., "Diverse Branch Block" (CVPR 2021), sec. 3.2.
     """
-    first = next(module.parameters(), None)
+    first = next(_network(module).parameters(), None)
     if first is None:
         raise ReparamError(f"{type(module).__name__} has no parameters: it has no kernel")
     check_whole(module)
@@ -273,9 +269,15 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_biases: bool = 
         model: expanded or plain.
         weight_decay: for kernels, and everything else that is not named below.
         decay_biases: whether biases are decayed too.
+
+    Raises:
+        ReparamError: ``weight_decay`` is no finite number from 0 on, which no optimizer looks at in a group.
     """
+    number = isinstance(weight_decay, (int, float)) and not isinstance(weight_decay, bool)
+    if not number or not 0 <= weight_decay < math.inf:
+        raise ReparamError(f"weight_decay is a number from 0 on, 1e-4 for example, got {weight_decay!r}")
     never: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in _network(model).modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad:
                 continue
@@ -285,3 +287,10 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_biases: bool = 
     decayed = [p for p in model.parameters() if p.requires_grad and id(p) not in never]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": list(never.values()), "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _network(model: Any) -> nn.Module:
+    """``model``, which a person may have taken a state dict, a path or a generator for."""
+    if not isinstance(model, nn.Module):
+        raise ReparamError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    return model

@@ -788,7 +788,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "type of the name filter": ({"where": {"name": 3}}, "the filter 'name' is a pattern or several"),
     "class as a predicate": ({"where": nn.Conv2d}, r"where= failed for stem\.conv: TypeError"),
     "predicate that fails": ({"where": lambda path, conv: conv.size > 3}, r"where= failed for stem\.conv: Attrib"),
-    "inputs": ({"example_inputs": torch.zeros(1, 5, 8, 8)}, "the model rejects example_inputs: .*5 channels"),
+    "inputs": ({"example_inputs": torch.zeros(1, 5, 8, 8)}, r"the model rejects example_inputs: .*5 channels.* \(in "),
+    "kind of inputs": ({"example_inputs": "an image"}, r"the model rejects example_inputs: .* \(in "),
+    "no sample": ({"example_inputs": torch.zeros(0, 3, 8, 8)}, "example_inputs 0x3x8x8 holds no sample"),
 }
 
 
@@ -800,8 +802,9 @@ def test_mistakes(case: str) -> None:
     model = ready(Varied())
     before = snapshot(model)
     for verb in (reparam.expand, reparam.plan):
-        with pytest.raises(ReparamError, match=message):
+        with pytest.raises(ReparamError, match=message) as raised:
             verb(model, **options)
+        assert "\n" not in str(raised.value)
     with pytest.raises(ReparamError, match=message):
         reparam.expand(model, **options, inplace=True)
     assert unchanged(model, before)

@@ -8,10 +8,11 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from passes.refusal import Reason, Refusal
 
-__all__ = ["NotCapturedError", "RejectedError", "is_raised", "refusal_of"]
+__all__ = ["NotCapturedError", "RejectedError", "first_line", "is_raised", "refusal_of", "said_in"]
 
 
 class NotCapturedError(Exception):
@@ -48,6 +49,22 @@ def is_raised(error: Exception) -> bool:
     if frame.f_code is torch._assert.__code__:
         return True
     return _is_theirs(frame.f_code.co_filename) and dis.opname[frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's code says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def said_in(error: Exception) -> str:
+    """The same, and in which layer of the network that was running."""
+    run = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [module for module in run if isinstance(module, nn.Module)]
+    names = {id(m): name for name, m in modules[0].named_modules()} if modules else {}
+    inner = next((m for m in reversed(modules) if names.get(id(m))), None)
+    if inner is None:
+        return first_line(error)
+    return f"{first_line(error)} (in {names[id(inner)]}, {type(inner).__name__})"
 
 
 _OURS = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.graph.errors import first_line, said_in
 from passes.graph.inputs import Example, as_example, likely
 from passes.proof.compare import (
     FLOAT64_TOLERANCE,
@@ -35,7 +36,7 @@ from passes.proof.locate import Choices, choose_alike
 from passes.proof.run import Run, hooked, nudged, run, runner_of
 from passes.refusal import ReparamError
 
-__all__ = ["Checked", "NoInputError", "Observed", "check", "explained", "first_line", "observe", "without_hooks_of"]
+__all__ = ["Checked", "NoInputError", "Observed", "check", "explained", "observe", "without_hooks_of"]
 
 ROUNDING = 1e-6
 """The most that rounding in float64 may explain in a network that amplifies it; beyond it, nothing can be told."""
@@ -159,7 +160,7 @@ def observe(model: nn.Module, example: Any = None, *, training: bool = False) ->
         # The model is user code: whatever it raises means that it does not take these inputs.
         except Exception as error:
             if given is not None:
-                said = f"{first_line(error)}{without_hooks_of(model)}"
+                said = f"{said_in(error)}{without_hooks_of(model)}"
                 raise ReparamError(f"the model rejects example_inputs: {said}") from error
             tried.append(f"{made}: {first_line(error)}")
         if given is not None:
@@ -467,8 +468,3 @@ def without_hooks_of(*models: nn.Module) -> str:
     paths = list(dict.fromkeys(path for model in models for path in hooked(model)))
     at = ", ".join(map(repr, paths[:3])) + (", ..." if len(paths) > 3 else "")
     return f" (it runs without the hooks at {at}; if it needs them, leave example_inputs out)" if paths else ""
-
-
-def first_line(error: Exception) -> str:
-    """What an error of somebody else's code says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.graph.copies import deep_copy
+from passes.graph.errors import said_in
 from passes.graph.inputs import Example, copied
 from passes.graph.modes import kept_modes
 from passes.graph.weights import weight_like
@@ -45,11 +46,13 @@ def positions_of(model: nn.Module, convs: list[Found], example: Example) -> dict
             model(*args, **kwargs)
     # The model is user code: whatever it raises means that it does not take these inputs.
     except Exception as error:
-        raise ReparamError(f"the model rejects example_inputs: {error}") from error
+        raise ReparamError(f"the model rejects example_inputs: {said_in(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
     samples = 1 if single else _samples((*args, *kwargs.values()))
+    if not samples:
+        raise ReparamError(f"{example} holds no sample: pass a batch with one or more")
     return {path: count / samples for path, count in found.items()}
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from passes.edits.holders import apart
 from passes.graph.capture import Unit, first_difference, trace_units
+from passes.graph.errors import first_line
 from passes.graph.modes import kept_modes
-from passes.proof.check import Checked, first_line
+from passes.proof.check import Checked
 from passes.proof.compare import Difference, Verdict
 from passes.refusal import Refusal
 

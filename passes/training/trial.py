@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from passes.graph.copies import deep_copy, shadow
+from passes.graph.errors import first_line
 from passes.graph.inputs import likely
 from passes.graph.modes import has_own_modes
 from passes.graph.patches import patched
-from passes.proof.check import Checked, NoInputError, Observed, check, first_line, observe
+from passes.proof.check import Checked, NoInputError, Observed, check, observe
 from passes.proof.compare import Difference, Verdict
 from passes.refusal import Reason, Refusal, ReparamError
 from passes.training.retrace import Reading, traced_alike
