@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 import reparam
@@ -16,6 +15,7 @@ from reparam import Counts, Form, ReparamError, Verdict, files, sources, tables
 from reparam.export import SUFFIXES, inputs_for, parse_dynamic, write_program
 from reparam.networks import Network, UsageError, check_not_read, load
 from reparam.recipe import Recipe, parse_blocks, parse_where
+from reparam.tables import Terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS", "Cost", "Norms", "console", "errors"]
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = Terminal()
+errors = Terminal(stderr=True)
 
 INCONCLUSIVE = 3
 """Exit status of a comparison without a verdict."""

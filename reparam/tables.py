@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WIDTH",
+    "Terminal",
     "blocks_table",
     "counts_table",
     "folds_table",
@@ -38,9 +40,21 @@ WIDTH = 100
 """Columns of a table that goes to a file or a pipe."""
 
 
+class Terminal(Console):
+    """Where a command speaks; who listens may leave (``| head``), and it goes on silently: it has files to write."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Let everything more go nowhere, what Python itself writes at the end included."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def show(console: Console, table: Table) -> None:
     """Print a table, in a file or a pipe as on a terminal of usual width."""
-    wide = Console(file=console.file, highlight=False, width=max(console.width, WIDTH))
+    wide = Terminal(file=console.file, width=max(console.width, WIDTH))
     (console if console.is_terminal else wide).print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import reparam
 from reparam import files, sources
+from reparam.__main__ import main
 from reparam.cli import app
 from reparam.recipe import Recipe
 
@@ -357,3 +359,42 @@ def test_without_its_packages_the_command_line_says_what_to_install() -> None:
     assert done.returncode == 1
     assert "pip install 'reparam[cli]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+NET = Path(__file__).parents[1] / "docs" / "net.py"
+
+
+@pytest.mark.parametrize("command", ["expand", "collapse"])
+def test_a_file_is_written_though_nobody_listens_any_more(command: str, tmp_path: Path) -> None:
+    """``reparam expand ... | head -1``: the reader of the pipe is gone before the first table."""
+    read, write = os.pipe()
+    os.close(read)
+    options = ["--block", "acb"] if command == "expand" else []
+    words = [sys.executable, "-m", "reparam", command, f"{NET}:Net", *options, "-o", str(tmp_path / "net.pt")]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr.lower()
+    assert (tmp_path / "net.pt").is_file()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_tables_are_shown_where_the_output_has_few_characters(encoding: str) -> None:
+    words = [sys.executable, "-m", "reparam", "plan", f"{NET}:Net", "--block", "acb"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(words, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"4 of 4 convolutions get a block" in done.stdout
+
+
+def test_an_interrupt_while_torch_is_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "reparam.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "reparam.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from reparam import Counts
 from reparam.disk import make_folder, replace_file
+from reparam.tables import Terminal
 from zoo.measure import Row
 
 __all__ = [
@@ -45,8 +46,8 @@ LEGEND = (
 
 def console() -> Console:
     """The terminal; wide enough for the tables where the output goes to a file or a log."""
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=max(terminal.width, LOG_WIDTH))
+    terminal = Terminal()
+    return terminal if terminal.is_terminal else Terminal(width=max(terminal.width, LOG_WIDTH))
 
 
 def folding_table(rows: Sequence[Row], title: str) -> Table:
