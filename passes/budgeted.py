@@ -85,7 +85,9 @@ def make_budgeted_plan(
     decided: dict[str, PlanRow | None] = dict.fromkeys(option.layer for option in options)
     for each in rounds:
         decided |= {row.layer: row for row in each.result.taken_back}
-    lines = [f"budget: {limits}; the plain step takes {meter.plain.seconds * 1e3:.0f} ms on {meter.where}"]
+    takes = [] if limits.time is None else [f"{_short(meter.plain.seconds * 1e3)} ms"]
+    takes += [] if limits.memory is None else [f"{_short(meter.plain.bytes / 2**20)} MiB"]
+    lines = [f"budget: {limits}; the plain step takes {' and '.join(takes)} on {meter.where}"]
     lines += [_said(each, limits) for each in rounds]
     if best is None:
         lines.append(_nothing_fits(options, limits))
@@ -131,6 +133,10 @@ def _option(rank: int, row: PlanRow, price: Pair) -> Option:
     return Option(row.layer, row.block, row.form, kernel, row.cost.parameters[1], rank, price)
 
 
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
+
+
 def _said(each: Round, limits: Limits) -> str:
     parts = [
         f"{name} predicted {predicted:.3f}, measured {measured:.3f}"
@@ -140,7 +146,7 @@ def _said(each: Round, limits: Limits) -> str:
         if limit is not None
     ]
     over = "" if each.holds(limits) else ": over the budget"
-    return f"{len(each.chosen)} blocks: {'; '.join(parts)} times the plain step{over}"
+    return f"{len(each.chosen)} block{'s' * (len(each.chosen) != 1)}: {'; '.join(parts)} times the plain step{over}"
 
 
 def _nothing_fits(options: Sequence[Option], limits: Limits) -> str:

@@ -200,7 +200,8 @@ class Plan:
         for note in self.notes:
             log.info("expand: %s", note)
         level = logging.INFO if self.expanded else logging.WARNING
-        log.log(level, "expand: %d of %d %s get a block", len(self.expanded), len(self.rows), self.noun)
+        why = "" if self.expanded else f": {'; '.join(self.reasons()) or 'there are none'}"
+        log.log(level, "expand: %d of %d %s get a block%s", len(self.expanded), len(self.rows), self.noun, why)
         return model.get_submodule(ALONE) if self._alone else model
 
     @property

@@ -18,7 +18,7 @@ from reparam.recipe import Recipe, parse_blocks, parse_where
 from reparam.tables import Terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -240,7 +240,7 @@ def collapse(
     if left_open and not exports:
         raise UsageError(f"--dynamic is for files that end in {' or '.join(SUFFIXES)}")
     if output is not None:
-        files.check_writable(output) if exports else _check_output(output, target, weights)
+        files.check_writable(output) if exports else _check_output(output, target, weights, also=SUFFIXES)
     sources.name_code(target)
     wanted = form_of(form, online)
     recipe = _recipe(block, where, kernel, depthwise, wanted) if block else None
@@ -473,11 +473,11 @@ def _batch(
     return (made.to(first.device, first.dtype),)
 
 
-def _check_output(path: Path, *read_for_it: str | Path | None) -> None:
+def _check_output(path: Path, *read_for_it: str | Path | None, also: Sequence[str] = ()) -> None:
     """Fail before the work, not after it, and where the file is one that is read for it."""
     check_not_read(path, *read_for_it)
     try:
-        files.check_target(path)
+        files.check_target(path, also)
     except files.FileError as error:
         raise typer.BadParameter(str(error)) from error
     files.check_writable(path)

@@ -29,6 +29,7 @@ FIXES: dict[int, str] = {
     errno.EACCES: "write where you have the right to, or ask for it",
     errno.EPERM: "write where you have the right to, or ask for it",
     errno.EISDIR: "it is a folder; give the file another name",
+    errno.EEXIST: "there is a file of that name; give another one",
     errno.ENOTDIR: "a part of its path is a file; give another path",
     errno.ENAMETOOLONG: "give it a shorter name",
 }

@@ -182,7 +182,14 @@ def load_state(
     if kind == ".py":
         raise FileError(f"{source} is code: name the network in it, {source}:Net for example")
     if not is_file_name(str(source)) and not is_index(source):
-        raise FileError(f"{source}: unknown kind of file {kind!r}; use {', '.join(SUFFIXES)}")
+        if source.is_dir():
+            raise FileError(f"{source} is a folder: name a file in it")
+        hint = (
+            ": torch.export.load reads it, and reparam.collapse and verify take what that gives"
+            if kind == ".pt2"
+            else ""
+        )
+        raise FileError(f"{source}: unknown kind of file {kind!r}{hint or '; use ' + ', '.join(SUFFIXES)}")
     if not os.path.isfile(source):  # which is no error where one may not look
         raise FileError(f"{source}: no such file")
     prefix, key = (key, None) if key is not None and key.endswith(".") else ("", key)

@@ -201,7 +201,12 @@ def advice(stock: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     convs = find_convs(stock, linear=True)
     replaced = [each for each in convs if _children(tensors, each.path) and f"{each.path}.weight" not in tensors]
     if not replaced:
-        return "It is of another network"
+        most = len(stock.state_dict().keys() & tensors.keys()) > len(stock.state_dict()) // 2
+        return (
+            "Most names agree: it is incomplete, or of a variant, see its options"
+            if most
+            else "It is of another network"
+        )
     looks = ""
     for name, form in _alike(stock, replaced[0], tensors):
         words = f"--block {name}" + ("" if form is None else f" --form {form}")

@@ -69,7 +69,10 @@ def load(path: str | os.PathLike[str], plain: nn.Module | Callable[[], nn.Module
         if made_by(model) is not None and made_by(model) != ():
             raise ReparamError("plain= takes the network as it was before it was expanded or collapsed")
         if held and type(model).__qualname__ != held:
-            raise FileError(f"{path} is of the class {held}, and plain= is a {type(model).__qualname__}")
+            raise FileError(
+                f"{path} is of the class {held}, and plain= is a {type(model).__qualname__}: give the plain network of "
+                "that class, wrapped alike if it was saved in a wrapper"
+            )
         return edit_parts(model.eval(), content, path)
 
     with kept_generators():

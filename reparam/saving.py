@@ -108,15 +108,22 @@ def _edits_text(edits: Iterable[Edit], target: Path) -> str:
         return f"{UNWRITTEN}{error}"
 
 
-def check_target(path: str | os.PathLike[str]) -> Path:
+def check_target(path: str | os.PathLike[str], also: Sequence[str] = ()) -> Path:
     """The path of a file that :func:`save_model` can write, asked before the work rather than after it.
+
+    Args:
+        path: of the file.
+        also: what the caller writes by other means, to be named as well.
 
     Raises:
         FileError: a suffix that is read only, or unknown, or no such folder.
     """
     target = Path(path)
+    if target.is_dir():
+        raise FileError(f"{target} is a folder: name a file in it, {target / 'net.safetensors'} for example")
     if target.suffix.lower() not in SAFE + TORCH:
-        raise FileError(f"{target}: cannot write this kind of file, {target.suffix!r}; use {', '.join(SAFE + TORCH)}")
+        kinds = ", ".join((*SAFE, *TORCH, *also))
+        raise FileError(f"{target}: cannot write this kind of file, {target.suffix!r}; use {kinds}")
     with told(target):  # who may not look into a folder above it
         there = target.parent.is_dir()
     if not there:

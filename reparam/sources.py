@@ -163,6 +163,7 @@ def parse(spec: str) -> tuple[str, str, dict[str, Any]]:
     if not is_spec(spec):
         raise UnknownNameError(
             f"{spec!r} is not of the form source:name, for example timm:repvgg_a0 or ./net.py:Net for code of your own"
+            f"{_meant(spec)}"
         )
     source, rest = split(spec)
     name, *pairs = split_commas(rest)
@@ -177,6 +178,22 @@ def parse(spec: str) -> tuple[str, str, dict[str, Any]]:
     if "pretrained" in options:
         raise UnknownNameError(f"{spec!r}: ask for trained weights with the argument `pretrained`, not in the name")
     return source, name, options
+
+
+def _meant(text: str) -> str:
+    """What a person may have meant who names a folder, or a network without its source."""
+    if os.path.isdir(text):
+        best = os.path.join(text, "best.safetensors")
+        return f"; it is a folder: name {best if os.path.isfile(best) else 'a file in it'}"
+    name = split_commas(text)[0] if text else ""
+    found = []
+    for source in sources():
+        try:
+            found += [f"{source}:{text}"] if name in _load(source).names() else []
+        # A source that cannot be loaded suggests nothing.
+        except Exception:
+            continue
+    return f"; did you mean {', '.join(found)}?" if found else ""
 
 
 def _load(source: str) -> Source | Code:

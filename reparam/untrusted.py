@@ -7,6 +7,7 @@ No code of a person's own (:mod:`reparam.own_code`) is run because a file says s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any
@@ -69,6 +70,11 @@ def check_spec(spec: str, *, any_options: bool = False, any_code: bool = False) 
             f"its network is code, {source}:{name}, and none is run because a file says so: name the network as well, "
             f"as in `{source}:{name} --weights FILE` or `--model {source}:{name}`, or trust the file: "
             "`reparam --allow-code ...`, allow_code=True"
+        )
+    if source.endswith(".py") and not is_named(spec) and not os.path.isfile(source):
+        raise FileError(
+            f"its network is code, {source}:{name}, and there is no such file in {os.getcwd()}: run it in the folder "
+            f"that the file was written from, or name the network, as in `elsewhere/{source}:{name} --weights FILE`"
         )
     if any_options:
         return

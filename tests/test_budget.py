@@ -188,7 +188,8 @@ def test_a_plan_within_a_budget() -> None:
 def test_a_plan_prints_what_was_predicted_and_then_what_was_measured() -> None:
     text = str(planned(fake=Fake(beyond=3.0)))
     assert "3 blocks: time predicted 1.300, measured 1.900 times the plain step: over the budget" in text
-    assert "1 blocks: time predicted 1.306, measured 1.300 times the plain step" in text
+    assert "budget: 1.5 times the time; the plain step takes 10000 ms on one CPU thread" in text
+    assert "1 block: time predicted 1.306, measured 1.300 times the plain step" in text
     assert "2 left alone: the budget went to other layers" in text
     assert "by cost and capacity, not by proven accuracy" in text
     assert "+0.306" in text
@@ -199,6 +200,8 @@ def test_memory_has_a_limit_of_its_own() -> None:
     assert chosen(plan) == {"conv1": "dbb sampled", "conv2": "dbb sampled"}
     assert "memory predicted 1.400, measured 1.400" in str(plan)
     assert "time predicted" not in str(plan)
+    assert "budget: 1.45 times the memory; the plain step takes 9.5e-05 MiB on one CPU thread" in str(plan)
+    assert "budget: 1.00001 times the time" in str(planned(limits=Limits(1.00001)))
 
 
 def test_blocks_of_which_auto_chooses_have_options() -> None:
@@ -271,7 +274,7 @@ def test_a_budget_of_one_is_no_block_and_measures_nothing() -> None:
 @pytest.mark.parametrize("value", [0.5, 0, -1, INF, float("nan"), True, "1.5"])
 @pytest.mark.parametrize("name", ["budget", "memory"])
 def test_values_that_are_no_factors(name: str, value: Any) -> None:
-    with pytest.raises(ReparamError, match=f"{name}= is a factor on the plain training step, from 1 on"):
+    with pytest.raises(ReparamError, match=f"{name} is a number from 1 on, times what a plain training step takes"):
         reparam.plan(Net(), "dbb", example_inputs=X, **{name: value})
 
 
@@ -465,7 +468,7 @@ def test_a_budget_on_the_command_line(tmp_path: Path) -> None:
     [
         (("--budget", "1.5"), "say on what batch, --inputs 32x3x224x224"),
         (("--budget", "1.5", "--inputs", "4xa"), "written 32x3x224x224, got '4xa'"),
-        (("--budget", "0.5", "--inputs", "4x1x16x16"), "from 1 on, got 0.5"),
+        (("--budget", "0.5", "--inputs", "4x1x16x16"), "budget is a number from 1 on"),
     ],
 )
 def test_options_of_a_budget_that_do_not_go(arguments: tuple[str, ...], said: str) -> None:

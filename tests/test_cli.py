@@ -398,3 +398,40 @@ def test_an_interrupt_while_torch_is_imported_is_no_traceback(monkeypatch: pytes
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
+
+
+def test_messages_say_what_to_do(toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each names the file or option, and the way out."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    assert "it is a folder: name run/best.safetensors" in run("collapse", "run", status=2)
+    assert "it is a folder: name a file in it" in run("collapse", "empty", status=2)
+    assert f"did you mean {toy}?" in run("collapse", toy.partition(":")[2], status=2)
+    assert "run is a folder: name a file in it" in run("inspect", "run", status=1)
+    assert "torch.export.load reads it" in run("inspect", "net.pt2", status=1)
+    words = " ".join(run("collapse", toy, "-o", "run", status=2).replace("│", " ").split())
+    assert "run is a folder: name a file in it, run/net.safetensors" in words
+    for command in ("collapse", "convert"):
+        words = run(command, toy, "-o", "x.xyz", status=2 if command == "collapse" else 1).replace("│", " ")
+        assert "use .safetensors, .pt, .pth, .pt2, .onnx" in " ".join(words.split())
+
+
+def test_a_file_of_code_that_is_not_here_says_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "net.py").write_text(NET.read_text())
+    monkeypatch.chdir(tmp_path)
+    run("expand", "net.py:Net", "--block", "acb", "-o", "net.pt")
+    monkeypatch.chdir(tmp_path / "one")
+    output = " ".join(run("--allow-code", "collapse", "../net.pt", status=1).split())
+    assert "../net.pt: its network is code, net.py:Net, and there is no such file in " in output
+    assert "proven" in run("collapse", "../net.py:Net", "--weights", "../net.pt")
+
+
+def test_a_file_that_lacks_little_is_not_said_to_be_of_another_network(toy: str, tmp_path: Path) -> None:
+    state = sources.create(toy).state_dict()
+    del state["head.bias"]
+    torch.save(state, tmp_path / "net.pt")
+    output = run("collapse", toy, "--weights", tmp_path / "net.pt", status=1)
+    assert "Most names agree: it is incomplete" in " ".join(output.split())

@@ -764,6 +764,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no block": ({"block": None}, "a block is a name, a reparam.Block or a mapping .* got None"),
     "misspelt block": ({"block": "abc"}, "no block named 'abc' .did you mean 'acb'"),
     "block in a mapping": ({"block": {"stem": None}}, "the block for 'stem' is a name or a reparam.Block, got None"),
+    "block in capitals": ({"block": "ACB"}, "no block named .ACB. .did you mean .acb"),
     "misspelt block in a mapping": ({"block": {"stem": "dbbb"}}, "did you mean 'dbb'"),
     "mapping that matches nothing": ({"block": {"steam": "acb"}}, r"'steam' matches no convolution; near names: stem"),
     "key of a mapping": ({"block": {3: "acb"}}, "a pattern is a string, got 3"),
@@ -870,7 +871,7 @@ def test_no_convolution(caplog: pytest.LogCaptureFixture) -> None:
     assert str(plan) == "0 of 0 convolutions get a block"
     with caplog.at_level(logging.WARNING, "reparam"):
         expanded = plan.apply()
-    assert "0 of 0 convolutions get a block" in caplog.text
+    assert "0 of 0 convolutions get a block: there are none" in caplog.text
     assert expanded is not model
     same(model, expanded, torch.randn(3, 4))
 
@@ -880,7 +881,7 @@ def test_nothing_expanded_is_a_warning(caplog: pytest.LogCaptureFixture) -> None
         reparam.expand(nn.Sequential(conv3()), "acb")
         assert not caplog.records
         reparam.expand(nn.Sequential(nn.Conv1d(8, 8, 3)), "acb")
-    assert "0 of 1 convolutions get a block" in caplog.text
+    assert "0 of 1 convolutions get a block: its kernel is a line itself: acb has nothing to add" in caplog.text
 
 
 @pytest.mark.usefixtures("registry")

@@ -259,6 +259,45 @@ def test_half_written_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
+HOLDS = "import sys, time, pathlib; from zoo.train.checkpoint import held\n"
+HOLDS += "with held(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    """The second one would remove what the first one is writing; it is an error, and a killed run holds nothing."""
+    folder = tmp_path / "runs" / "one"
+    words = [sys.executable, "-c", HOLDS, str(folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            output = run(*ARGUMENTS.split(), "--out", folder, status=1)
+        finally:
+            other.kill()
+    assert "one is in use by another run; wait for it, or train into another folder" in output
+    assert len(train(QUICK, folder).epochs) == 3
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ReparamError):
+        train(dataclasses.replace(QUICK, model="zoo:nothing"), tmp_path / "runs" / "one")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_is_no_folder_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("mine")
+    with pytest.raises(ReparamError, match="one cannot be written: File exists; there is a file of that name; give an"):
+        train(QUICK, tmp_path / "one")
+    assert (tmp_path / "one").read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [["--form", "online"], ["--init", "paper"], ["--set", "where=conv1"]])
+def test_options_of_a_block_without_one(words: list[str], tmp_path: Path) -> None:
+    output = run("--model", SMALL, "--epochs", 1, *words, "--out", tmp_path / "one", status=2)
+    assert "name one with --block" in output
+    assert not (tmp_path / "one").exists()
+
+
 # ------------------------------------------------------------------------------------------------- processes
 
 

@@ -54,7 +54,9 @@ class Limits:
         for name, factor in (("budget", self.time), ("memory", self.memory)):
             number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
             if factor is not None and not (number and 1 <= factor < math.inf):
-                raise ReparamError(f"{name}= is a factor on the plain training step, from 1 on, got {factor!r}")
+                raise ReparamError(
+                    f"{name} is a number from 1 on, times what a plain training step takes, 1.5 for example; got {factor!r}"
+                )
 
     @property
     def factors(self) -> Pair:
@@ -66,7 +68,7 @@ class Limits:
 
     def __str__(self) -> str:
         named = (("time", self.time), ("memory", self.memory))
-        return " and ".join(f"{factor:.4g} times the {name}" for name, factor in named if factor is not None)
+        return " and ".join(f"{factor:g} times the {name}" for name, factor in named if factor is not None)
 
 
 @dataclass(frozen=True)

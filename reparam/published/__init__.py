@@ -105,7 +105,9 @@ def import_checkpoint(
     try:
         content = files.load_state(path, key=key)
         if "reparam" in content.metadata:
-            raise FileError("it is a file of this package, and has our names already")
+            raise FileError(
+                "it is a file of this package, and has our names already: `train`, `collapse` and `verify` read it"
+            )
         network = Network.of(like, sources.create) if like is not None else None
         return _imported(replace(content, tensors=_clean(content.tensors)), asked, network, collapse)
     except FileError as error:

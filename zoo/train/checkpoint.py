@@ -17,13 +17,15 @@ rows in the state: an epoch that is repeated after a crash is in it once.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import io
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 
 from reparam import ReparamError
-from reparam.disk import FileError, check_writable, move_file, replace_file, told
+from reparam.disk import FileError, check_writable, make_folder, move_file, replace_file, told
 from reparam.files import load_state
 from reparam.recipe import Recipe
 from reparam.saving import safetensors_torch
@@ -40,7 +42,7 @@ from zoo.train.config import Config
 from zoo.train.result import Epoch
 from zoo.train.state import DIGEST, Parts, State, StateError, check_digest, digest, parsed
 
-__all__ = ["CheckpointError", "Folder"]
+__all__ = ["CheckpointError", "Folder", "held"]
 
 log = logging.getLogger("reparam.train")
 
@@ -149,6 +151,35 @@ class Folder:
                 check_writable(self.last)
             for leftover in self.path.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(path: Path | None) -> Iterator[None]:
+    """Let no other run have the folder meanwhile; of several processes of one run, the first one holds it.
+
+    What is made for that is removed again if nothing was written. Raises :class:`CheckpointError` if it is in use.
+    """
+    if path is None or int(os.environ.get("RANK", "0")):
+        yield
+        return
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path)
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a disk without locks
+            try:
+                # The system gives this lock free when the process ends, however it ends.
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"{path} is in use by another run; wait for it, or train into another folder with --out"
+                ) from error
+        yield
+    finally:
+        os.close(folder)
+        with contextlib.suppress(OSError):
+            for folder_made in made:
+                folder_made.rmdir()
 
 
 def _read_state(path: Path, config: Config, parts: Parts) -> State:

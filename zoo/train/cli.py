@@ -113,6 +113,8 @@ def train(
             raise UsageError("name the --recipe to print")
         typer.echo(recipe_text(recipe_name, config))
         return
+    if config.block is None and not compare:
+        _refuse_without_block(init=init, form=fields["form"], **dict(each.split("=", 1) for each in settings or []))
     if bool(variants) != compare or (seeds is not None and not compare):
         raise UsageError("a comparison is written --compare plain acb dbb --seeds 5")
     try:
@@ -142,6 +144,13 @@ def _configuration(recipe_name: str | None, fields: dict[str, Any], settings: li
         raise UsageError(str(error)) from error
 
 
+def _refuse_without_block(**given: str | None) -> None:
+    """What says how a block is put in or trains says nothing of a plain network."""
+    names = [name for name in ("init", "form", "where") if given.get(name) is not None]
+    if names:
+        raise UsageError(f"{' and '.join(names)}: that is of a block, and the network is plain; name one with --block")
+
+
 def _name(config: Config) -> str:
     """Network and data as a part of a folder's name."""
     return _file_name(f"{config.model.partition(':')[2]}-{Path(config.data).name}")
@@ -163,6 +172,13 @@ def _file_name(text: str) -> str:
 
 def _train(config: Config, out: Path, workers: int) -> None:
     """Train one network, showing how far it is; draw its curve."""
+    from zoo.train.checkpoint import held
+
+    with held(out):
+        _train_here(config, out, workers)
+
+
+def _train_here(config: Config, out: Path, workers: int) -> None:
     from zoo.train.trainer import Training
 
     terminal = console()

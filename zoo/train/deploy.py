@@ -144,7 +144,7 @@ def convert(
         raise UsageError(f"--dynamic is for files that end in {' or '.join(SUFFIXES)}")
     fold_norms = fold_norms or exports
     if not exports:
-        check_target(output)
+        check_target(output, SUFFIXES)
     check_not_read(output, checkpoint, *Folder(checkpoint).weights)
     check_writable(output)
     subject = find(checkpoint, model=model, recipe=expansion(block, where, form_of(form, online)), ema=ema)

@@ -34,7 +34,7 @@ from reparam.saving import save_model
 from zoo import memory
 from zoo.render import provenance
 from zoo.train import build
-from zoo.train.checkpoint import Folder
+from zoo.train.checkpoint import Folder, held
 from zoo.train.config import Config
 from zoo.train.result import Epoch, Result
 from zoo.train.state import Parts
@@ -68,16 +68,17 @@ def train(
 
     Raises:
         TrainingError: the loss is no longer finite, or the configuration cannot be trained.
-        CheckpointError: the folder holds no state that this run could go on from.
+        CheckpointError: the folder is in use, or holds no state that this run could go on from.
         ReparamError: from building the network or loading the data.
     """
-    training = Training(config, out, workers=workers)
-    for epoch in training.epochs():
-        if on_epoch is not None:
-            on_epoch(epoch)
-        if epoch.epoch == stop_after:
-            break
-    return training.result()
+    with held(out):
+        training = Training(config, out, workers=workers)
+        for epoch in training.epochs():
+            if on_epoch is not None:
+                on_epoch(epoch)
+            if epoch.epoch == stop_after:
+                break
+        return training.result()
 
 
 class Training:

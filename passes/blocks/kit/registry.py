@@ -167,7 +167,7 @@ class Block:
     def info(self) -> BlockInfo:
         """The registered declaration."""
         if self.name not in _BLOCKS:
-            near = difflib.get_close_matches(str(self.name), _BLOCKS, 1)
+            near = difflib.get_close_matches(str(self.name).lower(), _BLOCKS, 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ReparamError(f"there is no block named {self.name!r}{hint}; known: {', '.join(_BLOCKS)}")
         return _BLOCKS[self.name]
