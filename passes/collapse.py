@@ -185,6 +185,8 @@ def explain_model(model: nn.Module, example: Example | None = None, rules: Rules
         edited = _to_edit(model)
     except ReparamError:  # what cannot be copied is edited itself, and restored
         edited = model
+    if example is not None and edited is not model and not any(p.is_meta for p in model.parameters()):
+        _run_once(model, example)
     attempt = _attempt(edited, example, Ledger(prove=False, rules=rules), inplace=True)
     attempt.undo()
     return attempt.explanation

@@ -306,6 +306,8 @@ def switch_to_deploy(model: nn.Module) -> nn.Module:
     (:func:`reparam.collapse`); batch norms outside of the layers stay. A layer that does not fold raises
     :class:`ReparamError`, and those before it are plain by then.
     """
+    if not isinstance(model, nn.Module):
+        raise ReparamError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for path, module in list(model.named_modules()):
         if isinstance(module, BlockLayer):
             _deploy(module, path or type(module).__name__)

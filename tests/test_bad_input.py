@@ -152,6 +152,8 @@ def test_example_inputs_that_the_model_rejects(inputs: Any, verify: bool, inplac
     with pytest.raises(ReparamError, match=r"the model rejects example_inputs: .+"):
         reparam.collapse(model, example_inputs=inputs, verify=verify, inplace=inplace)
     assert is_unchanged(model, before)
+    with pytest.raises(ReparamError, match=r"the model rejects example_inputs: .+"):
+        reparam.explain(model, inputs)
     with pytest.raises(ReparamError, match=r"a network rejects example_inputs: .+"):
         reparam.verify(model, model, inputs)
 
@@ -208,6 +210,10 @@ def test_a_network_that_needs_its_own_hooks_is_told_that_they_do_not_run() -> No
 def test_candidate_that_rejects_the_inputs() -> None:
     with pytest.raises(ReparamError, match="a network rejects example_inputs"):
         reparam.verify(ConvBN(), ConvBN(3), maps())
+    with pytest.raises(
+        ReparamError, match=r"a network rejects the inputs made up for the first one: .* \(in conv, Conv2d\)"
+    ):
+        reparam.verify(ConvBN(), ConvBN(3))
 
 
 def test_no_inputs_can_be_guessed() -> None:

@@ -1028,7 +1028,17 @@ def test_badly_named_or_missing_branches_are_errors() -> None:
         yield "main", conv.main()
         yield "stride", conv.parallel(1)
 
+    @reparam.block("unnamed")
+    def unnamed(conv: reparam.Site) -> Iterator[nn.Module]:
+        yield conv.main()
+
+    @reparam.block("turned")
+    def turned(conv: reparam.Site) -> Iterator[tuple[nn.Module, str]]:
+        yield conv.main(), "main"
+
     for name, fragment in (
+        ("unnamed", "yields a name and a module for each branch, got Sequential"),
+        ("turned", "yields a name and a module for each branch, got Sequential, str"),
         ("twice", "two branches named 'main'"),
         ("empty", "has no branches"),
         ("taken", "cannot be named 'stride'"),

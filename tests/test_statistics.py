@@ -12,6 +12,7 @@ from test_forms import images
 from torch import Tensor, nn
 
 import reparam
+from reparam import layers
 
 
 class Kept(nn.Sequential):
@@ -103,6 +104,7 @@ def test_what_is_no_network_is_told(model: Any) -> None:
         lambda m: reparam.set_form(m, "sampled"),
         lambda m: reparam.param_groups(m, 1e-4),
         lambda m: reparam.update_statistics(m, [images()]),
+        layers.switch_to_deploy,
     ):
         with pytest.raises(reparam.ReparamError, match=f"expected a torch.nn.Module, got {type(model).__name__}"):
             verb(model)

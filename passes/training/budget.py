@@ -55,7 +55,8 @@ class Limits:
             number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
             if factor is not None and not (number and 1 <= factor < math.inf):
                 raise ReparamError(
-                    f"{name} is a number from 1 on, times what a plain training step takes, 1.5 for example; got {factor!r}"
+                    f"{name} is a number from 1 on, times what a plain training step takes, 1.5 for example; "
+                    f"got {factor!r}"
                 )
 
     @property

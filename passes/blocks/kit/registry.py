@@ -178,7 +178,12 @@ class Block:
         Raises :class:`RefusalError` if the block does not apply there.
         """
         found: dict[str, nn.Module] = {}
-        for name, module in self.info.declare(site, **self.options):
+        for branch in self.info.declare(site, **self.options):
+            pair = branch if isinstance(branch, tuple) and len(branch) == 2 else (None, branch)
+            name, module = pair
+            if not isinstance(name, str) or not isinstance(module, nn.Module):
+                kinds = ", ".join(type(each).__name__ for each in pair if each is not None)
+                raise ReparamError(f"block {self.name!r} yields a name and a module for each branch, got {kinds}")
             if name in found:
                 raise ReparamError(f"block {self.name!r} has two branches named {name!r}")
             found[name] = module
