@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -479,7 +480,8 @@ def test_networks_are_evaluated_side_by_side(folder: Path, tmp_path: Path) -> No
     upside = score(files.load_model(deployed), data, view=VIEWS["180°"])
     row = next(line for line in text.splitlines() if line.startswith(f"| {deployed}") and line.count("|") == 8)
     assert row.split("|")[4].strip() == f"{100 * upside.top1:.2f}"
-    assert "Written by the tool" in text
+    again = shlex.join(["reparam", "evaluate", *map(str, both), "--data", "digits", "--size", "8", "--robustness"])
+    assert f"Repeat it with\n\n```sh\n{again}\n```" in text
 
 
 def test_a_network_that_answers_nonsense_has_no_score(folder: Path, tmp_path: Path) -> None:

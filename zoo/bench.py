@@ -76,7 +76,9 @@ def collapse(
             terminal.print(part.note, soft_wrap=True)
     terminal.print(facts, soft_wrap=True)
     if out is not None:
-        write_text(out, _markdown(parts, facts))
+        write_text(
+            out, _markdown(parts, f"{facts} Repeat it with `reparam bench collapse --repeats {repeats} --out FILE`.")
+        )
         terminal.print(f"wrote {out}", soft_wrap=True)
 
 

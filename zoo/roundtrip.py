@@ -100,7 +100,7 @@ def roundtrip(
     out: Annotated[Path | None, typer.Option("--out", help="Markdown file to write; docs/expansion.md.")] = None,
     only: Annotated[str, typer.Option("--only", help="Shell pattern of names; writes no file but --out.")] = "*",
 ) -> None:
-    """Expand over 60 networks, train them, collapse them into their stock architecture, and compare."""
+    """Expand a hundred networks, train them, collapse them into their stock architecture, and compare."""
     terminal = console()
     networks = [network for network in ROUND_TRIP if fnmatch.fnmatch(network.label, only)]
     if not networks:
@@ -342,7 +342,10 @@ def _verdict(trip: Trip) -> str:
 def document(trips: Sequence[Trip]) -> str:
     """The tables as Markdown: one per block, totals first, then the reasons, remarks and failures."""
     letters = _letters(trips)
-    parts = [f"# Expanded, trained, collapsed\n\n{provenance()}\n\n{LEGEND}\n", _totals(trips)]
+    parts = [
+        f"# Expanded, trained, collapsed\n\n{provenance()} Repeat it with `reparam bench roundtrip`.\n\n{LEGEND}\n",
+        _totals(trips),
+    ]
     for block in dict.fromkeys(trip.block for trip in trips):
         rows = [_cells(trip, letters) for trip in trips if trip.block == block]
         parts.append(f"## {block}\n\n{markdown_table(HEADINGS, rows)}")

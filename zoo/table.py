@@ -64,7 +64,7 @@ def _matching(networks: tuple[Network, ...], pattern: str) -> tuple[Network, ...
 
 
 def _document(parts: list[tuple[str, list[Row]]]) -> str:
-    text = f"# Folding tables\n\n{provenance()}\n\n{LEGEND}\n"
+    text = f"# Folding tables\n\n{provenance()} Repeat it with `reparam bench table`.\n\n{LEGEND}\n"
     for title, rows in parts:
         text += f"\n## {title}\n\n{folding_markdown(rows)}"
         reasons = [f"- {row.network.label}: {row.remark}\n" for row in rows if row.theirs is None and row.remark]

@@ -6,6 +6,7 @@ networks that have never seen any. Intervals are Wilson's, of a share of indepen
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,9 +209,22 @@ def evaluate(
         terminal.print(line, soft_wrap=True, markup=False)
     if out is not None:
         parts = [f"## {title}\n\n{markdown_table(headings, rows)}" for title, headings, rows in tables]
-        parts += ["".join(f"- {line}\n" for line in about), LEGEND + "\n", provenance() + "\n"]
+        options = {"--data": data, "--root": root, "--size": size, "--model": model, "--form": form_of(form, online)}
+        flags = {"--robustness": robustness, "--pretrained": pretrained, "--ema": ema is True, "--raw": ema is False}
+        again = _command(targets, {**options, "--block": block, "--where": where}, flags)
+        facts = f"{provenance()} Repeat it with\n\n```sh\n{again}\n```\n"
+        parts += ["".join(f"- {line}\n" for line in about), LEGEND + "\n", facts]
         write_text(out, "\n".join([f"# Accuracy on {names[0]}\n", *parts]))
         terminal.print(f"wrote {out}", soft_wrap=True, markup=False)
+
+
+def _command(targets: list[str], options: Mapping[str, Any], flags: Mapping[str, bool]) -> str:
+    """The command line that says this again; an option that is a list is repeated."""
+    words = ["reparam", "evaluate", *targets]
+    for name, value in options.items():
+        for each in value if isinstance(value, list) else [value] * (value is not None):
+            words += [name, str(each)]
+    return shlex.join([*words, *(name for name, given in flags.items() if given)])
 
 
 def _data(subject: Subject, name: str | None, size: int | None, root: str | None) -> Data:
