@@ -126,6 +126,19 @@ def test_a_script_is_named(caplog: pytest.LogCaptureFixture) -> None:
         reparam.plan(torch.jit.freeze(torch.jit.script(model)), "acb")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_script_inside_folds_and_trains(caplog: pytest.LogCaptureFixture) -> None:
+    """Torch copies its parameters as results of an operation, which no optimizer takes; it warns of their gradients."""
+    script = torch.jit.script(ready(nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C))))
+    model = ready(nn.Sequential(script, nn.ReLU(), nn.Conv2d(C, C, 3), nn.BatchNorm2d(C)))
+    expanded = reparam.expand(model, "acb")
+    for network in (expanded, reparam.collapse(expanded), reparam.collapse(model)):
+        assert all(p.is_leaf and p.requires_grad for p in network.parameters())
+        torch.optim.SGD(reparam.param_groups(network, 1e-4), lr=0.1)
+        reparam.verify(model, network, torch.randn(2, 3, 8, 8)).raise_if_different()
+    assert "taken back" not in caplog.text
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_pruning_masks_are_folded_and_told(trained: bool) -> None:
     torch.manual_seed(0)

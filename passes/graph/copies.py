@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
@@ -34,13 +35,18 @@ def shadow(module: Module) -> Module:
 def _copied(module: Module, memo: dict[int, Any]) -> Module:
     held = _held(module)
     try:
-        return copy.deepcopy(module, {**memo, **_computed(held), **_described(held), **_empty(module)})
+        made = copy.deepcopy(module, {**memo, **_computed(held), **_described(held), **_empty(module)})
     # deepcopy runs user code, which may fail in any way.
     except Exception as error:
         name = type(module).__name__
         raise ReparamError(
             f"{name} cannot be copied ({error}); inplace=True, where it is offered, needs no copy"
         ) from error
+    for script in (m for m in made.modules() if isinstance(m, torch.jit.ScriptModule)):
+        for parameter in script.parameters(recurse=False):
+            if not parameter.is_leaf:  # torch clones those of a script as an operation
+                parameter.detach_().requires_grad_()
+    return made
 
 
 def independent(edited: Module, source: nn.Module) -> Module:

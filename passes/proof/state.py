@@ -72,7 +72,8 @@ def _values(model: nn.Module) -> Any:
     for path, module in model.named_modules():
         computed = _computed(module)
         for name, value in module.__dict__.items():
-            if name not in _TABLES and name not in computed:
+            # A script's methods are kept on it when they are asked for first.
+            if name not in _TABLES and name not in computed and not isinstance(value, torch._C.ScriptMethod):
                 yield path, name, value
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
