@@ -291,6 +291,12 @@ def test_a_file_is_no_folder_of_a_run(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_text() == "mine"
 
 
+def test_a_file_is_no_network(whole: Path) -> None:
+    for path in (whole, whole / "best.safetensors"):
+        output = " ".join(run("--model", path, "--epochs", 1, status=2).split())
+        assert f"{path.name} is a file or folder: name a network, timm:resnet18 or ./net.py:Net" in output
+
+
 @pytest.mark.parametrize("words", [["--form", "online"], ["--init", "paper"], ["--set", "where=conv1"]])
 def test_options_of_a_block_without_one(words: list[str], tmp_path: Path) -> None:
     output = run("--model", SMALL, "--epochs", 1, *words, "--out", tmp_path / "one", status=2)

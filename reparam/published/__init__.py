@@ -106,7 +106,8 @@ def import_checkpoint(
         content = files.load_state(path, key=key)
         if "reparam" in content.metadata:
             raise FileError(
-                "it is a file of this package, and has our names already: `train`, `collapse` and `verify` read it"
+                "it is a file of this package, and has our names already; `collapse`, `verify` and "
+                "`reparam.files.load_model` read it"
             )
         network = Network.of(like, sources.create) if like is not None else None
         return _imported(replace(content, tensors=_clean(content.tensors)), asked, network, collapse)

@@ -5,6 +5,7 @@ Ordinary networks without blocks; :func:`reparam.expand` puts those in.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,4 +69,6 @@ def find_spec(name: str) -> str:
         if bare in found:
             return f"{place}:{name}"
         known += found
+    if os.path.exists(name):
+        raise UnknownNameError(f"{name} is a file or folder: name a network, timm:resnet18 or ./net.py:Net for example")
     raise UnknownNameError(f"unknown network {bare!r} in {', '.join(ORDER)}{near(bare, known)}")
