@@ -196,6 +196,7 @@ def set_form(model: nn.Module, form: str | Form) -> nn.Module:
                 )
             try:
                 made[path] = Folded(wanted, module)
+                made[path].succeed(module.folded, module)
             except RefusalError as error:
                 raise ReparamError(f"{path} cannot train as {wanted}: {error}") from error
     for path, folded in made.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -23,6 +24,7 @@ from passes.algebra.opaque import OpaqueForm
 from passes.algebra.told import Told
 from passes.fold.candidates import Candidate
 from passes.graph.capture import trace_units
+from passes.graph.copies import shadow
 from passes.graph.dataflow import Flow
 from passes.graph.generated import forget_with
 from passes.graph.leaf import without_hooks
@@ -153,12 +155,18 @@ class KernelProgram:
     Args:
         module: the module.
         dtype: in which the kernel is computed; what is given later has it, too, or all of it another one.
+
+    Attributes:
+        form: the convolution without numbers.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        # While a kernel is recorded, weights in other modules stand for the real ones, which another thread may use.
+        module = shadow(module)
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.names = tuple(name for name, tensor in state.items() if tensor.is_floating_point())
         reading = Reading(module)
+        self.form = reading.form(None)
 
         def kernel(*values: Tensor) -> tuple[Tensor, Tensor | None]:
             named = {f"module.{name}": value for name, value in zip(self.names, values, strict=True)}
@@ -172,7 +180,9 @@ class KernelProgram:
         example = [torch.empty_strided(t.shape, t.stride(), dtype=dtype, device="cpu") for t in floats]
         # Without in-place operations, so that every value is a function of others wherever the code is read again.
         functional = torch.func.functionalize(kernel, remove="mutations")
-        recorded = make_fx(functional, tracing_mode="fake")(*example)
+        # What the caller computes in is none of the kernel's business: autocast would be recorded, too.
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+            recorded = make_fx(functional, tracing_mode="fake")(*example)
         forget_with(type(recorded).forward)
         for node in recorded.graph.nodes:
             if node.target in _COPIES and not node.kwargs:
@@ -196,7 +206,8 @@ class KernelProgram:
         key = _structure(module)
         program = None if key is None else _PROGRAMS.get((dtype, key))
         if program is None:
-            program = KernelProgram(module, dtype)
+            with _ONE_AT_A_TIME:
+                program = KernelProgram(module, dtype)
             if key is not None:
                 _PROGRAMS[dtype, key] = program
         return program
@@ -305,6 +316,9 @@ _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default)
 
 _PROGRAMS: WeakValueDictionary[Any, KernelProgram] = WeakValueDictionary()
 """By the structure of the module, for as long as some block runs it: a network has few kinds of layers."""
+
+_ONE_AT_A_TIME = threading.RLock()
+"""make_fx puts its own in the place of Python's functions, for all threads."""
 
 _INTERNAL = nn.Module().__dict__.keys()
 

@@ -15,6 +15,7 @@ The kernel comes from the algebra that collapse folds with, recorded once as str
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from dataclasses import dataclass
@@ -23,13 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.conv import _ConvNd
 
 from passes.blocks.kit.layers import BranchSum, ChannelScale
 from passes.blocks.kit.registry import Block
+from passes.graph.modes import kept_modes
 from passes.graph.weights import weight_maker
-from passes.refusal import RefusalError, ReparamError
+from passes.refusal import Reason, RefusalError, ReparamError
 from passes.training.equivalent import KernelProgram
+from passes.training.inside import is_steady
+from passes.training.outline import Outline, can_record, is_watched
 from passes.training.rows import branches_code, statistics_code
 from passes.training.statistics import measures, shared, with_rows
 
@@ -41,6 +45,10 @@ FORMS = ("branches", "online", "sampled", "frozen")
 ROWS = ("first", "strided")
 POSITIONS = 256
 """Positions per channel that a sample has at least: of fewer, a variance is off by a tenth and more."""
+READS = 8
+"""How often a block is read anew: one that changes with every step runs as it is written."""
+FORGOTTEN = 100
+"""After so many whole batches the statistics of samples have no part in running ones."""
 
 
 @dataclass(frozen=True)
@@ -124,36 +132,75 @@ class Folded:
 
     Holds code, no weights; the block gives it those. As ``branches`` it is the branches, but for training steps in
     which all of their norms are in evaluation mode: those are ``frozen``.
+
+    The code is that of the block as it was read. A block that has changed since is read anew; where that cannot be, or
+    where somebody looks at what runs inside, the branches run as they are written.
     """
 
     def __init__(self, form: Form, block: BranchSum) -> None:
         self.form = form
-        self.norms = tuple(path for path, m in block.named_modules() if isinstance(m, _BatchNorm))
-        if form.name == "branches" and any(weight_maker(m) for m in block.modules()):
-            self.norms = ()  # what computes its weight may do so otherwise in training, and change with each call
-        self._said = False
-        if form.name != "branches":
-            self._record(block)
-        self._read_rows(block)
+        self._said = self._earlier = False
+        self._reads = 0
+        self._read(block)
         self.note_statistics(block)
 
+    def _read(self, block: BranchSum) -> None:
+        """All that follows from the block; raises :class:`RefusalError` if its branches are no one convolution."""
+        self._outline, self._readable, self._folds = Outline(block), False, True
+        self.norms = tuple(path for path, m in block.named_modules() if isinstance(m, _BatchNorm))
+        if self.form.name == "branches" and any(weight_maker(m) for m in block.modules()):
+            self.norms = ()  # what computes its weight may do so otherwise in training, and change with each call
+        self.program: KernelProgram | None = None
+        self.dtype: torch.dtype | None = None
+        if self.form.name != "branches":
+            self._record(block)
+        self._read_rows(block)
+        self._readable = True
+
     def _record(self, block: BranchSum) -> None:
-        self.dtype = next(block.parameters()).dtype
-        plain = _plain(block)
-        self.program = KernelProgram.of(plain, torch.promote_types(self.dtype, torch.float32))
-        self._paths = [name.split(".") for name in self.program.names]
-        self._statistics = statistics_code(plain, self.norms) if self.form.name == "sampled" and self.norms else None
+        _check_steady(block)
+        plain, dtype = _plain(block), next(block.parameters()).dtype
+        program = KernelProgram.of(plain, torch.promote_types(dtype, torch.float32))
+        if not block.geometry.matches(program.form):
+            raise RefusalError(Reason.BLOCK, f"its branches are another convolution than {block.geometry}")
+        self._paths = [name.split(".") for name in program.names]
+        sampled = self.form.name == "sampled" and self.norms
+        self._statistics = statistics_code(plain, self.norms) if sampled else None
+        self.dtype, self.program = dtype, program  # at last: another thread may run the block meanwhile
 
     def _read_rows(self, block: BranchSum) -> None:
         """The branches over a whole batch, as code that spares maps; where there is none they run themselves."""
         self._rows = None
         if self.norms and self.form.name in ("branches", "sampled"):
-            self._kinds = _kinds(block)
             try:
                 self._rows = branches_code(_plain(block), self.norms)
             # A branch may be of user code, which a trace does not follow.
             except Exception as error:
                 log.debug("%s runs as it is written: %s", block.reparam_block, error)
+
+    def follows(self, block: BranchSum, x: Any = None) -> bool:
+        """Whether the code is that of the block as it is now; it is read anew if need be, and if it can be."""
+        first = next(block.parameters(), None)
+        cast = self.dtype is not None and first is not None and first.dtype != self.dtype
+        if not cast and self._outline.holds(block):
+            return self._readable
+        if self._reads >= READS or not can_record(block, x):
+            return False
+        fresh = copy.copy(self)
+        fresh._reads += 0 if cast else 1
+        try:
+            fresh._read(block)
+        # People put any code there, and a trace does not follow all of it.
+        except Exception as error:
+            log.info("%s was changed and runs as it is written: %s", block.reparam_block, error)
+        self.__dict__.update(fresh.__dict__)  # at once: another thread may run the block meanwhile
+        return self._readable
+
+    def _written(self, block: BranchSum, x: Tensor) -> Tensor:
+        if self.form.name != "frozen":
+            return block.summed(x)
+        with kept_modes(*(m for m in block.modules() if isinstance(m, _BatchNorm))):
+            return block.summed(x)
 
     def _whole(self, block: BranchSum, x: Tensor) -> Tensor:
         """The branches over all of a batch."""
@@ -165,24 +212,26 @@ class Folded:
             or x.shape[0] < 2
             or not all(map(measures, norms))
             or shared(norms)
-            or _is_watched(block)
-            or _kinds(block) != self._kinds
+            or is_watched(block, by_anybody=True)
         ):
             return block.summed(x)
         y: Tensor = self._rows(block, x)
         return y
 
     def __call__(self, block: BranchSum, x: Tensor) -> Tensor:
+        if self.form.name == "branches" and not self.norms:
+            return block.summed(x)
+        if is_watched(block) or not self.follows(block, x):
+            return self._written(block, x)
         if self.form.name == "branches" and not self._frozen(block, x):
             return self._whole(block, x)
         norms = [_at(block, path.split(".")) for path in self.norms]
         sampling = self.form.name == "sampled" and block.training
         if not sampling and any(norm.running_mean is None for norm in norms):  # there is nothing to fold with
-            return self._whole(block, x)
-        self.made(block)
+            return self._written(block, x)
         measured: dict[str, Tensor] = {}
         if self._statistics is not None and any(map(measures, norms)):
-            rows = self._rows_of_sample(block, x)
+            rows = self._rows_of_sample(block, x) if isinstance(x, Tensor) else None
             if rows is None and not shared(norms):
                 return self._whole(block, x)
             # Without enough of them: other processes may have enough, and wait for what is shared.
@@ -198,27 +247,32 @@ class Folded:
 
         Who looks at what runs inside, by hooks or by tracing, finds the branches.
         """
-        if not self.norms or not isinstance(x, Tensor) or not torch.is_grad_enabled():
+        if not self.norms or not self._folds or not isinstance(x, Tensor) or not torch.is_grad_enabled():
             return False
         if not block.training and any(p.requires_grad for p in block.parameters()):
             return False
         if any(measures(_at(block, path.split("."))) for path in self.norms):
             return False
-        if _is_watched(block):
+        if is_watched(block, by_anybody=True):
             return False
-        if "program" not in self.__dict__ and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+        if self.program is None and can_record(block, x):
             try:
                 self._record(block)
             except RefusalError:
-                self.norms = ()
-        return "program" in self.__dict__
+                self._folds = False
+        return self.program is not None
 
     def numbers(self, block: BranchSum) -> tuple[Tensor, Tensor | None]:
-        """Kernel and bias with running statistics."""
-        self.made(block)
+        """Kernel and bias with running statistics. Raises :class:`ReparamError` if the block was changed."""
+        if not self.follows(block):
+            told = "was changed since it was built, and cannot be read anew here: call reparam.set_form(model, form)"
+            raise ReparamError(f"the block {block.reparam_block} {told}")
+        if self.program is None:
+            self._record(block)
         return self._kernel(block, {})
 
     def _kernel(self, block: BranchSum, measured: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        assert self.program is not None
         values = [
             measured[name] if name in measured else _at(block, path)
             for name, path in zip(self.program.names, self._paths, strict=True)
@@ -235,39 +289,35 @@ class Folded:
 
     def loaded(self, block: BranchSum) -> None:
         """Complete what comes out of a pickle."""
-        if self.form.name != "branches":
-            self.made(block)
-        self._read_rows(block)
-
-    def made(self, block: BranchSum) -> None:
-        """Record the code if it is not there yet."""
-        if "program" not in self.__dict__:
-            self._record(block)
-
-    def follow(self, block: BranchSum) -> None:
-        """Go on with a block that was cast."""
-        if self.__dict__.get("dtype") not in (None, next(block.parameters()).dtype):
-            self._record(block)
+        self._said, self._reads = False, 0
+        try:
+            self._read(block)
+        except RefusalError as error:
+            log.info("%s runs as it is written: %s", block.reparam_block, error)
 
     def note_statistics(self, block: BranchSum) -> None:
         """The running statistics are those of whole batches now."""
-        self._counted = self._batches(block)
+        self._counted, self._earlier = _batches(block), False
+
+    def succeed(self, before: Folded | None, block: BranchSum) -> None:
+        """Take over from another form of the same block what its running statistics are of."""
+        self._earlier = before is not None and before.of_samples(block)
 
     def of_samples(self, block: BranchSum) -> bool:
-        """Whether running statistics have moved by samples since."""
-        return self.form.name == "sampled" and self._batches(block) != self._counted
-
-    def _batches(self, block: BranchSum) -> list[int]:
-        counters = [_at(block, [*path.split("."), "num_batches_tracked"]) for path in self.norms]
-        return [-1 if counter is None or counter.is_meta else int(counter) for counter in counters]
+        """Whether running statistics have moved by samples since, and not by many whole batches."""
+        now = _batches(block)
+        moved = [abs(now[path] - count) for path, count in self._counted.items() if path in now]
+        if self.form.name == "sampled":
+            return self._earlier or any(moved)
+        return self._earlier and max(moved, default=0) < FORGOTTEN
 
     def _rows_of_sample(self, block: BranchSum, x: Tensor) -> tuple[int, int] | None:
         """Every how many-th row of a batch the statistics are of, and of how many; None if it has too few."""
         batch, stride = x.shape[0], block.geometry.stride
         if self.form.fraction == 1:
-            return 1, batch
+            return (1, batch) if batch else None
         positions = 1
-        for size, s in zip(x.shape[2:], stride, strict=True):  # torch.compile follows no generator here
+        for size, s in zip(x.shape[2:], stride, strict=False):  # torch.compile follows no generator here
             positions *= -(-size // s)
         asked, needed = math.ceil(self.form.fraction * batch), -(-POSITIONS // max(positions, 1))
         rows = max(asked, needed)
@@ -280,12 +330,15 @@ class Folded:
         return 1 if self.form.rows == "first" else batch // rows, rows
 
     def __deepcopy__(self, memo: Any) -> Folded:
+        return copy.copy(self)
+
+    def __copy__(self) -> Folded:
         copied = Folded.__new__(Folded)
         copied.__dict__.update(self.__dict__)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"form": self.form, "norms": self.norms, "_said": False, "_counted": self._counted}
+        return {"form": self.form, "_counted": self._counted, "_earlier": self._earlier}
 
 
 def note_on_samples(model: nn.Module) -> str:
@@ -310,17 +363,18 @@ def _plain(block: BranchSum) -> BranchSum:
     return plain
 
 
-def _is_watched(block: BranchSum) -> bool:
-    """Whether somebody sees what runs inside, or has put something else there."""
-    inside = [m for m in block.modules() if m is not block]
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in inside):
-        return True
-    # The compiler follows no hooks of all modules anyway.
-    return not torch.compiler.is_compiling() and (_has_any_global_hook() or any("forward" in vars(m) for m in inside))
+def _check_steady(block: BranchSum) -> None:
+    """One kernel takes the place of all branches only where it is the same one in training, each time."""
+    for path, module in block.named_modules():
+        if isinstance(module, (_ConvNd, nn.Linear)) and weight_maker(module) and not is_steady(module):
+            told = f"{weight_maker(module)} computes another weight in training than in evaluation"
+            raise RefusalError(Reason.COMPUTED, told, path)
 
 
-def _kinds(block: BranchSum) -> list[type]:
-    return [type(m) for m in block.modules()]
+def _batches(block: BranchSum) -> dict[str, int]:
+    """How many batches each norm has measured."""
+    counters = {path: m.num_batches_tracked for path, m in block.named_modules() if isinstance(m, _BatchNorm)}
+    return {path: int(counter) for path, counter in counters.items() if counter is not None and not counter.is_meta}
 
 
 def _wide(value: Tensor) -> Tensor:

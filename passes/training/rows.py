@@ -126,6 +126,8 @@ class _Rows:
             if node.target in norms:
                 if node.target in self.calls:
                     raise RefusalError(Reason.BLOCK, f"its norm {node.target} is called twice: it cannot be sampled")
+                if self.modules[str(node.target)]._forward_pre_hooks:
+                    raise RefusalError(Reason.HOOK, f"a hook computes what its norm {node.target} holds")
                 self.calls[str(node.target)] = node
         self.graph = fx.Graph()
         self.values: dict[Any, _Value] = {}
@@ -135,8 +137,8 @@ class _Rows:
     def absorbs(self, node: fx.Node) -> bool:
         """Whether a layer takes a factor and a shift of what it reads into its own numbers, or past itself."""
         layer: Any = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        if type(layer) in _CONVOLVE:
-            return not _any(layer.padding)
+        if type(layer) in _CONVOLVE:  # a hook may give it its kernel when it is called
+            return not _any(layer.padding) and not layer._forward_pre_hooks
         if type(layer) in _MEANS:
             return not _any(layer.padding) and getattr(layer, "divisor_override", None) is None
         crops = isinstance(layer, _ConstantPadNd) and all(p <= 0 for p in layer.padding)

@@ -44,7 +44,11 @@ def statistics(norms: tuple[_BatchNorm, ...], values: tuple[Padded, ...]) -> lis
     counts: dict[int, Any] = {}
     for i, (norm, value) in enumerate(zip(norms, values, strict=True)):
         if measures(norm):
+            norm._check_input_dim(value[0])
             maps[i], found[i], counts[i] = _measured(*value)
+            if counts[i] == 1 and not shared([norm]):
+                told = f"Expected more than 1 value per channel when training, got input size {value[0].shape}"
+                raise ValueError(told)
     wide = [i for i in counts if shared([norms[i]])]
     for group in {id(group): group for group in (norms[i].process_group for i in wide)}.values():
         mine = [i for i in wide if norms[i].process_group is group]
@@ -76,14 +80,13 @@ def per_channel(numbers: Tensor, n: int) -> Tensor:
 
 def _measured(x: Tensor, pads: tuple[int, ...], before: Affine | None) -> tuple[Tensor, Moments, int]:
     """A map, mean and variance, and of how many positions: those of the map itself tell them for zeros around it."""
-    channels = x.shape[1]
     # Derivatives forwards are those of its formulas; one that is written here could not be compiled.
     x, mean, var = _Moments.apply(x) if forward_ad._current_level < 0 else _Moments.forward(x)
-    count = x.shape[0]
+    count, share = x.shape[0], 1.0
     for i, size in enumerate(reversed(x.shape[2:])):
-        count *= size + (pads[2 * i] + pads[2 * i + 1] if 2 * i < len(pads) else 0)
-    share = x.numel() / (channels * count)
-    if share != 1:
+        whole = size + (pads[2 * i] + pads[2 * i + 1] if 2 * i < len(pads) else 0)
+        count, share = count * whole, share * (size / whole)
+    if any(pads):
         mean, var = share * mean, share * (var + (1 - share) * mean.square())
     if before is not None:
         factor, shift = before
@@ -98,14 +101,16 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        over, wide = [0, *range(2, x.dim())], _wide(x)
+        over, wide, n = [0, *range(2, x.dim())], _wide(x), x.numel() // x.shape[1]
+        if n == 0:  # nothing, in what processes share
+            return x.view_as(x), wide.new_zeros(x.shape[1]), wide.new_zeros(x.shape[1])
         if x.device.type != "cpu":
             var, mean = torch.var_mean(wide, over, correction=0)
             return x.view_as(x), mean, var
         # On the CPU var_mean goes through the numbers one by one, and takes longer than several passes.
         mean = wide.mean(over, keepdim=True)
         squares = (wide - mean).pow_(2).sum(over)
-        return x.view_as(x), mean.flatten(), squares / (x.numel() // x.shape[1])
+        return x.view_as(x), mean.flatten(), squares / n
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -114,7 +119,7 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_x: Tensor, of_mean: Tensor, of_var: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        n = x.numel() // x.shape[1]
+        n = max(x.numel() // x.shape[1], 1)
         factor = of_var * (2 / n)
         shift = of_mean / n - factor * mean
         factor, shift = (per_channel(each, x.dim() - 2) for each in (factor, shift))

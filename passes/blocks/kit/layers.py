@@ -282,7 +282,7 @@ class BranchSum(Within):
         """Move or cast; recorded code computes in one dtype."""
         super()._apply(fn, recurse)
         if self.folded is not None:
-            self.folded.follow(self)
+            self.folded.follows(self)
         return self
 
 
