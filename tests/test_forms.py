@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,74 @@ def test_updated_statistics_are_those_of_whole_batches() -> None:
         assert torch.allclose(a, b, rtol=1e-12), name
     assert model.a.form == "sampled"
     assert model.a.folded is not None
+
+
+def failing(error: Exception) -> Iterator[Tensor]:
+    yield images()
+    raise error
+
+
+@pytest.mark.parametrize("form", ["branches", "sampled", "frozen"])
+@pytest.mark.parametrize("batches", ["none", "a loader that fails"])
+def test_statistics_stay_where_none_are_measured(form: str, batches: str) -> None:
+    model = built("dbb", form)
+    next(m for m in model.modules() if isinstance(m, _BatchNorm)).eval()
+    model.bn.momentum = 0.3
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    told = [(m.training, getattr(m, "momentum", None)) for m in model.modules()]
+    if batches == "none":
+        with pytest.raises(ReparamError, match="gives no batch"):
+            reparam.update_statistics(model, iter(()))
+    else:
+        with pytest.raises(OSError, match="disk"):
+            reparam.update_statistics(model, failing(OSError("disk")))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [(m.training, getattr(m, "momentum", None)) for m in model.modules()] == told
+    assert model.a.folded is not None
+    reparam.update_statistics(model, [images()])
+    assert [(m.training, getattr(m, "momentum", None)) for m in model.modules()] == told
+
+
+def test_norms_that_measure_nothing_keep_their_statistics() -> None:
+    """Some are kept in evaluation by the network's own train(), some are not called."""
+
+    class Frozen(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.BatchNorm2d(8)
+
+        def train(self, mode: bool = True) -> Frozen:
+            super().train(mode)
+            self.an.eval()
+            return self
+
+    model: Any = reparam.expand(lively(Frozen()), "acb", where="b", form="sampled", verify=False).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    reparam.update_statistics(model, [images()])
+    for name, value in model.named_buffers():
+        assert torch.equal(value, before[name]) == name.startswith(("an.", "bn.", "unused.")), name
+
+
+@pytest.mark.parametrize("then", ["branches", "frozen", "sampled", "sampled:fraction=1/4"])
+def test_another_form_does_not_forget_statistics_of_samples(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "FORGOTTEN", 4)
+
+    def is_told(model: nn.Module) -> bool:
+        return any("update_statistics" in note for note in reparam.collapse_with_report(model.eval())[1].notes)
+
+    model = built("acb", "sampled:fraction=1/2")
+    model(images())
+    for form in (then, "frozen"):
+        reparam.set_form(model, form)
+        assert is_told(copy.deepcopy(model))
+        assert is_told(pickle.loads(pickle.dumps(model)))
+    reparam.set_form(model, "branches")
+    for _ in range(forms.FORGOTTEN):
+        assert is_told(copy.deepcopy(model))
+        model.a(images(2, 2))
+        model.b(torch.randn(2, 8, 2, 2, dtype=torch.float64))
+    assert not is_told(copy.deepcopy(model))
+    assert not is_told(reparam.set_form(built("acb", "branches"), "sampled"))
 
 
 # ------------------------------------------------------------------ tools
