@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_blocks import gap
 from test_rows import built, images, step
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -86,6 +86,19 @@ def other_forward(block: Any) -> None:
     norm.forward = lambda x: 2 * type(norm).forward(norm, x)
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def other_class(block: Any) -> None:
+    block.sequence.square.__class__ = Doubled
+
+
+def other_names(block: Any) -> None:
+    block.sequence._modules = {f"new_{name}": module for name, module in block.sequence._modules.items()}
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a pruned kernel": lambda b: prune.l1_unstructured(b.sequence.square, "weight", 0.5),
     "a pruned norm": lambda b: prune.l1_unstructured(b.sequence.norm, "weight", 0.5),
@@ -107,6 +120,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a hook that doubles": lambda b: b.sequence.norm.register_forward_hook(lambda *args: 2 * args[2]),
     "a hook before": lambda b: b.sequence.norm.register_forward_pre_hook(lambda _, args: (args[0] + 1,)),
     "another forward": other_forward,
+    "other names": other_names,
+    "another class": other_class,
 }
 
 
@@ -181,8 +196,12 @@ def test_hooks_that_only_look_see_the_whole_batch(form: str) -> None:
     block_of(model).sequence.norm.register_forward_hook(lambda _, args, y: seen.append(y.shape[0]))
     check(model, reference)
     assert seen == [4, 4]
+    if form == "frozen":
+        for norm in norms_of(model):
+            norm.train()
+        check(model, reference)
     model.eval()(images())
-    assert seen == [4, 4, 4]
+    assert len(seen) == (5 if form == "frozen" else 3)
 
 
 @pytest.mark.parametrize("form", ["branches", "sampled:fraction=1"])
@@ -276,6 +295,37 @@ def test_threads_may_take_the_first_step_together(monkeypatch: pytest.MonkeyPatc
     assert len(found) == 4
 
 
+def test_while_one_thread_records_another_runs_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh(monkeypatch)
+    model, reference = frozen_by_itself()
+    wanted, found, read = reference(images()), list[float](), equivalent.Reading.form
+
+    @torch.no_grad()
+    def run() -> None:
+        found.append(gap(model(images()), wanted))
+
+    def form(*given: Any) -> Any:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return read(*given)
+
+    monkeypatch.setattr(equivalent.Reading, "form", form)
+    model(images())
+    assert len(found) == 2
+    assert max(found) < 1e-9
+
+
+def test_what_cannot_be_one_convolution_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reference = frozen_by_itself()
+    for net in (model, reference):
+        without_statistics(block_of(net))
+    tried, record = list[Any](), forms.KernelProgram.of
+    monkeypatch.setattr(forms.KernelProgram, "of", lambda *given: (tried.append(1), record(*given))[1])
+    check(model, reference)
+    assert tried == [1]
+
+
 def replica(model: nn.Module) -> nn.Module:
     """What nn.DataParallel makes for another device."""
     modules = list(model.modules())
@@ -300,7 +350,9 @@ def test_copies_for_several_devices(form: str, monkeypatch: pytest.MonkeyPatch) 
             norm.train(training and form != "frozen")
         reference = copy.deepcopy(model)
         block_of(reference).folded = None
-        assert gap(replica(model)(images()), reference(images())) < 1e-9
+        copied = replica(model)
+        assert gap(copied(images()), reference(images())) < 1e-9
+        assert block_of(copied).folded.follows(block_of(copied))
         assert gap(model(images()), reference(images())) < 1e-9
 
 

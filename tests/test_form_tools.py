@@ -253,6 +253,33 @@ def test_compiles_whole_and_once(block: str, form: str) -> None:
         assert torch.allclose(a, b[1], rtol=1e-6, atol=1e-8), name
 
 
+@pytest.mark.parametrize("fraction", ["1/3", "1"])
+def test_compiles_for_batches_of_any_size(fraction: str) -> None:
+    model = built("acb", f"sampled:fraction={fraction}")
+    reference = copy.deepcopy(model)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for batch in (20, 22, 31):
+        assert gap(compiled(images(batch, 18)), reference(images(batch, 18))) < 1e-9
+    assert counter.frame_count <= 2
+
+
+@each_form
+@pytest.mark.parametrize("block", ["dbb", "mobileone"])
+def test_a_member_may_differ_in_one_weight(block: str, form: str) -> None:
+    """An ensemble in which all but one weight are shared, in the branch that is added last."""
+    model = built(block, form)
+    for norm in norms_of(model):
+        norm.train(form != "frozen").track_running_stats = False  # torch moves none of an ensemble with one copy
+    name = [name for name, _ in model.a.named_parameters()][-1]
+    weights = torch.stack([model.a.get_parameter(name).detach() * factor for factor in (1, 2)])
+    x = images()
+    together = torch.vmap(lambda w: torch.func.functional_call(model.a, {name: w}, (x,)))(weights)
+    for i in range(2):
+        assert gap(together[i], torch.func.functional_call(model.a, {name: weights[i]}, (x,))) < 1e-9
+
+
 # ------------------------------------------------------------------ frozen by itself
 
 

@@ -353,6 +353,15 @@ def test_a_block_that_tells_its_weight_is_scripted(form: str) -> None:
     assert gap(scripted(x), model(x)) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_frozen_block_does_not_measure_in_a_script() -> None:
+    model = built("acb", "frozen")
+    scripted = torch.jit.script(model)  # type: ignore[no-untyped-call]
+    with pytest.raises(Exception, match="norms would measure"):
+        scripted(images())
+    assert gap(scripted.eval()(images()), model.eval()(images())) < 1e-9
+
+
 @pytest.mark.parametrize("form", ["sampled:fraction=1/2", "frozen", "online"])
 def test_a_skeleton_on_the_meta_device_runs_with_other_weights(form: str) -> None:
     model = built("acb", form)
@@ -425,6 +434,16 @@ def test_the_recorded_code_is_followed_by_a_tracer_of_others(form: str) -> None:
     traced = torch.fx.symbolic_trace(block)
     torch.testing.assert_close(traced(x), block(x))
     assert not [node for node in traced.graph.nodes if node.target is torch.conv1d]
+
+
+@pytest.mark.parametrize("form", ["branches", "sampled", "sampled:fraction=1", "frozen", "online"])
+def test_a_tracer_of_others_may_come_in_training(form: str) -> None:
+    """It finds the branches where norms measure, as libraries that cut a network at its nodes trace both modes."""
+    model = built("acb", form)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    if form == "sampled":
+        reparam.set_form(model, "branches")
+    assert gap(traced(images()), model(images())) < 1e-9
 
 
 def test_products_of_kernels_are_recorded_as_such() -> None:

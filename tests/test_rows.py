@@ -128,6 +128,12 @@ def test_a_sample_has_the_gradient_of_a_slice(rows: str, monkeypatch: pytest.Mon
         assert torch.allclose(a.double(), b.double(), rtol=1e-12)
 
 
+@pytest.mark.parametrize(("fraction", "batch", "rows"), [(1 / 3, 9, 3), (0.28, 25, 7), (1 / 4, 10, 3), (1 / 7, 49, 7)])
+def test_a_fraction_is_counted_in_whole_images(fraction: float, batch: int, rows: int) -> None:
+    model: Any = reparam.set_form(built(padding=1), reparam.Form("sampled", fraction))
+    assert model[0].folded._rows_of_sample(model[0], torch.empty(batch, 8, 32, 32)) == (1, rows)
+
+
 @pytest.mark.parametrize("told", [{"track_running_stats": False}, {"momentum": None, "num_batches_tracked": None}])
 def test_running_statistics_stay_where_torch_leaves_them(told: dict[str, Any]) -> None:
     """Set on norms that are there already, as virtual adversarial training does."""
@@ -237,6 +243,24 @@ def test_one_image_runs_as_it_is_written(applied: list[str]) -> None:
     assert not applied
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         built(padding=1)(images()[:1, :, :1, :1])
+
+
+@pytest.mark.parametrize("form", ["branches", "sampled", "sampled:fraction=1"])
+@pytest.mark.parametrize("shape", [(8, 9, 10), (1, 8, 1, 1), (2, 4, 8, 9, 10)])
+def test_what_a_norm_refuses_is_refused(shape: tuple[int, ...], form: str) -> None:
+    model = reparam.set_form(built(padding=1), form)
+    x = torch.randn(shape, dtype=torch.float64)
+    with pytest.raises((ValueError, RuntimeError)) as wanted:
+        as_written(model)(x)
+    with pytest.raises(wanted.type) as got:
+        model(x)
+    assert str(got.value).split(",")[0] == str(wanted.value).split(",")[0]
+
+
+@pytest.mark.parametrize("form", ["branches", "sampled", "sampled:fraction=1"])
+def test_no_images_at_all(form: str) -> None:
+    model = reparam.set_form(built(padding=1), form)
+    check(model, images()[:0])
 
 
 def test_copies_and_pickles_run_alike(applied: list[str]) -> None:

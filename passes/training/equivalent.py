@@ -181,7 +181,7 @@ class KernelProgram:
         # Without in-place operations, so that every value is a function of others wherever the code is read again.
         functional = torch.func.functionalize(kernel, remove="mutations")
         # What the caller computes in is none of the kernel's business: autocast would be recorded, too.
-        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False):
             recorded = make_fx(functional, tracing_mode="fake")(*example)
         forget_with(type(recorded).forward)
         for node in recorded.graph.nodes:

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -147,6 +147,8 @@ class Folded:
     def _read(self, block: BranchSum) -> None:
         """All that follows from the block; raises :class:`RefusalError` if its branches are no one convolution."""
         self._outline, self._readable, self._folds = Outline(block), False, True
+        # In whole numbers: a third of 9 is 3, however 1/3 is rounded, and torch.compile computes with unknown sizes.
+        self._ratio = Fraction(self.form.fraction).limit_denominator(1_000_000).as_integer_ratio()
         self.norms = tuple(path for path, m in block.named_modules() if isinstance(m, _BatchNorm))
         if self.form.name == "branches" and any(weight_maker(m) for m in block.modules()):
             self.norms = ()  # what computes its weight may do so otherwise in training, and change with each call
@@ -319,7 +321,8 @@ class Folded:
         positions = 1
         for size, s in zip(x.shape[2:], stride, strict=False):  # torch.compile follows no generator here
             positions *= -(-size // s)
-        asked, needed = math.ceil(self.form.fraction * batch), -(-POSITIONS // max(positions, 1))
+        above, below = self._ratio
+        asked, needed = -(-above * batch // below), -(-POSITIONS // max(positions, 1))
         rows = max(asked, needed)
         # From there on the branches themselves cost less, and measure everything.
         if 2 * rows > batch or (rows > asked and 2 * rows == batch):

@@ -217,6 +217,7 @@ class BranchSum(Within):
     def scripted(self, input: Tensor) -> Tensor:
         """The sum in words that TorchScript takes."""
         assert self.around is None, "TorchScript cannot stand in the middle of a forward: collapse first"
+        assert self.form != "frozen" or not self.training, "in TorchScript norms would measure: .eval() first"
         y = input
         for i, branch in enumerate(self.children()):
             y = y + branch(input) if i else branch(input)
