@@ -51,8 +51,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("passes", "reparam", "zoo", "tests")
 TESTS = (
     "bad_input", "blocks", "capture", "changed_blocks", "check", "compare", "conv_form", "edits", "equivalent_conv",
-    "expand", "expand_faithful", "files", "fold", "forms", "in_place", "interface", "memos", "opset", "proof", "random_graphs",
-    "refusals", "round_trip", "rows", "selection",
+    "expand", "expand_faithful", "files", "fold", "forms", "in_place", "interface", "memos", "opset", "proof",
+    "random_graphs", "refusals", "round_trip", "rows", "selection",
 )  # fmt: skip
 """Files of tests of the compiler itself, those of large networks aside."""
 

@@ -165,6 +165,17 @@ def test_a_block_that_was_changed_is_read_anew_and_stays_fast(monkeypatch: pytes
     assert block_of(model).folded.program is recorded
 
 
+@pytest.mark.parametrize("name", [name for name in CHANGES if "norm of" not in name and "statistics" not in name])
+def test_what_was_changed_collapses(name: str) -> None:
+    for form in ("sampled", "online"):
+        model = online() if form == "online" else in_form(form)[0]
+        if form == "online" and name in ("another dilation", "another eps", "no shift"):
+            continue
+        seeded(CHANGES[name])(block_of(model))
+        wanted = model.eval()(images())
+        assert gap(reparam.collapse(model)(images()), wanted) < 1e-9
+
+
 @each_form
 @pytest.mark.parametrize("change", [other_eps, dilated, without_shift])
 def test_copies_and_pickles_of_what_was_changed(change: Callable[[Any], Any], form: str) -> None:

@@ -280,6 +280,17 @@ def test_a_member_may_differ_in_one_weight(block: str, form: str) -> None:
         assert gap(together[i], torch.func.functional_call(model.a, {name: weights[i]}, (x,))) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+@each_form
+def test_exports_by_tracing(form: str, tmp_path: Any) -> None:
+    """The exporter of before knows no kernel whose shape is computed."""
+    runtime = pytest.importorskip("onnxruntime")
+    model, x = built("dbb", form).float().eval(), images().float()
+    torch.onnx.export(model, (x,), str(tmp_path / "net.onnx"), input_names=["x"], dynamo=False)
+    (y,) = runtime.InferenceSession(str(tmp_path / "net.onnx")).run(None, {"x": x.numpy()})
+    assert gap(torch.from_numpy(y), model(x)) < 1e-4
+
+
 # ------------------------------------------------------------------ frozen by itself
 
 

@@ -223,7 +223,9 @@ class Folded:
     def __call__(self, block: BranchSum, x: Tensor) -> Tensor:
         if self.form.name == "branches" and not self.norms:
             return block.summed(x)
-        if is_watched(block) or not self.follows(block, x):
+        traced = torch._C._get_tracing_state() is not None
+        # The exporter that traces takes no convolution whose kernel is computed.
+        if is_watched(block) or not self.follows(block, x) or (traced and torch.onnx.is_in_onnx_export()):
             return self._written(block, x)
         if self.form.name == "branches" and not self._frozen(block, x):
             return self._whole(block, x)
@@ -294,7 +296,8 @@ class Folded:
         self._said, self._reads = False, 0
         try:
             self._read(block)
-        except RefusalError as error:
+        # It may have been changed before, and a trace does not follow any code.
+        except Exception as error:
             log.info("%s runs as it is written: %s", block.reparam_block, error)
 
     def note_statistics(self, block: BranchSum) -> None:

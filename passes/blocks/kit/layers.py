@@ -106,7 +106,7 @@ class WindowMean(nn.AvgPool2d):
         """The mean with this padding in place of its own."""
         # Whoever only traces is shown what it is; in other dtypes a depthwise convolution is a loop over the channels.
         fast = isinstance(x, Tensor) and x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN
-        if not fast or x.dim() != 4:
+        if not fast or x.dim() != 4 or torch._C._get_tracing_state() is not None:
             return F.avg_pool2d(x, self.kernel_size, self.stride, padding)
         kernel, channels = _pair(self.kernel_size), x.shape[1]
         weight = x.new_full((channels, 1, *kernel), 1.0 / (kernel[0] * kernel[1]))
