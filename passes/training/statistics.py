@@ -102,7 +102,7 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         over, wide, n = [0, *range(2, x.dim())], _wide(x), x.numel() // x.shape[1]
-        if n == 0:  # nothing, in what processes share
+        if n == 0:  # one of several processes has no batch
             return x.view_as(x), wide.new_zeros(x.shape[1]), wide.new_zeros(x.shape[1])
         if x.device.type != "cpu":
             var, mean = torch.var_mean(wide, over, correction=0)
