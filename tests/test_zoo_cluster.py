@@ -195,6 +195,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # where other tests keep both cores busy, distributed may give up on its own thread after 10 s
 def test_a_cluster_without_workers_is_said_at_once(
     crowd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
